@@ -1,0 +1,29 @@
+# Everything runs in .venv, made on first use and renewed when pyproject.toml changes.
+PYTHON ?= python3
+BIN := .venv/bin
+# One thread a process: with two processes on two cores, two threads each can be 20 times slower.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint bench clean
+
+demo: .venv/.ready
+	OMP_NUM_THREADS=2 $(BIN)/chanaxes demo
+
+test: .venv/.ready
+	$(BIN)/python -m pytest -q
+
+lint: .venv/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: .venv/.ready
+	$(BIN)/python -m tests.benchmarks.checkpoint
+
+clean:
+	rm -rf .venv
+
+.venv/.ready: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
