@@ -1,0 +1,29 @@
+"""chanaxes_pl: two information axes of every channel of a vision network, while it trains.
+
+The names below load on first use, so that ``chanaxes --help`` does not wait for torch and Lightning.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from chanaxes_pl.axes import Axes, compute_axes
+    from chanaxes_pl.tables import read_run
+    from chanaxes_pl.tracker import AxisTracker
+
+_HOMES = {
+    "AxisTracker": "chanaxes_pl.tracker",
+    "Axes": "chanaxes_pl.axes",
+    "compute_axes": "chanaxes_pl.axes",
+    "read_run": "chanaxes_pl.tables",
+}
+
+__all__ = ["Axes", "AxisTracker", "compute_axes", "read_run"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

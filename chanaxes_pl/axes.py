@@ -1,0 +1,187 @@
+"""Both axes of a model's channels at one moment: one pass over a probe, a table, its correlations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pandas as pd
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from chanaxes_pl.accumulators import Recorder
+from chanaxes_pl.correlations import axis_correlations, reliabilities
+from chanaxes_pl.groupings import groupings
+from chanaxes_pl.layers import LayerSpec, channel_count, select_layers
+from chanaxes_pl.metrics.input_capture import check_noise
+from chanaxes_pl.probe import MIN_IMAGES, Probe, Step, images_and_labels, observed, too_small
+from chanaxes_pl.tables import axes_table
+from chanaxes_pl.targets import TargetSpec, target_function
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, and how: the arguments that :func:`compute_axes` and ``AxisTracker`` share.
+
+    Raises:
+        ValueError: for a value that is out of range, quoting it and ``caller``.
+    """
+
+    layers: LayerSpec = "conv"
+    positions: int | str = 16
+    target: TargetSpec = "logit_margin"
+    noise: str | float = "median"
+    reliability: bool = True
+    step: Step | None = None
+    probe_size: int = 5000
+    caller: str = "compute_axes"
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.positions, int) and self.positions > 0
+        if not whole and self.positions != "all":
+            raise ValueError(
+                f"{self.caller}(positions={self.positions!r}): expected a whole number above 0, or 'all'"
+            )
+        if self.probe_size < MIN_IMAGES:
+            raise ValueError(
+                f"{self.caller}(probe_size={self.probe_size}): expected at least {MIN_IMAGES} images"
+            )
+        target_function(self.target, self.caller)
+        try:
+            check_noise(self.noise)
+        except ValueError as error:
+            raise ValueError(f"{self.caller}: {error}") from None
+
+
+def measure_axes(
+    model: nn.Module,
+    probe: Probe,
+    settings: Settings,
+    *,
+    to_device: Callable[[Any], Any],
+    forward_context: Callable[[], AbstractContextManager] = nullcontext,
+    rank: int = 0,
+    world: int = 1,
+) -> pd.DataFrame:
+    """The table of channels of ``model`` as it stands; the model is left as it was.
+
+    With several processes every one calls this with its ``rank``, and all get the same table.
+
+    Args:
+        model: gives logits (or whatever ``settings.step`` makes logits of).
+        probe: the images.
+        settings: what is measured.
+        to_device: moves a batch to the model.
+        forward_context: what the forward pass runs in (a precision plugin's).
+        rank: of this process.
+        world: number of processes.
+    """
+    layers = select_layers(model, settings.layers, settings.caller)
+    step = settings.step or images_and_labels
+    recorder = Recorder(
+        layers, target_function(settings.target, settings.caller), settings.positions, settings.reliability
+    )
+    with observed(model), recorder.attached():
+        for indices, batch in probe.batches(rank, world):
+            moved = to_device(batch)
+
+            def forward(moved: Any = moved) -> Any:
+                with forward_context():
+                    return step(model, moved)
+
+            recorder.record(indices, forward)
+        if world == 1 and recorder.images < MIN_IMAGES:
+            raise ValueError(too_small(recorder.images, settings.caller))
+        widths = {name: channel_count(layer) for name, layer in layers.items()}
+        return axes_table(recorder.moments(), widths, settings.noise)
+
+
+@dataclass(frozen=True, eq=False)
+class Axes:
+    """Both axes of every channel of a network.
+
+    Attributes:
+        table: one row a channel: ``layer, channel, input_capture, peer_overlap, task_information, target_excess``
+            (nats), ``peer_r2`` (share), ``hull_size``, ``hull_score``, ``dead``, ``at_ceiling``, the
+            values on the probe's two halves and against the null target, ``reason``.
+    """
+
+    table: pd.DataFrame
+    _resamples: int = 1000
+
+    @cached_property
+    def correlations(self) -> pd.DataFrame:
+        """One row per layer and metric pair, and the mean over layers: see :func:`axis_correlations`."""
+        return axis_correlations(self.table, self._resamples)
+
+    @cached_property
+    def reliabilities(self) -> pd.DataFrame:
+        """Split-half reliability of every metric: see :func:`reliabilities`."""
+        return reliabilities(self.table)
+
+    @cached_property
+    def groupings(self) -> pd.DataFrame:
+        """Agreement of the axes' channel groups: see :func:`groupings`."""
+        return groupings(self.table)
+
+
+def compute_axes(
+    model: nn.Module,
+    loader: DataLoader | Dataset,
+    *,
+    layers: LayerSpec = "conv",
+    positions: int | str = 16,
+    target: TargetSpec = "logit_margin",
+    noise: str | float = "median",
+    reliability: bool = True,
+    probe_size: int = 5000,
+    step: Step | None = None,
+    resamples: int = 1000,
+) -> Axes:
+    """Both axes of every channel of a model, without a Trainer.
+
+    Args:
+        model: ``model(images)`` gives logits ``[B, K]``. It stays where it is and as it is.
+        loader: the probe: a DataLoader of ``(images, labels)`` or a Dataset of ``(image, label)``, labels
+            ``[B]`` from 0 to K − 1. See :class:`Probe` for which images are taken.
+        layers: ``"conv"``, ``"conv+linear"``, globs over layer names, or ``(name, module) → bool``.
+        positions: local samples an image, or ``"all"``.
+        target: the task variable: ``"logit_margin"``, ``"log_probability"``, ``"cross_entropy"`` (its
+            negative, hence the same), ``"label"``, or ``(logits, labels) → [B]`` or ``[B, D]``.
+        noise: σ₀² of input capture: ``"median"``, ``"mean"``, a quantile such as ``"q0.25"``, a number.
+        reliability: keep the probe's two halves apart, for reliabilities.
+        probe_size: images at the most.
+        step: ``(model, batch) → (logits, labels)`` for other batches or outputs.
+        resamples: bootstrap resamples for the intervals of the correlations.
+
+    Raises:
+        ValueError: for settings out of range, a batch that is not (images, labels), labels outside the
+            logits' classes, fewer than 3 images, or no layer that matches.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch.utils.data import TensorDataset
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+        >>> data = TensorDataset(torch.randn(64, 3, 8, 8), torch.arange(64) % 4)
+        >>> axes = compute_axes(model, data)
+        >>> axes.table[["layer", "channel", "input_capture"]].head(2)
+          layer  channel  input_capture
+        0     0        0       0.339604
+        1     0        1       0.353725
+    """
+    settings = Settings(layers, positions, target, noise, reliability, step, probe_size)
+    parameter = next(model.parameters(), torch.empty(0))
+    table = measure_axes(
+        model,
+        Probe(loader, probe_size, settings.caller),
+        settings,
+        to_device=lambda batch: move_data_to_device(batch, parameter.device),
+    )
+    return Axes(table, resamples)

@@ -1,0 +1,59 @@
+"""The ``chanaxes`` command: finds the verb, and imports only what that verb needs."""
+
+import sys
+from difflib import get_close_matches
+from importlib import import_module
+from typing import NamedTuple
+
+TRAINER_VERBS = {
+    "fit": "train a network and track its axes; every Trainer flag, --config, --print_config",
+    "validate": "evaluate a checkpoint on the validation split",
+    "test": "evaluate a checkpoint on the test split",
+}
+
+
+class _Verb(NamedTuple):
+    target: str  # module:function; the function's parameters are the verb's flags
+    summary: str
+
+
+VERBS = {
+    "demo": _Verb(
+        "chanaxes_pl.demo:demo", "train on scikit-learn's digits for a few epochs and plot the axes"
+    ),
+}
+
+
+def main() -> None:
+    """Run the verb that ``sys.argv`` names; without one, or with ``--help``, list the verbs.
+
+    Raises:
+        SystemExit: with status 2 for a verb or an argument that does not exist.
+    """
+    verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if verb in ("-h", "--help"):
+        print(_overview())
+    elif verb in TRAINER_VERBS:
+        from chanaxes_pl.trainer_cli import TrainerCLI
+
+        TrainerCLI()
+    elif verb in VERBS:
+        from jsonargparse import auto_cli
+
+        module, function = VERBS[verb].target.split(":")
+        auto_cli(getattr(import_module(module), function), args=sys.argv[2:], prog=f"chanaxes {verb}")
+    else:
+        (nearest,) = get_close_matches(verb, _summaries(), n=1, cutoff=0)
+        print(f"error: unknown verb {verb!r}; did you mean {nearest!r}?\n\n{_overview()}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _summaries() -> dict[str, str]:
+    return TRAINER_VERBS | {name: verb.summary for name, verb in VERBS.items()}
+
+
+def _overview() -> str:
+    lines = [f"  {name:<10}{summary}" for name, summary in _summaries().items()]
+    return "\n".join(
+        ["usage: chanaxes VERB [flags]", "", *lines, "", "chanaxes VERB --help lists its flags."]
+    )

@@ -1,0 +1,84 @@
+"""Information between jointly Gaussian variables, in nats: the only home of −½ ln(1 − ρ²)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from chanaxes_pl.moments import Moments
+
+#: Correlations count as at most this large inside a logarithm.
+MAX_CORRELATION = 0.999
+#: What one pair of variables can share at the most, in nats (3.107).
+CEILING = -0.5 * math.log1p(-(MAX_CORRELATION**2))
+
+
+def information(squared_correlation: Tensor) -> Tensor:
+    """Mutual information of Gaussian variables, −½ ln(1 − ρ²).
+
+    Args:
+        squared_correlation: any shape, unitless; ρ² of two variables or R² of a regression.
+
+    Returns:
+        The same shape, in nats, between 0 and :data:`CEILING`; NaN stays NaN.
+
+    Example:
+        >>> import torch
+        >>> information(torch.tensor([0.0, 0.75, 1.0]))
+        tensor([0.0000, 0.6931, 3.1074])
+    """
+    return -0.5 * torch.log1p(-squared_correlation.clamp(0.0, MAX_CORRELATION**2))
+
+
+@dataclass(frozen=True, eq=False)
+class Association:
+    """How C variables go together, and how much of that one target explains.
+
+    Attributes:
+        correlation: ``[C, C]``, correlation of the variables.
+        explained: ``[C, C]``, the part of ``correlation`` that linear regression on the target explains:
+            ``r rᵀ`` for a scalar target with correlations r, the between-class part for a one-hot label.
+    """
+
+    correlation: Tensor
+    explained: Tensor
+
+    @classmethod
+    def of(cls, joint: Moments, channels: int) -> Association:
+        """From the moments of ``[y₁ … y_C, t₁ … t_D]``; a target that never varies gives NaN."""
+        correlation = joint.correlation[:channels, :channels]
+        covariance = joint.covariance
+        scale = joint.variance[:channels].rsqrt()
+        cross = covariance[:channels, channels:] * scale[:, None]
+        return cls(correlation, cross @ _pseudo_inverse(covariance[channels:, channels:]) @ cross.T)
+
+    @property
+    def single(self) -> Tensor:
+        """``[C]``, I(T; y_i) in nats."""
+        return information(self.explained.diagonal())
+
+    @property
+    def pairwise(self) -> Tensor:
+        """``[C, C]``, I(T; y_i, y_j) in nats; the diagonal means nothing.
+
+        The ratio of generalised variances with and without the target, 1 − R²_ij =
+        det(Q − B) / det Q over the 2×2 blocks of the correlation Q and its explained part B, is the
+        usual R² of two regressors for a scalar target and Wilks' Λ for a label.
+        """
+        q = self.correlation.clamp(-MAX_CORRELATION, MAX_CORRELATION)
+        own = 1 - self.explained.diagonal()
+        left = own[:, None] * own - (q - self.explained).square()
+        return information(1 - left / (1 - q.square()))
+
+
+def _pseudo_inverse(covariance: Tensor) -> Tensor:
+    """Inverse on the span of the targets that vary; NaN throughout where none does or one is not finite."""
+    variance = covariance.diagonal()
+    if not covariance.isfinite().all() or not (variance > 0).any():
+        return torch.full_like(covariance, torch.nan)
+    if len(covariance) == 1:
+        return 1 / covariance
+    return torch.linalg.pinv(covariance, rtol=1e-10, hermitian=True)

@@ -1,0 +1,182 @@
+"""Which modules are tracked, under what names, and how their outputs become samples of channels."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_KINDS = {"conv": CONVOLUTIONS, "conv+linear": (*CONVOLUTIONS, nn.Linear)}
+#: ``"conv"``, ``"conv+linear"``, a glob or several over layer names, or ``(name, module) → bool``.
+LayerSpec = str | Sequence[str] | Callable[[str, nn.Module], bool]
+
+# Elements converted to float64 at a time: small enough to stay in a core's cache.
+_CHUNK = 1 << 18
+
+
+def select_layers(
+    model: nn.Module, layers: LayerSpec = "conv", caller: str = "select_layers"
+) -> dict[str, nn.Module]:
+    """The tracked modules of a model, by their own names in it.
+
+    Trackable are modules that are affine in their input: ``Conv1d/2d/3d`` of any groups, and ``Linear``.
+    A wrapper that ``torch.compile`` put around a module does not show in the name.
+
+    Args:
+        model: any module.
+        layers: ``"conv"``, ``"conv+linear"``, a glob or a list of globs over names
+            (``"layer[34].*"``), or a function ``(name, module) → bool``.
+        caller: how an error names the call.
+
+    Raises:
+        ValueError: if nothing matches; the message names the layers there are.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
+        >>> list(select_layers(model)), list(select_layers(model, "conv+linear"))
+        (['0'], ['0', '3'])
+    """
+    trackable = {
+        name.replace("_orig_mod.", ""): module
+        for name, module in model.named_modules()
+        if isinstance(module, _KINDS["conv+linear"])
+    }
+    if callable(layers):
+        chosen = {name: module for name, module in trackable.items() if layers(name, module)}
+    elif isinstance(layers, str) and layers in _KINDS:
+        chosen = {name: module for name, module in trackable.items() if isinstance(module, _KINDS[layers])}
+    else:
+        globs = [layers] if isinstance(layers, str) else list(layers)
+        chosen = {n: m for n, m in trackable.items() if any(fnmatchcase(n, g) for g in globs)}
+    if not chosen:
+        raise ValueError(
+            f"{caller}(layers={layers!r}): no tracked module; {_what_there_is(trackable, layers)}"
+        )
+    return chosen
+
+
+def _what_there_is(trackable: dict[str, nn.Module], layers: LayerSpec) -> str:
+    if not trackable:
+        return "the model has no Conv1d, Conv2d, Conv3d or Linear layer"
+    names = list(trackable)
+    wanted = [layers] if isinstance(layers, str) else [] if callable(layers) else list(layers)
+    near = [hit for want in wanted for hit in difflib.get_close_matches(want, [*_KINDS, *names], n=2)]
+    begin = f"expected 'conv', 'conv+linear', a glob over names or a function; names begin with {', '.join(names[:3])}"
+    return begin + (f"; did you mean {' or '.join(map(repr, near))}?" if near else "")
+
+
+def channel_count(layer: nn.Module) -> int:
+    """Output features of a tracked layer."""
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels  # type: ignore[return-value]
+
+
+def by_position(layer: nn.Module, output: Tensor, images: int, name: str) -> Tensor:
+    """A layer's output as ``[B, C, P]``: images, channels, positions; a view wherever strides allow.
+
+    Args:
+        layer: the module that made it.
+        output: ``[B, C, *spatial]`` of a convolution, ``[B, *positions, C]`` of a Linear.
+        images: B, the number of images in the batch.
+        name: the layer's name, for the error.
+
+    Raises:
+        ValueError: if the first dimension is not the batch.
+    """
+    convolution = isinstance(layer, CONVOLUTIONS)
+    if output.ndim < (3 if convolution else 2) or len(output) != images:
+        raise ValueError(
+            f"layer {name!r} gave an output of shape {tuple(output.shape)} for a batch of {images} images: "
+            f"expected {'[B, C, *spatial]' if convolution else '[B, …, C]'} with B = {images}; "
+            "leave the layer out with layers=[…]"
+        )
+    return (
+        output.flatten(2)
+        if convolution
+        else output.flatten(1, -2).transpose(1, 2)
+        if output.ndim > 2
+        else output[:, :, None]
+    )
+
+
+def image_means(output: Tensor) -> Tensor:
+    """``[B, C]`` float64 mean over all positions of a ``[B, C, P]`` output."""
+    if output.device.type != "cpu" or output.dtype == torch.float64:
+        if output.device.type == "mps":  # no float64 there
+            return output.float().mean(-1).cpu().double()
+        return output.mean(-1, dtype=torch.float64)
+    # torch would widen the whole output first; a piece at a time stays in cache and is 10 times faster.
+    means = torch.empty(output.shape[:2], dtype=torch.float64)
+    step = max(1, _CHUNK // max(1, output[0].numel()))
+    wide = torch.empty_like(output[:step], dtype=torch.float64)
+    for start in range(0, len(output), step):
+        part = output[start : start + step]
+        torch.mean(wide[: len(part)].copy_(part), -1, out=means[start : start + step])
+    return means
+
+
+def local_samples(output: Tensor, images: Tensor, positions: Tensor | None) -> Tensor:
+    """Samples of a ``[B, C, P]`` output at some positions of some images, one row each.
+
+    Args:
+        output: ``[B, C, P]``.
+        images: ``[b]``, rows of the batch, in the order wanted.
+        positions: ``[b, p]``, the positions of each, or ``None`` for all P.
+
+    Returns:
+        ``[b·p, C]``.
+    """
+    if positions is None:
+        return output[images].transpose(1, 2).flatten(0, 1)
+    return output[images[:, None], :, positions].flatten(0, 1)
+
+
+def sample_positions(indices: np.ndarray, total: int, count: int) -> Tensor | None:
+    """Which ``count`` of ``total`` positions are sampled in each image: a function of its index alone.
+
+    Each image starts at a position hashed from its index and goes on in steps of about total/φ that
+    share no factor with ``total``: its positions never repeat and lie evenly spread, and over images all
+    positions come up equally often.
+
+    Args:
+        indices: ``[B]``, the images' indices in the probe set.
+        total: P, positions that the layer has.
+        count: p, positions wanted an image.
+
+    Returns:
+        ``[B, p]``, or ``None`` where all positions are wanted.
+
+    Example:
+        >>> import numpy as np
+        >>> sample_positions(np.arange(2), 16, 4)
+        tensor([[15,  8,  1, 10],
+                [ 1, 10,  3, 12]])
+    """
+    if count >= total:
+        return None
+    start = scrambled(indices) % np.uint64(total)
+    return torch.from_numpy((start.astype(np.int64)[:, None] + _stride(total) * np.arange(count)) % total)
+
+
+@lru_cache
+def _stride(total: int) -> int:
+    golden = max(1, round(total * (math.sqrt(5) - 1) / 2))
+    return next(
+        s for k in range(total) for s in (golden + k, golden - k) if s > 0 and math.gcd(s, total) == 1
+    )
+
+
+def scrambled(indices: np.ndarray) -> np.ndarray:
+    """``indices`` hashed to uniform uint64 (the finaliser of SplitMix64), the same on every machine."""
+    with np.errstate(over="ignore"):
+        z = (indices.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))

@@ -1,0 +1,90 @@
+"""Peer reconstruction: how well a channel's same-layer peers together could stand in for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from chanaxes_pl.moments import Moments
+
+RIDGE = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class PeerReconstruction:
+    """Ridge regression of every channel on its peers, in units of standard deviations.
+
+    Attributes:
+        coefficients: ``[C, C]``, row i holds β_i, the weights of the peers that rebuild channel i; 0 on the
+            diagonal and for dead channels.
+        r2: ``[C]``, the share of a channel's variance that all its peers explain, 0 to 1; NaN for dead channels.
+        hull_size: ``[C]``, how many peers, taken by |ρ|, reach :data:`HULL_SHARE` of ``r2``; the
+            cap (10) where that many do not.
+        hull_score: ``[C]``, ``r2 / hull_size``.
+    """
+
+    coefficients: Tensor
+    r2: Tensor
+    hull_size: Tensor
+    hull_score: Tensor
+
+
+#: The share of the all-peer R² that a compact hull has to reach, and the most peers it may take.
+HULL_SHARE = 0.95
+HULL_CAP = 10
+
+
+def peer_reconstruction(local: Moments, ridge: float = RIDGE) -> PeerReconstruction:
+    """Reconstruct every channel from all its peers at once, and from the smallest sufficient few.
+
+    One Cholesky factor serves all channels: with K = (ρ + λI)⁻¹ the coefficients are
+    β_ij = −K_ij / K_ii and R²_i = 1 + λ − 1/K_ii + λ‖β_i‖².
+
+    Args:
+        local: moments of the layer's C channels over local samples.
+        ridge: λ, in units of a channel's variance, > 0.
+    """
+    live = local.live
+    rho = local.select(live).correlation
+    beta, explained = _all_peers(rho, ridge)
+    size = _hull_sizes(rho, explained, ridge)
+    coefficients = torch.zeros_like(local.scatter)
+    coefficients[torch.outer(live, live)] = beta.flatten()
+    dead = torch.full_like(local.mean, torch.nan)
+    r2, hull_size, hull_score = (
+        dead.masked_scatter(live, values) for values in (explained, size, explained / size)
+    )
+    return PeerReconstruction(coefficients, r2, hull_size, hull_score)
+
+
+def _all_peers(rho: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """``[C, C]`` coefficients and ``[C]`` R² of every channel on all its peers."""
+    identity = torch.eye(len(rho), dtype=rho.dtype, device=rho.device)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(rho + ridge * identity))
+    own = inverse.diagonal()
+    beta = (-inverse / own[:, None]).fill_diagonal_(0.0)
+    r2 = 1 + ridge - 1 / own + ridge * beta.square().sum(1)
+    return beta, r2.clamp(0.0, 1.0)
+
+
+def _hull_sizes(rho: Tensor, r2: Tensor, ridge: float) -> Tensor:
+    """``[C]``, the number of nearest peers whose own R² reaches ``HULL_SHARE`` of ``r2``."""
+    cap = min(HULL_CAP, len(rho) - 1)
+    if cap < 1:
+        return torch.full_like(r2, torch.nan)
+    nearest = rho.abs().fill_diagonal_(-1.0).topk(cap).indices
+    toward = rho.gather(1, nearest)
+    among = rho[nearest[:, :, None], nearest[:, None, :]]
+    identity = torch.eye(cap, dtype=rho.dtype, device=rho.device)
+    factor = torch.linalg.cholesky(among + ridge * identity)
+    # The first k rows of the factor are the factor of the first k peers: one factor serves all k.
+    half = torch.linalg.solve_triangular(factor, toward[:, :, None], upper=False)
+    reached = []
+    for k in range(1, cap + 1):
+        beta = torch.linalg.solve_triangular(factor[:, :k, :k].mT, half[:, :k], upper=True)
+        reached.append((half[:, :k].square() + ridge * beta.square()).sum((1, 2)))
+    enough = torch.stack(reached, 1) >= HULL_SHARE * r2[:, None]
+    enough[:, -1] = True
+    return enough.int().argmax(1).to(r2.dtype) + 1

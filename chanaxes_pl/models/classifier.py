@@ -1,0 +1,168 @@
+"""The LightningModule that trains a backbone."""
+
+import math
+from functools import partial
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from chanaxes_pl.models.backbones import build_backbone
+
+
+def cosine_factor(step: int, total: int, warmup: int = 0) -> float:
+    """The learning rate at optimiser step ``step``, as a fraction of its peak.
+
+    Rises as (step + 1) / warmup, then falls as ½(1 + cos(π·(step − warmup)/(total − warmup))) to 0 at
+    ``total`` (Loshchilov and Hutter, 2017, without restarts).
+
+    >>> [cosine_factor(step, total=6, warmup=2) for step in (0, 1, 2, 4, 6)]
+    [0.5, 1.0, 1.0, 0.5, 0.0]
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    return (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
+
+
+class Classifier(L.LightningModule):
+    """A backbone trained with cross-entropy on batches ``(images, labels)``.
+
+    Logs ``train/loss``, ``train/top1`` and, for both ``val`` and ``test``, ``loss``, ``top1`` and (with more
+    than 5 classes) ``top5``, all as means over an epoch. The defaults are the CIFAR recipe: SGD, learning
+    rate 0.1, momentum 0.9, weight decay 5e-4, cosine schedule.
+
+    Args:
+        backbone: a key of ``BACKBONES``.
+        num_classes: number of labels.
+        width: multiplier of every channel count.
+        image_size: side of the images in pixels; it picks the stem.
+        optimizer: ``"sgd"``, or ``"adamw"`` (which ignores ``momentum`` and ``nesterov``).
+        lr: the largest learning rate.
+        momentum: of SGD.
+        nesterov: whether SGD's momentum is Nesterov's.
+        weight_decay: applied to every parameter.
+        schedule: stepped once an optimiser step. ``"cosine"`` falls to 0 over the whole run; ``"one_cycle"``
+            rises over the first 30 % of the run and falls over the rest.
+        warmup_epochs: epochs, or a fraction of one, of linear warm-up before the cosine.
+        label_smoothing: in [0, 1], for the training loss only.
+        channels_last: keep maps in NHWC order: ResNet-18 trains about 1.3 times as fast on a CPU.
+
+    Raises:
+        ValueError: as :func:`build_backbone`; for an unknown optimiser or schedule; and for a warm-up that is
+            negative or asked for beside ``"one_cycle"``, which has its own.
+
+    >>> classifier = Classifier("resnet18", num_classes=10, width=0.25)
+    >>> classifier(torch.zeros(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        num_classes: int,
+        width: float = 1.0,
+        image_size: int = 32,
+        optimizer: Literal["sgd", "adamw"] = "sgd",
+        lr: float = 0.1,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        weight_decay: float = 5e-4,
+        schedule: Literal["cosine", "one_cycle"] = "cosine",
+        warmup_epochs: float = 0.0,
+        label_smoothing: float = 0.0,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        if optimizer not in ("sgd", "adamw"):
+            raise ValueError(f"unknown optimizer {optimizer!r}; expected 'sgd' or 'adamw'")
+        if schedule not in ("cosine", "one_cycle"):
+            raise ValueError(f"unknown schedule {schedule!r}; expected 'cosine' or 'one_cycle'")
+        if warmup_epochs < 0 or (warmup_epochs and schedule == "one_cycle"):
+            raise ValueError(
+                f"warmup_epochs={warmup_epochs} with schedule={schedule!r}: expected 0 or more epochs before "
+                "'cosine', and 0 for 'one_cycle', which warms up over 30 % of the run"
+            )
+        self.save_hyperparameters()
+        self.network = build_backbone(backbone, num_classes, width, image_size)
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.network.to(memory_format=self.memory_format)
+        self.train_top1 = MulticlassAccuracy(num_classes, average="micro")
+        self.val_accuracy = _accuracies(num_classes, "val/")
+        self.test_accuracy = _accuracies(num_classes, "test/")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``[batch, num_classes]`` of images ``[batch, 3, height, width]``."""
+        return self.network(images.contiguous(memory_format=self.memory_format))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """The loss of one batch ``(images, labels)``."""
+        images, labels = batch
+        logits = self(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.hparams["label_smoothing"])
+        self.train_top1.update(logits, labels)
+        self._log_epoch({"train/loss": loss, "train/top1": self.train_top1}, len(labels))
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Log the loss and the accuracies of one batch ``(images, labels)``."""
+        self._evaluate(batch, "val/loss", self.val_accuracy)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Log the loss and the accuracies of one batch ``(images, labels)``."""
+        self._evaluate(batch, "test/loss", self.test_accuracy)
+
+    def configure_optimizers(self) -> Any:
+        """The optimiser, and the schedule that is stepped with it."""
+        hparams = self.hparams
+        shared = {"lr": hparams["lr"], "weight_decay": hparams["weight_decay"]}
+        if hparams["optimizer"] == "adamw":
+            optimizer = torch.optim.AdamW(self.parameters(), **shared)
+        else:
+            momentum = {"momentum": hparams["momentum"], "nesterov": hparams["nesterov"]}
+            optimizer = torch.optim.SGD(self.parameters(), **shared, **momentum)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self._scheduler(optimizer), "interval": "step"},
+        }
+
+    def _scheduler(self, optimizer: torch.optim.Optimizer) -> LRScheduler:
+        total = self.trainer.estimated_stepping_batches
+        if math.isinf(total):
+            raise ValueError(
+                f"schedule={self.hparams['schedule']!r} needs the length of the run: "
+                "give the Trainer max_epochs or max_steps"
+            )
+        total = int(total)
+        if self.hparams["schedule"] == "one_cycle":
+            return OneCycleLR(optimizer, self.hparams["lr"], total_steps=total, cycle_momentum=False)
+        warmup = self.hparams["warmup_epochs"]
+        if warmup:  # an epoch of unknown length is no obstacle to a run without warm-up
+            batches = self.trainer.num_training_batches
+            warmup = round(warmup * math.ceil(batches / self.trainer.accumulate_grad_batches))
+        return LambdaLR(optimizer, partial(cosine_factor, total=total, warmup=warmup))
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], loss_name: str, accuracy: MetricCollection) -> None:
+        images, labels = batch
+        logits = self(images)
+        accuracy.update(logits, labels)
+        self._log_epoch({loss_name: F.cross_entropy(logits, labels), **dict(accuracy.items())}, len(labels))
+
+    def _log_epoch(self, values: dict[str, Any], batch_size: int) -> None:
+        # sync_dist averages the losses over processes; the metrics sync themselves
+        self.log_dict(
+            values, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True, batch_size=batch_size
+        )
+
+
+def _accuracies(num_classes: int, prefix: str) -> MetricCollection:
+    top = {"top1": 1, "top5": 5} if num_classes > 5 else {"top1": 1}
+    return MetricCollection(
+        {name: MulticlassAccuracy(num_classes, top_k=k, average="micro") for name, k in top.items()},
+        prefix=prefix,
+        compute_groups=False,  # a first batch without errors would merge top-1 and top-5 for good
+    )

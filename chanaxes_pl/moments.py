@@ -1,0 +1,158 @@
+"""First and second moments of a stream of samples, and the one law that merges them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, reduce
+
+import torch
+from torch import Tensor
+
+# Rows multiplied in one float32 product; the products are then summed in float64. Short enough that
+# rounding inside a product stays near 1e-7 of a variance, long enough to keep the product fast.
+_ROWS = 4096
+# From this width on, only the upper block triangle of the Gram matrix is multiplied out.
+_BLOCKED_WIDTH = 256
+_BLOCKS = 4
+# A channel whose variance is below this share of its layer's median carries nothing but rounding.
+DEAD_SHARE = 1e-12
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Count, mean and centred scatter of ``F`` variables, in float64.
+
+    Frozen: :meth:`merge` makes a new object and touches neither input. Merging is associative and
+    order-independent up to float64 rounding, and :meth:`empty` is neutral.
+
+    Attributes:
+        count: scalar, the number of samples.
+        mean: ``[F]``, in the samples' unit.
+        scatter: ``[F, F]``, the sum over samples of centred outer products, in the unit squared.
+
+    Example:
+        >>> import torch
+        >>> samples = torch.tensor([[0.0, 0.0], [1.0, 2.0], [2.0, 4.0], [3.0, 6.0]])
+        >>> halves = Moments.of(samples[:1]).merge(Moments.of(samples[1:]))
+        >>> halves.covariance
+        tensor([[1.2500, 2.5000],
+                [2.5000, 5.0000]], dtype=torch.float64)
+    """
+
+    count: Tensor
+    mean: Tensor
+    scatter: Tensor
+
+    @classmethod
+    def empty(cls, width: int, device: torch.device | str = "cpu") -> Moments:
+        """The neutral element of :meth:`merge` for ``width`` variables."""
+        zeros = torch.zeros(width + 1, width, dtype=torch.float64, device=device)
+        return cls(zeros.new_zeros(()), zeros[0], zeros[1:])
+
+    @classmethod
+    def of(cls, samples: Tensor) -> Moments:
+        """Moments of one batch.
+
+        The batch is centred on itself before anything is squared, so a mean of 1e4 costs no digits.
+        Products run in the samples' own precision, but in float32 at least and never in TF32 or autocast.
+
+        Args:
+            samples: ``[n, F]``, any floating type, n ≥ 0.
+        """
+        if len(samples) == 0:
+            return cls.empty(samples.shape[1], accumulation_device(samples.device))
+        samples = samples if samples.dtype == torch.float64 else samples.float()
+        with _true_float32(samples.device):
+            shift = samples.mean(0)
+            centred = samples - shift
+            rest = _accumulated(centred.mean(0))
+            scatter = reduce(torch.add, (_accumulated(_gram(rows)) for rows in centred.split(_ROWS)))
+        # `shift` is only as exact as the samples' type: take out what it left over.
+        scatter = torch.addr(scatter, rest, rest, alpha=-len(samples))
+        return cls(scatter.new_tensor(float(len(samples))), _accumulated(shift) + rest, scatter)
+
+    def merge(self, other: Moments) -> Moments:
+        """Moments of both sets of samples together (the parallel law of Chan, Golub and LeVeque, 1979)."""
+        count = self.count + other.count
+        share = other.count / count.clamp(min=1)
+        gap = other.mean - self.mean
+        scatter = torch.addr(self.scatter, gap, gap * (self.count * share)).add_(other.scatter)
+        return Moments(count, self.mean + gap * share, scatter)
+
+    @classmethod
+    def merge_all(cls, parts: Iterable[Moments]) -> Moments:
+        """Moments of all ``parts`` together, merged from left to right."""
+        return reduce(cls.merge, parts)
+
+    def select(self, keep: Tensor) -> Moments:
+        """Moments of the variables that ``keep`` (``[F]`` mask, or indices) names."""
+        return Moments(self.count, self.mean[keep], self.scatter[keep][:, keep])
+
+    @cached_property
+    def covariance(self) -> Tensor:
+        """``[F, F]`` population covariance (divided by n); NaN without samples."""
+        return self.scatter / self.count
+
+    @cached_property
+    def variance(self) -> Tensor:
+        """``[F]`` population variance."""
+        return self.covariance.diagonal()
+
+    @cached_property
+    def correlation(self) -> Tensor:
+        """``[F, F]`` Pearson correlation, unclipped; NaN where a variance is 0 or not finite."""
+        scale = self.variance.rsqrt()
+        return self.covariance * scale * scale[:, None]
+
+    @cached_property
+    def live(self) -> Tensor:
+        """``[F]`` mask: variance finite and above ``DEAD_SHARE`` of the finite variances' median."""
+        finite = self.variance.isfinite()
+        if not finite.any():
+            return finite
+        return finite & (self.variance > DEAD_SHARE * median(self.variance[finite]))
+
+
+def median(values: Tensor) -> Tensor:
+    """Median of ``[n]`` values, the mean of the middle two where n is even (torch's takes the lower)."""
+    ordered = values.sort().values
+    return (ordered[(len(values) - 1) // 2] + ordered[len(values) // 2]) / 2
+
+
+def accumulation_device(device: torch.device) -> torch.device:
+    """Where float64 sums for data on ``device`` are kept: the host for MPS, which has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def _accumulated(values: Tensor) -> Tensor:
+    return values.to(accumulation_device(values.device)).double()
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """``rowsᵀ rows``; wide ones as an upper block triangle and its mirror image, at 5/8 of the work."""
+    width = rows.shape[1]
+    if width < _BLOCKED_WIDTH:
+        return rows.T @ rows
+    product = rows.new_empty(width, width)
+    for block in torch.arange(width).chunk(_BLOCKS):
+        start, stop = int(block[0]), int(block[-1]) + 1
+        product[start:stop, start:] = rows[:, start:stop].T @ rows[:, start:]
+        product[stop:, start:stop] = product[start:stop, stop:].T
+    return product
+
+
+@contextmanager
+def _true_float32(device: torch.device) -> Iterator[None]:
+    """Products in full float32, whatever autocast or TF32 setting surrounds the call."""
+    cuda = torch.backends.cuda.matmul
+    tf32 = device.type == "cuda" and cuda.allow_tf32
+    if tf32:
+        cuda.allow_tf32 = False
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if tf32:
+            cuda.allow_tf32 = True

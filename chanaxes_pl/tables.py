@@ -1,0 +1,217 @@
+"""The one table: a row a channel, a column a metric; in and out of Parquet."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from chanaxes_pl.accumulators import LayerMoments
+from chanaxes_pl.gaussian import MAX_CORRELATION, Association
+from chanaxes_pl.metrics import (
+    METRICS,
+    TARGET_METRICS,
+    input_capture,
+    peer_overlap,
+    peer_reconstruction,
+    target_excess,
+    task_information,
+)
+from chanaxes_pl.moments import Moments
+
+#: What is computed of every channel on the whole probe, in nats but for the last three (shares and a count).
+COLUMNS = (*METRICS, "peer_r2", "hull_size", "hull_score")
+#: What is computed on the even and on the odd images too, as ``<name>_even`` and ``<name>_odd``.
+HALVED = (*METRICS, "peer_r2")
+HALVES = ("even", "odd")
+#: The target metrics against a target that knows nothing, as ``<name>_null``.
+NULLED = tuple(TARGET_METRICS)
+#: Which checkpoint a row belongs to.
+KEYS = ("run", "epoch", "step")
+
+
+def axes_table(
+    layers: Mapping[str, LayerMoments | None], widths: Mapping[str, int], noise: str | float = "median"
+) -> pd.DataFrame:
+    """The table of one checkpoint.
+
+    Args:
+        layers: moments by layer, ``None`` for a layer that the forward pass never reached.
+        widths: channels by layer.
+        noise: σ₀² of input capture.
+
+    Returns:
+        ``layer, channel``, :data:`COLUMNS`, ``dead`` (bool), ``at_ceiling`` (bool: a correlation of this channel
+        with a peer or with the target was clipped), the halves', the nulls', and ``reason``, which says why a
+        row holds NaN and is empty elsewhere. The half columns are NaN where the halves were not kept apart.
+    """
+    frames = [_layer_frame(name, moments, widths[name], noise) for name, moments in layers.items()]
+    return pd.concat(frames, ignore_index=True)
+
+
+def _layer_frame(name: str, moments: LayerMoments | None, width: int, noise: str | float) -> pd.DataFrame:
+    if moments is None:
+        columns = {column: np.full(width, np.nan) for column in _columns()}
+        columns |= {"dead": np.ones(width, bool), "at_ceiling": np.zeros(width, bool)}
+        columns["reason"] = np.full(width, "the forward pass did not reach this layer", object)
+    else:
+        columns = measure(moments, noise)
+    frame = pd.DataFrame({"layer": name, "channel": np.arange(width), **columns})
+    return frame[["layer", "channel", *COLUMNS, "dead", "at_ceiling", *_columns()[len(COLUMNS) :], "reason"]]
+
+
+def _columns() -> list[str]:
+    halves = [f"{column}_{half}" for column in HALVED for half in HALVES]
+    return [*COLUMNS, *halves, *(f"{column}_null" for column in NULLED)]
+
+
+def measure(moments: LayerMoments, noise: str | float = "median") -> dict[str, np.ndarray]:
+    """Every column of one layer, ``[C]`` each, from its moments."""
+    local, joint = Moments.merge_all(moments.local), Moments.merge_all(moments.joint)
+    live = _live(local, joint)
+    channels, association = local.select(live), _association(joint, live, moments.targets)
+    null = _association(joint, live, moments.targets, null=True)
+    values = _metrics(channels, association, noise)
+    values |= {f"{name}_null": metric(null) for name, metric in TARGET_METRICS.items()}
+    columns = dict.fromkeys(_columns(), np.full(moments.channels, np.nan)) | _spread(values, live)
+    if len(moments.local) == len(HALVES):
+        for half, *part in zip(HALVES, moments.local, moments.joint, strict=True):
+            columns |= _half(*part, live, moments.targets, noise, half)
+    return columns | {
+        "dead": ~live.cpu().numpy(),
+        "at_ceiling": _spread({"clipped": _clipped(channels, association)}, live)["clipped"] > 0,
+        "reason": _reasons(local, joint, live),
+    }
+
+
+def _live(local: Moments, joint: Moments) -> Tensor:
+    return local.live & joint.live[: len(local.mean)]
+
+
+def _association(joint: Moments, live: Tensor, targets: int, null: bool = False) -> Association:
+    """Of the live channels with the target, or with the null target that stands behind it."""
+    first = len(live) + (targets if null else 0)
+    behind = torch.arange(first, first + targets, device=live.device)
+    return Association.of(joint.select(torch.cat([live.nonzero()[:, 0], behind])), int(live.sum()))
+
+
+def _metrics(local: Moments, association: Association, noise: str | float) -> dict[str, Tensor]:
+    peers = peer_reconstruction(local)
+    return {
+        "input_capture": input_capture(local, noise),
+        "peer_overlap": peer_overlap(local),
+        "task_information": task_information(association),
+        "target_excess": target_excess(association),
+        "peer_r2": peers.r2,
+        "hull_size": peers.hull_size,
+        "hull_score": peers.hull_score,
+    }
+
+
+def _half(
+    local: Moments, joint: Moments, live: Tensor, targets: int, noise: str | float, half: str
+) -> dict[str, np.ndarray]:
+    live = live & _live(local, joint)
+    values = _metrics(local.select(live), _association(joint, live, targets), noise)
+    return _spread({f"{name}_{half}": values[name] for name in HALVED}, live)
+
+
+def _spread(values: dict[str, Tensor], live: Tensor) -> dict[str, np.ndarray]:
+    """``[C]`` columns from those of the live channels, NaN for the others."""
+    mask = live.cpu().numpy()
+    columns = {}
+    for name, column in values.items():
+        columns[name] = np.full(len(mask), np.nan)
+        columns[name][mask] = column.double().cpu().numpy()
+    return columns
+
+
+def _clipped(local: Moments, association: Association) -> Tensor:
+    """``[C]`` mask: some correlation of this channel is above what a logarithm takes."""
+    limit = MAX_CORRELATION**2
+    peers = [
+        matrix.square().fill_diagonal_(0.0).amax(1) for matrix in (local.correlation, association.correlation)
+    ]
+    return torch.stack([*peers, association.explained.diagonal()]).amax(0) >= limit
+
+
+def _reasons(local: Moments, joint: Moments, live: Tensor) -> np.ndarray:
+    """``[C]``, why a channel's row holds NaN; empty where it does not."""
+    channels = len(live)
+    finite = (local.variance.isfinite() & joint.variance[:channels].isfinite()).cpu().numpy()
+    reasons = np.where(
+        live.cpu().numpy(), "", np.where(finite, "dead: its output does not vary", "output not finite")
+    )
+    spread = joint.variance[channels:]
+    if not spread.isfinite().all():
+        reasons = np.where(reasons == "", "target not finite", reasons)
+    elif not (spread > 0).any():
+        reasons = np.where(reasons == "", "target does not vary", reasons)
+    return reasons.astype(object)
+
+
+def write_parquet(table: pd.DataFrame, path: Path) -> None:
+    """Write a table so that ``path`` holds it whole or does not change, also when the process dies.
+
+    Raises:
+        OSError: if the folder cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        table.to_parquet(draft, index=False)
+        with draft.open("rb") as file:
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def read_parquet(path: Path) -> pd.DataFrame:
+    """Read one table back.
+
+    Raises:
+        ValueError: if the file is not a whole table of this schema.
+    """
+    try:
+        table = pd.read_parquet(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ValueError(
+            f"{path}: not a whole Parquet file ({error}); it was cut off or is none of ours"
+        ) from error
+    missing = [column for column in ("layer", "channel", *COLUMNS) if column not in table]
+    if missing:
+        raise ValueError(
+            f"{path}: a Parquet file without the columns {', '.join(missing)}: not a table of channels"
+        )
+    return table
+
+
+def read_run(folder: str | Path) -> pd.DataFrame:
+    """All checkpoints of a run as one table, in order of ``step``.
+
+    Args:
+        folder: where a tracker wrote, ``<run folder>/axis`` or whatever its ``name``.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint in it.
+        ValueError: if one of its files is cut off.
+    """
+    paths = sorted(Path(folder).glob("step-*.parquet"))
+    if not paths:
+        raise FileNotFoundError(
+            f"{Path(folder).absolute()} holds no step-*.parquet: expected the folder that AxisTracker writes, "
+            "<run folder>/<name of the tracker>"
+        )
+    return pd.concat([read_parquet(path) for path in paths], ignore_index=True)
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where a tracker keeps the table of one step."""
+    return folder / f"step-{step:09d}.parquet"

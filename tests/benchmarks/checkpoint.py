@@ -1,0 +1,151 @@
+"""What a tracker checkpoint costs beside a bare forward pass, in time and in memory.
+
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.checkpoint [MODEL ...] [--device cuda] [--precision bf16]
+
+Bare and tracked batches run in turn in one process. Time ratios are for a whole checkpoint of 5,000
+images: 40 batches at the median of the measured ones, plus the median of the final computation (metrics,
+reliabilities, null, correlations). Memory is the peak of one process each, tracked less bare.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+
+from chanaxes_pl.accumulators import Recorder
+from chanaxes_pl.correlations import axis_correlations
+from chanaxes_pl.layers import channel_count, select_layers
+from chanaxes_pl.models import build_backbone
+from chanaxes_pl.probe import observed
+from chanaxes_pl.scalars import checkpoint_scalars
+from chanaxes_pl.tables import axes_table
+from chanaxes_pl.targets import TARGETS
+
+IMAGES, BATCH = 5000, 125
+#: name: backbone, width, image size, budget of the time ratio
+MODELS = {
+    "ResNet-18": ("resnet18", 1.0, 32, 1.10),
+    "ResNet-18, quarter width": ("resnet18", 0.25, 32, 1.25),
+    "VGG-16": ("vgg16_bn", 1.0, 32, 1.25),
+    "MobileNetV2": ("mobilenet_v2", 1.0, 32, 1.25),
+    "ConvNeXt-T": ("convnext_tiny", 1.0, 64, 1.25),
+}
+
+
+class Bench:
+    """One model with one batch of its probe."""
+
+    def __init__(self, name: str, device: str, precision: str, compiled: bool, channels_last: bool) -> None:
+        backbone, width, size, self.budget = MODELS[name]
+        torch.manual_seed(0)
+        self.model = build_backbone(backbone, 100, width, size).to(device).eval()
+        self.images = torch.randn(BATCH, 3, size, size, device=device)
+        if channels_last:
+            self.model = self.model.to(memory_format=torch.channels_last)
+            self.images = self.images.to(memory_format=torch.channels_last)
+        self.labels = torch.arange(BATCH, device=device) % 100
+        self.layers = select_layers(self.model)
+        self.recorder = Recorder(self.layers, TARGETS["logit_margin"])
+        self.forward = torch.compile(self.model) if compiled else self.model
+        self.device = device
+        self.context: Callable[[], Any] = (
+            nullcontext if precision == "float32" else lambda: torch.autocast(device, torch.bfloat16)
+        )
+
+    def bare(self, number: int) -> None:
+        with torch.no_grad(), self.context():
+            self.forward(self.images)
+
+    def tracked(self, number: int) -> None:
+        def forward() -> tuple[torch.Tensor, torch.Tensor]:
+            with self.context():
+                return self.model(self.images), self.labels
+
+        with observed(self.model), self.recorder.attached():
+            self.recorder.record(np.arange(number * BATCH, (number + 1) * BATCH), forward)
+
+    def final(self, number: int) -> None:
+        table = axes_table(self.recorder.moments(), {n: channel_count(m) for n, m in self.layers.items()})
+        checkpoint_scalars(table, axis_correlations(table))
+        for metrics in (self.recorder._local, self.recorder._joint):
+            for metric in (m for pair in metrics.values() for m in pair):
+                metric._computed = None  # a second look must compute again
+
+    def seconds(self, part: Callable[[int], None], number: int) -> float:
+        self._wait()
+        begin = time.perf_counter()
+        part(number)
+        self._wait()
+        return time.perf_counter() - begin
+
+    def _wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def time_ratio(bench: Bench, repeats: int) -> tuple[float, float, float, float, float, float]:
+    """Ratio, its smallest and largest over the measured pairs, and seconds: bare pass, tracked pass, final."""
+    for part in (bench.bare, bench.tracked):
+        part(0)
+    pairs = [(bench.seconds(bench.bare, k), bench.seconds(bench.tracked, k)) for k in range(1, repeats + 1)]
+    final = statistics.median(bench.seconds(bench.final, 0) for _ in range(3))
+    batches = IMAGES // BATCH
+    bare, tracked = (batches * statistics.median(times) for times in zip(*pairs, strict=True))
+    each = [(t + final / batches) / b for b, t in pairs]
+    return (tracked + final) / bare, min(each), max(each), bare, tracked, final
+
+
+def peak_megabytes(name: str, tracked: bool, batches: int) -> float:
+    """Peak resident memory of a process that makes one pass."""
+    call = [sys.executable, "-m", __spec__.name, name, "--peak", "tracked" if tracked else "bare", str(batches)]
+    return float(subprocess.run(call, check=True, capture_output=True, text=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", choices=[[], *MODELS], default=[], metavar="MODEL")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=["float32", "bf16"], default="float32")
+    parser.add_argument("--compiled", action="store_true", help="compile the bare pass")
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    options = (args.device, args.precision, args.compiled, args.channels_last)
+    if args.peak:
+        bench = Bench(args.models[0], *options)
+        for number in range(int(args.peak[1])):
+            (bench.tracked if args.peak[0] == "tracked" else bench.bare)(number)
+        if args.peak[0] == "tracked":
+            bench.final(0)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        return
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {args.device}, {args.precision}")
+    print(f"{'model':26} {'ratio':>6} {'(min–max)':>12} {'budget':>7} {'bare':>8} {'tracked':>8} {'final':>6}  [s]")
+    for name in args.models or MODELS:
+        bench = Bench(name, *options)
+        ratio, low, high, bare, tracked, final = time_ratio(bench, args.repeats)
+        spread = f"({low:.2f}–{high:.2f})"
+        print(
+            f"{name:26} {ratio:6.3f} {spread:>12} {bench.budget:7.2f} {bare:8.1f} {tracked:8.1f} {final:6.2f}",
+            flush=True,
+        )
+    if not args.no_memory and args.device == "cpu":
+        for batches in (2, 8):
+            added = peak_megabytes("ResNet-18", True, batches) - peak_megabytes("ResNet-18", False, batches)
+            print(f"memory added, ResNet-18, probe of {batches * BATCH:5} images: {added:.0f} MB (budget 150)", flush=True)
+
+
+if __name__ == "__main__":
+    main()
