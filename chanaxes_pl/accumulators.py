@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from chanaxes_pl.layers import (
+    affine,
     by_position,
     channel_count,
     image_means,
     local_samples,
     sample_positions,
     scrambled,
+    widens_pointwise,
 )
 from chanaxes_pl.moments import Moments, accumulation_device
 from chanaxes_pl.targets import task_variable
@@ -42,8 +44,7 @@ class MomentsMetric(Metric):
 
     def update(self, samples: Tensor) -> None:
         """Merge in a batch of samples."""
-        merged = Moments(self.count, self.mean, self.scatter).merge(Moments.of(samples))
-        self.count, self.mean, self.scatter = merged.count, merged.mean, merged.scatter
+        Moments(self.count, self.mean, self.scatter).merge_(Moments.of(samples))
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:
         """Count, mean and scatter over all processes."""
@@ -85,6 +86,35 @@ class LayerMoments:
         return (len(self.joint[0].mean) - self.channels) // 2
 
 
+class _Parts:
+    """Moments of the same variables over each part of the probe.
+
+    Rows wait until there are as many as variables: merging costs a pass over a square matrix, however few come.
+    """
+
+    def __init__(self, parts: int, width: int, device: torch.device) -> None:
+        self._metrics = [MomentsMetric(width).to(device) for _ in range(parts)]
+        self._waiting: list[list[Tensor]] = [[] for _ in range(parts)]
+        self._width = width
+
+    def update(self, rows: Iterable[Tensor]) -> None:
+        for metric, waiting, new in zip(self._metrics, self._waiting, rows, strict=True):
+            waiting.append(new)
+            if sum(map(len, waiting)) >= self._width:
+                self._flush(metric, waiting)
+
+    def moments(self) -> tuple[Moments, ...]:
+        for metric, waiting in zip(self._metrics, self._waiting, strict=True):
+            self._flush(metric, waiting)
+        return tuple(metric.moments for metric in self._metrics)
+
+    @staticmethod
+    def _flush(metric: MomentsMetric, waiting: list[Tensor]) -> None:
+        if waiting:
+            metric.update(torch.cat(waiting))
+            waiting.clear()
+
+
 class Recorder:
     """Collects every tracked layer's moments while a model runs over the probe.
 
@@ -107,19 +137,15 @@ class Recorder:
         self._target = target
         self._positions = positions
         self._parts = 2 if halves else 1
-        self._local: dict[str, list[MomentsMetric]] = {}
-        self._joint: dict[str, list[MomentsMetric]] = {}
-        self._means: dict[str, Tensor] = {}
-        self._indices = np.arange(0)
-        self._parts_of_batch: list[Tensor] = []
-        self._places: dict[int, Tensor | None] = {}
+        self._local: dict[str, _Parts] = {}
+        self._joint: dict[str, _Parts] = {}
+        self._maps: dict[str, tuple[Tensor, Tensor]] = {}
+        self._batch = _Batch(np.arange(0), self._parts)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Listen to the layers' outputs."""
-        handles = [
-            layer.register_forward_hook(partial(self._listen, name)) for name, layer in self.layers.items()
-        ]
+        handles = [layer.register_forward_hook(partial(self._listen, name)) for name, layer in self.layers.items()]
         try:
             yield
         finally:
@@ -132,63 +158,76 @@ class Recorder:
         Raises:
             ValueError: if a layer ran twice, or logits, labels and target do not fit each other.
         """
-        self._indices, self._places = indices, {}
-        self._parts_of_batch = [torch.from_numpy(np.flatnonzero(indices % self._parts == k)) for k in range(self._parts)]
-        self._means.clear()
+        self._batch = batch = _Batch(indices, self._parts)
         logits, labels = forward()
         values = task_variable(self._target, logits, labels)
         if len(values) != len(indices):
             raise ValueError(f"the probe step gave {len(values)} labels for a batch of {len(indices)} images")
         null = torch.from_numpy(_null_target(indices, values.shape[1])).to(values.device)
-        parts = [part.to(values.device) for part in self._parts_of_batch]
-        for name, means in self._means.items():
+        for name, means in batch.means.items():
             rows = torch.cat([means, values, null], 1)
-            metrics = self._metrics(self._joint, name, rows.shape[1], rows.device)
-            for metric, part in zip(metrics, parts, strict=True):
-                metric.update(rows[part])
+            if name not in self._joint:
+                self._joint[name] = _Parts(self._parts, rows.shape[1], rows.device)
+            self._joint[name].update(rows[part] for part in batch.parts(rows.device))
         self.images += len(indices)
 
     def moments(self) -> dict[str, LayerMoments | None]:
         """The result by layer, ``None`` where the forward pass never reached it; a collective call."""
-        return {
-            name: LayerMoments(
-                channel_count(layer),
-                tuple(metric.moments for metric in self._local[name]),
-                tuple(metric.moments for metric in self._joint[name]),
-            )
-            if name in self._joint
-            else None
-            for name, layer in self.layers.items()
-        }
+        return {name: self._layer_moments(name) if name in self._joint else None for name in self.layers}
 
-    def _listen(self, name: str, layer: nn.Module, _inputs: object, output: Tensor) -> None:
-        if name in self._means:
+    def _layer_moments(self, name: str) -> LayerMoments:
+        local, joint = self._local[name].moments(), self._joint[name].moments()
+        channels = channel_count(self.layers[name])
+        if name in self._maps:
+            weight, bias = self._maps[name]
+            local = tuple(part.mapped(weight, bias) for part in local)
+            extra = len(joint[0].mean) - weight.shape[1]
+            weight = torch.block_diag(weight, torch.eye(extra).to(weight))
+            joint = tuple(part.mapped(weight, torch.cat([bias, bias.new_zeros(extra)])) for part in joint)
+        return LayerMoments(channels, local, joint)
+
+    def _listen(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        batch = self._batch
+        if name in batch.means:
             raise ValueError(
                 f"layer {name!r} ran twice in one forward pass: a channel would have two outputs an image; "
                 "leave the layer out with layers=[…]"
             )
-        output = by_position(layer, output, len(self._indices), name)
-        self._means[name] = image_means(output)
-        metrics = self._metrics(self._local, name, output.shape[1], accumulation_device(output.device))
-        places = self._positions_of(output.shape[2], output.device)
-        for metric, part in zip(metrics, self._parts_of_batch, strict=True):
-            rows = part.to(output.device)
-            metric.update(local_samples(output, rows, None if places is None else places[rows]))
-
-    def _metrics(
-        self, kind: dict[str, list[MomentsMetric]], name: str, width: int, device: torch.device
-    ) -> list[MomentsMetric]:
-        """A layer's accumulators, one a part of the probe, made on first use."""
-        if name not in kind:
-            kind[name] = [MomentsMetric(width).to(device) for _ in range(self._parts)]
-        return kind[name]
+        seen = by_position(layer, output, len(batch.indices), name)
+        # In lower precision an output is not quite the affine map of its input: then it is looked at itself.
+        if widens_pointwise(layer) and output.dtype == inputs[0].dtype in (torch.float32, torch.float64):
+            seen = by_position(layer, inputs[0], len(batch.indices), name)
+            self._maps[name] = affine(layer)
+        batch.means[name] = image_means(seen)
+        if name not in self._local:
+            self._local[name] = _Parts(self._parts, seen.shape[1], accumulation_device(seen.device))
+        places = self._positions_of(seen.shape[2], seen.device)
+        self._local[name].update(
+            local_samples(seen, part, None if places is None else places[part]) for part in batch.parts(seen.device)
+        )
 
     def _positions_of(self, total: int, device: torch.device) -> Tensor | None:
-        if total not in self._places:
+        places = self._batch.places
+        if total not in places:
             count = total if self._positions == "all" else int(self._positions)
-            places = sample_positions(self._indices, total, count)
-            self._places[total] = None if places is None else places.to(device)
-        return self._places[total]
+            chosen = sample_positions(self._batch.indices, total, count)
+            places[total] = None if chosen is None else chosen.to(device)
+        return places[total]
+
+
+class _Batch:
+    """What the layers of one batch share: its images, its parts, positions by map size, image means by layer."""
+
+    def __init__(self, indices: np.ndarray, parts: int) -> None:
+        self.indices = indices
+        self.places: dict[int, Tensor | None] = {}
+        self.means: dict[str, Tensor] = {}
+        self._parts = [torch.from_numpy(np.flatnonzero(indices % parts == k)) for k in range(parts)]
+
+    def parts(self, device: torch.device) -> list[Tensor]:
+        """Rows of the batch in each part of the probe."""
+        self._parts = [part.to(device) for part in self._parts]
+        return self._parts
 
 
 def _null_target(indices: np.ndarray, width: int) -> np.ndarray:
@@ -198,8 +237,6 @@ def _null_target(indices: np.ndarray, width: int) -> np.ndarray:
     (mean 0, variance 1/(N − 1) either way), but it needs neither the whole probe at once nor one process.
     """
     numbers = scrambled(
-        np.uint64(2**32)
-        + indices[:, None].astype(np.uint64) * np.uint64(width)
-        + np.arange(width, dtype=np.uint64)
+        np.uint64(2**32) + indices[:, None].astype(np.uint64) * np.uint64(width) + np.arange(width, dtype=np.uint64)
     )
     return ndtri((numbers >> np.uint64(11)).astype(np.float64) * 2.0**-53 + 2.0**-54)

@@ -44,13 +44,9 @@ class Settings:
     def __post_init__(self) -> None:
         whole = isinstance(self.positions, int) and self.positions > 0
         if not whole and self.positions != "all":
-            raise ValueError(
-                f"{self.caller}(positions={self.positions!r}): expected a whole number above 0, or 'all'"
-            )
+            raise ValueError(f"{self.caller}(positions={self.positions!r}): expected a whole number above 0, or 'all'")
         if self.probe_size < MIN_IMAGES:
-            raise ValueError(
-                f"{self.caller}(probe_size={self.probe_size}): expected at least {MIN_IMAGES} images"
-            )
+            raise ValueError(f"{self.caller}(probe_size={self.probe_size}): expected at least {MIN_IMAGES} images")
         target_function(self.target, self.caller)
         try:
             check_noise(self.noise)

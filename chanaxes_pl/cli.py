@@ -12,15 +12,15 @@ TRAINER_VERBS = {
 }
 
 
-class _Verb(NamedTuple):
+class Verb(NamedTuple):
+    """A verb that needs no Trainer."""
+
     target: str  # module:function; the function's parameters are the verb's flags
     summary: str
 
 
 VERBS = {
-    "demo": _Verb(
-        "chanaxes_pl.demo:demo", "train on scikit-learn's digits for a few epochs and plot the axes"
-    ),
+    "demo": Verb("chanaxes_pl.demo:demo", "train on scikit-learn's digits for a few epochs and plot the axes"),
 }
 
 
@@ -54,6 +54,4 @@ def _summaries() -> dict[str, str]:
 
 def _overview() -> str:
     lines = [f"  {name:<10}{summary}" for name, summary in _summaries().items()]
-    return "\n".join(
-        ["usage: chanaxes VERB [flags]", "", *lines, "", "chanaxes VERB --help lists its flags."]
-    )
+    return "\n".join(["usage: chanaxes VERB [flags]", "", *lines, "", "chanaxes VERB --help lists its flags."])

@@ -162,9 +162,7 @@ def coordinates(frame: pd.DataFrame) -> dict[str, np.ndarray]:
     for axis, metrics in AXES.items():
         for half in ("", *(f"_{half}" for half in HALVES)):
             values[axis + half] = np.mean([_z_scores(values[metric + half]) for metric in metrics], 0)
-    values["target_axis_null"] = np.mean(
-        [_z_scores(values[f"{metric}_null"]) for metric in TARGET_METRICS], 0
-    )
+    values["target_axis_null"] = np.mean([_z_scores(values[f"{metric}_null"]) for metric in TARGET_METRICS], 0)
     return values
 
 
@@ -207,9 +205,7 @@ def _why_undefined(local: np.ndarray, target: np.ndarray) -> str:
 def _network_rows(layers: pd.DataFrame, draws: np.ndarray) -> pd.DataFrame:
     """Means over layers; ``draws [layers, pairs, resamples]`` give the interval of the mean."""
     measured = ["rho", "null", "reliability_local", "reliability_target", "disattenuated"]
-    network = layers.groupby(["local", "target"], sort=False).agg(
-        {**dict.fromkeys(measured, "mean"), "n": "sum"}
-    )
+    network = layers.groupby(["local", "target"], sort=False).agg({**dict.fromkeys(measured, "mean"), "n": "sum"})
     has_rho = layers.groupby(["local", "target"], sort=False)["rho"].count() > 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a mean over layers none of which has a value is NaN

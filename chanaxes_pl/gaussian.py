@@ -30,7 +30,7 @@ def information(squared_correlation: Tensor) -> Tensor:
         >>> information(torch.tensor([0.0, 0.75, 1.0]))
         tensor([0.0000, 0.6931, 3.1074])
     """
-    return -0.5 * torch.log1p(-squared_correlation.clamp(0.0, MAX_CORRELATION**2))
+    return squared_correlation.clamp(0.0, MAX_CORRELATION**2).neg_().log1p_().mul_(-0.5)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,13 +47,19 @@ class Association:
     explained: Tensor
 
     @classmethod
-    def of(cls, joint: Moments, channels: int) -> Association:
-        """From the moments of ``[y₁ … y_C, t₁ … t_D]``; a target that never varies gives NaN."""
-        correlation = joint.correlation[:channels, :channels]
+    def of(cls, joint: Moments, channels: int, targets: slice) -> Association:
+        """From the moments of ``[y₁ … y_C, …, t₁ … t_D, …]``; a target that never varies gives NaN.
+
+        Args:
+            joint: moments of channels and targets over image samples.
+            channels: C, how many variables, from the first on, are channels.
+            targets: which variables are the target.
+        """
         covariance = joint.covariance
         scale = joint.variance[:channels].rsqrt()
-        cross = covariance[:channels, channels:] * scale[:, None]
-        return cls(correlation, cross @ _pseudo_inverse(covariance[channels:, channels:]) @ cross.T)
+        cross = covariance[:channels, targets] * scale[:, None]
+        explained = cross @ _pseudo_inverse(covariance[targets, targets]) @ cross.T
+        return cls(joint.correlation[:channels, :channels], explained)
 
     @property
     def single(self) -> Tensor:
@@ -70,8 +76,8 @@ class Association:
         """
         q = self.correlation.clamp(-MAX_CORRELATION, MAX_CORRELATION)
         own = 1 - self.explained.diagonal()
-        left = own[:, None] * own - (q - self.explained).square()
-        return information(1 - left / (1 - q.square()))
+        left = torch.outer(own, own).sub_((q - self.explained).square_())
+        return information(left.div_(q.square_().neg_().add_(1)).neg_().add_(1))
 
 
 def _pseudo_inverse(covariance: Tensor) -> Tensor:

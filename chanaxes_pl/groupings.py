@@ -38,9 +38,7 @@ def groupings(table: pd.DataFrame, seed: int = 0, starts: int = 10) -> pd.DataFr
                     "layer": layer,
                     "ari": _rand_index(labels["local_axis", ""], labels["target_axis", ""]),
                     "ceiling_local": _rand_index(labels["local_axis", "_even"], labels["local_axis", "_odd"]),
-                    "ceiling_target": _rand_index(
-                        labels["target_axis", "_even"], labels["target_axis", "_odd"]
-                    ),
+                    "ceiling_target": _rand_index(labels["target_axis", "_even"], labels["target_axis", "_odd"]),
                     "n": len(values["input_capture"]),
                 }
             )
@@ -53,9 +51,7 @@ def _clusters(values: np.ndarray, seed: int, starts: int) -> np.ndarray | None:
         return None
     points = (values - values.mean(0)) / np.where(values.std(0) > 0, values.std(0), 1.0)
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", ConvergenceWarning
-        )  # fewer distinct points than groups: some stay empty
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct points than groups: some stay empty
         return KMeans(GROUPS, n_init=starts, random_state=seed).fit(points).labels_
 
 

@@ -50,9 +50,7 @@ class History:
             try:
                 write_parquet(keyed, path)
             except OSError as error:
-                warnings.warn(
-                    f"the table of step {step} is lost, training goes on: {path}: {error}", stacklevel=2
-                )
+                warnings.warn(f"the table of step {step} is lost, training goes on: {path}: {error}", stacklevel=2)
         return keyed
 
     def open(self, root: Path, name: str, run: str) -> None:

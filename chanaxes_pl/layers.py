@@ -21,9 +21,7 @@ LayerSpec = str | Sequence[str] | Callable[[str, nn.Module], bool]
 _CHUNK = 1 << 18
 
 
-def select_layers(
-    model: nn.Module, layers: LayerSpec = "conv", caller: str = "select_layers"
-) -> dict[str, nn.Module]:
+def select_layers(model: nn.Module, layers: LayerSpec = "conv", caller: str = "select_layers") -> dict[str, nn.Module]:
     """The tracked modules of a model, by their own names in it.
 
     Trackable are modules that are affine in their input: ``Conv1d/2d/3d`` of any groups, and ``Linear``.
@@ -57,9 +55,7 @@ def select_layers(
         globs = [layers] if isinstance(layers, str) else list(layers)
         chosen = {n: m for n, m in trackable.items() if any(fnmatchcase(n, g) for g in globs)}
     if not chosen:
-        raise ValueError(
-            f"{caller}(layers={layers!r}): no tracked module; {_what_there_is(trackable, layers)}"
-        )
+        raise ValueError(f"{caller}(layers={layers!r}): no tracked module; {_what_there_is(trackable, layers)}")
     return chosen
 
 
@@ -78,12 +74,12 @@ def channel_count(layer: nn.Module) -> int:
     return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels  # type: ignore[return-value]
 
 
-def by_position(layer: nn.Module, output: Tensor, images: int, name: str) -> Tensor:
-    """A layer's output as ``[B, C, P]``: images, channels, positions; a view wherever strides allow.
+def by_position(layer: nn.Module, tensor: Tensor, images: int, name: str) -> Tensor:
+    """A layer's output (or input) as ``[B, C, P]``: images, channels, positions; a view wherever strides allow.
 
     Args:
-        layer: the module that made it.
-        output: ``[B, C, *spatial]`` of a convolution, ``[B, *positions, C]`` of a Linear.
+        layer: the module it belongs to.
+        tensor: ``[B, C, *spatial]`` of a convolution, ``[B, *positions, C]`` of a Linear.
         images: B, the number of images in the batch.
         name: the layer's name, for the error.
 
@@ -91,19 +87,38 @@ def by_position(layer: nn.Module, output: Tensor, images: int, name: str) -> Ten
         ValueError: if the first dimension is not the batch.
     """
     convolution = isinstance(layer, CONVOLUTIONS)
-    if output.ndim < (3 if convolution else 2) or len(output) != images:
+    if tensor.ndim < (3 if convolution else 2) or len(tensor) != images:
         raise ValueError(
-            f"layer {name!r} gave an output of shape {tuple(output.shape)} for a batch of {images} images: "
+            f"layer {name!r} gave an output of shape {tuple(tensor.shape)} for a batch of {images} images: "
             f"expected {'[B, C, *spatial]' if convolution else '[B, …, C]'} with B = {images}; "
             "leave the layer out with layers=[…]"
         )
+    if convolution:
+        return tensor.flatten(2)
+    return tensor[:, :, None] if tensor.ndim == 2 else tensor.flatten(1, -2).transpose(1, 2)
+
+
+def widens_pointwise(layer: nn.Module) -> bool:
+    """Whether a layer maps each position's input by one matrix to more channels than it has inputs.
+
+    The moments of such an output follow exactly from those of the narrower input, at a fraction of the work.
+    """
+    if isinstance(layer, nn.Linear):
+        return layer.in_features < layer.out_features
     return (
-        output.flatten(2)
-        if convolution
-        else output.flatten(1, -2).transpose(1, 2)
-        if output.ndim > 2
-        else output[:, :, None]
+        isinstance(layer, CONVOLUTIONS)
+        and layer.in_channels < layer.out_channels
+        and layer.groups == 1
+        and set(layer.kernel_size) == {1} == set(layer.stride)
+        and set(layer.padding) == {0}
     )
+
+
+def affine(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight ``[C, F]`` and bias ``[C]`` of a layer for which :func:`widens_pointwise` holds."""
+    weight = layer.weight.detach().flatten(1)  # type: ignore[operator]
+    bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach()  # type: ignore[operator]
+    return weight, bias
 
 
 def image_means(output: Tensor) -> Tensor:
@@ -168,9 +183,7 @@ def sample_positions(indices: np.ndarray, total: int, count: int) -> Tensor | No
 @lru_cache
 def _stride(total: int) -> int:
     golden = max(1, round(total * (math.sqrt(5) - 1) / 2))
-    return next(
-        s for k in range(total) for s in (golden + k, golden - k) if s > 0 and math.gcd(s, total) == 1
-    )
+    return next(s for k in range(total) for s in (golden + k, golden - k) if s > 0 and math.gcd(s, total) == 1)
 
 
 def scrambled(indices: np.ndarray) -> np.ndarray:

@@ -24,8 +24,8 @@ DEAD_SHARE = 1e-12
 class Moments:
     """Count, mean and centred scatter of ``F`` variables, in float64.
 
-    Frozen: :meth:`merge` makes a new object and touches neither input. Merging is associative and
-    order-independent up to float64 rounding, and :meth:`empty` is neutral.
+    :meth:`merge` makes a new object and touches neither input. Merging is associative and order-independent up to
+    float64 rounding, and :meth:`empty` is neutral.
 
     Attributes:
         count: scalar, the number of samples.
@@ -67,27 +67,48 @@ class Moments:
         with _true_float32(samples.device):
             shift = samples.mean(0)
             centred = samples - shift
-            rest = _accumulated(centred.mean(0))
+            # A large mean leaves its rounding behind: centre once more, on what is then small.
+            rest = centred.mean(0)
+            centred -= rest
             scatter = reduce(torch.add, (_accumulated(_gram(rows)) for rows in centred.split(_ROWS)))
-        # `shift` is only as exact as the samples' type: take out what it left over.
-        scatter = torch.addr(scatter, rest, rest, alpha=-len(samples))
-        return cls(scatter.new_tensor(float(len(samples))), _accumulated(shift) + rest, scatter)
+        return cls(scatter.new_tensor(float(len(samples))), _accumulated(shift) + _accumulated(rest), scatter)
 
     def merge(self, other: Moments) -> Moments:
-        """Moments of both sets of samples together (the parallel law of Chan, Golub and LeVeque, 1979)."""
-        count = self.count + other.count
-        share = other.count / count.clamp(min=1)
+        """Moments of both sets of samples together; neither is changed."""
+        return Moments(self.count.clone(), self.mean.clone(), self.scatter.clone()).merge_(other)
+
+    def merge_(self, other: Moments) -> Moments:
+        """:meth:`merge` into the tensors of ``self``, for an accumulator that owns them.
+
+        The parallel law of Chan, Golub and LeVeque (1979).
+        """
+        share = other.count / (self.count + other.count).clamp(min=1)
         gap = other.mean - self.mean
-        scatter = torch.addr(self.scatter, gap, gap * (self.count * share)).add_(other.scatter)
-        return Moments(count, self.mean + gap * share, scatter)
+        self.scatter.addr_(gap, gap * (self.count * share)).add_(other.scatter)
+        self.mean.add_(gap * share)
+        self.count.add_(other.count)
+        return self
+
+    def mapped(self, weight: Tensor, bias: Tensor) -> Moments:
+        """Moments of the variables ``weight @ x + bias``.
+
+        Args:
+            weight: ``[G, F]``.
+            bias: ``[G]``.
+        """
+        weight = weight.to(self.mean)
+        return Moments(self.count, weight @ self.mean + bias.to(self.mean), weight @ self.scatter @ weight.T)
 
     @classmethod
     def merge_all(cls, parts: Iterable[Moments]) -> Moments:
         """Moments of all ``parts`` together, merged from left to right."""
-        return reduce(cls.merge, parts)
+        first, *others = parts
+        return reduce(cls.merge_, others, first.merge(cls.empty(len(first.mean), first.mean.device)))
 
     def select(self, keep: Tensor) -> Moments:
         """Moments of the variables that ``keep`` (``[F]`` mask, or indices) names."""
+        if keep.dtype == torch.bool and keep.all():
+            return self
         return Moments(self.count, self.mean[keep], self.scatter[keep][:, keep])
 
     @cached_property
@@ -104,7 +125,7 @@ class Moments:
     def correlation(self) -> Tensor:
         """``[F, F]`` Pearson correlation, unclipped; NaN where a variance is 0 or not finite."""
         scale = self.variance.rsqrt()
-        return self.covariance * scale * scale[:, None]
+        return (self.covariance * scale).mul_(scale[:, None])
 
     @cached_property
     def live(self) -> Tensor:

@@ -79,9 +79,7 @@ class Probe:
 
     def __init__(self, source: Dataset | DataLoader, size: int = 5000, caller: str = "Probe") -> None:
         if not isinstance(source, (DataLoader, Dataset)):
-            raise TypeError(
-                f"{caller}(probe={source!r}): expected a Dataset or a DataLoader of (images, labels)"
-            )
+            raise TypeError(f"{caller}(probe={source!r}): expected a Dataset or a DataLoader of (images, labels)")
         loader = source if isinstance(source, DataLoader) else DataLoader(source, batch_size=_BATCH)
         self._loader = loader
         self._size = size

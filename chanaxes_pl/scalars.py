@@ -11,9 +11,7 @@ from chanaxes_pl.metrics import METRICS
 MAX_LAYERS = 100
 
 
-def checkpoint_scalars(
-    table: pd.DataFrame, correlations: pd.DataFrame, prefix: str = "axis"
-) -> dict[str, float]:
+def checkpoint_scalars(table: pd.DataFrame, correlations: pd.DataFrame, prefix: str = "axis") -> dict[str, float]:
     """Scalars by key: a fixed number for the network and three for each layer.
 
     Args:
@@ -35,9 +33,7 @@ def checkpoint_scalars(
     }
     network = correlations[correlations["layer"] == NETWORK].set_index(["local", "target"])["rho"]
     values |= {
-        f"rho/{local}-{target}": network[local, target]
-        for local, target in PAIRS
-        if (local, target) != HEADLINE
+        f"rho/{local}-{target}": network[local, target] for local, target in PAIRS if (local, target) != HEADLINE
     }
     masses = task_masses(table)[["duplicate", "nonreplaceable"]].sum()
     values |= {f"task_mass/{kind}": mass for kind, mass in masses.items()}

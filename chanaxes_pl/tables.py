@@ -19,6 +19,7 @@ from chanaxes_pl.metrics import (
     TARGET_METRICS,
     input_capture,
     peer_overlap,
+    peer_r2,
     peer_reconstruction,
     target_excess,
     task_information,
@@ -75,9 +76,11 @@ def measure(moments: LayerMoments, noise: str | float = "median") -> dict[str, n
     """Every column of one layer, ``[C]`` each, from its moments."""
     local, joint = Moments.merge_all(moments.local), Moments.merge_all(moments.joint)
     live = _live(local, joint)
-    channels, association = local.select(live), _association(joint, live, moments.targets)
-    null = _association(joint, live, moments.targets, null=True)
-    values = _metrics(channels, association, noise)
+    channels = local.select(live)
+    association, null = _associations(joint, live, moments.targets)
+    peers = peer_reconstruction(channels)
+    values = _axes(channels, association, noise) | {"peer_r2": peers.r2}
+    values |= {"hull_size": peers.hull_size, "hull_score": peers.hull_score}
     values |= {f"{name}_null": metric(null) for name, metric in TARGET_METRICS.items()}
     columns = dict.fromkeys(_columns(), np.full(moments.channels, np.nan)) | _spread(values, live)
     if len(moments.local) == len(HALVES):
@@ -94,23 +97,23 @@ def _live(local: Moments, joint: Moments) -> Tensor:
     return local.live & joint.live[: len(local.mean)]
 
 
-def _association(joint: Moments, live: Tensor, targets: int, null: bool = False) -> Association:
-    """Of the live channels with the target, or with the null target that stands behind it."""
-    first = len(live) + (targets if null else 0)
-    behind = torch.arange(first, first + targets, device=live.device)
-    return Association.of(joint.select(torch.cat([live.nonzero()[:, 0], behind])), int(live.sum()))
+def _associations(joint: Moments, live: Tensor, targets: int) -> tuple[Association, Association]:
+    """Of the live channels with the target, and with the null target that stands behind it."""
+    others = torch.ones(2 * targets, dtype=torch.bool, device=live.device)
+    channels, joint = int(live.sum()), joint.select(torch.cat([live, others]))
+    null = channels + targets
+    return (
+        Association.of(joint, channels, slice(channels, null)),
+        Association.of(joint, channels, slice(null, null + targets)),
+    )
 
 
-def _metrics(local: Moments, association: Association, noise: str | float) -> dict[str, Tensor]:
-    peers = peer_reconstruction(local)
+def _axes(local: Moments, association: Association, noise: str | float) -> dict[str, Tensor]:
     return {
         "input_capture": input_capture(local, noise),
         "peer_overlap": peer_overlap(local),
         "task_information": task_information(association),
         "target_excess": target_excess(association),
-        "peer_r2": peers.r2,
-        "hull_size": peers.hull_size,
-        "hull_score": peers.hull_score,
     }
 
 
@@ -118,8 +121,9 @@ def _half(
     local: Moments, joint: Moments, live: Tensor, targets: int, noise: str | float, half: str
 ) -> dict[str, np.ndarray]:
     live = live & _live(local, joint)
-    values = _metrics(local.select(live), _association(joint, live, targets), noise)
-    return _spread({f"{name}_{half}": values[name] for name in HALVED}, live)
+    channels = local.select(live)
+    values = _axes(channels, _associations(joint, live, targets)[0], noise) | {"peer_r2": peer_r2(channels)}
+    return _spread({f"{name}_{half}": column for name, column in values.items()}, live)
 
 
 def _spread(values: dict[str, Tensor], live: Tensor) -> dict[str, np.ndarray]:
@@ -135,9 +139,7 @@ def _spread(values: dict[str, Tensor], live: Tensor) -> dict[str, np.ndarray]:
 def _clipped(local: Moments, association: Association) -> Tensor:
     """``[C]`` mask: some correlation of this channel is above what a logarithm takes."""
     limit = MAX_CORRELATION**2
-    peers = [
-        matrix.square().fill_diagonal_(0.0).amax(1) for matrix in (local.correlation, association.correlation)
-    ]
+    peers = [matrix.square().fill_diagonal_(0.0).amax(1) for matrix in (local.correlation, association.correlation)]
     return torch.stack([*peers, association.explained.diagonal()]).amax(0) >= limit
 
 
@@ -145,9 +147,7 @@ def _reasons(local: Moments, joint: Moments, live: Tensor) -> np.ndarray:
     """``[C]``, why a channel's row holds NaN; empty where it does not."""
     channels = len(live)
     finite = (local.variance.isfinite() & joint.variance[:channels].isfinite()).cpu().numpy()
-    reasons = np.where(
-        live.cpu().numpy(), "", np.where(finite, "dead: its output does not vary", "output not finite")
-    )
+    reasons = np.where(live.cpu().numpy(), "", np.where(finite, "dead: its output does not vary", "output not finite"))
     spread = joint.variance[channels:]
     if not spread.isfinite().all():
         reasons = np.where(reasons == "", "target not finite", reasons)
@@ -182,14 +182,10 @@ def read_parquet(path: Path) -> pd.DataFrame:
     try:
         table = pd.read_parquet(path)
     except (OSError, pa.ArrowInvalid) as error:
-        raise ValueError(
-            f"{path}: not a whole Parquet file ({error}); it was cut off or is none of ours"
-        ) from error
+        raise ValueError(f"{path}: not a whole Parquet file ({error}); it was cut off or is none of ours") from error
     missing = [column for column in ("layer", "channel", *COLUMNS) if column not in table]
     if missing:
-        raise ValueError(
-            f"{path}: a Parquet file without the columns {', '.join(missing)}: not a table of channels"
-        )
+        raise ValueError(f"{path}: a Parquet file without the columns {', '.join(missing)}: not a table of channels")
     return table
 
 

@@ -76,9 +76,7 @@ def task_variable(function: Callable[[Tensor, Tensor], Tensor], logits: Tensor, 
             "step=(module, batch) → (logits, labels)"
         )
     if labels.is_floating_point():
-        raise ValueError(
-            f"labels of type {labels.dtype}: expected whole numbers, the index of each image's class"
-        )
+        raise ValueError(f"labels of type {labels.dtype}: expected whole numbers, the index of each image's class")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= logits.shape[1]:
         raise ValueError(
@@ -89,7 +87,6 @@ def task_variable(function: Callable[[Tensor, Tensor], Tensor], logits: Tensor, 
     values = function(logits.to(home).double(), labels.to(home).long())
     if values.ndim not in (1, 2) or len(values) != len(labels):
         raise ValueError(
-            f"target function gave shape {tuple(values.shape)} for {len(labels)} images: "
-            "expected [B] or [B, D]"
+            f"target function gave shape {tuple(values.shape)} for {len(labels)} images: expected [B] or [B, D]"
         )
     return values.reshape(len(labels), -1).to(home).double()

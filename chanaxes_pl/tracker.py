@@ -140,15 +140,12 @@ class AxisTracker(L.Callback):
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         caller = self.settings.caller
         widths = {
-            name: channel_count(layer)
-            for name, layer in select_layers(pl_module, self.settings.layers, caller).items()
+            name: channel_count(layer) for name, layer in select_layers(pl_module, self.settings.layers, caller).items()
         }
         if self._widths and self._widths != widths:
             raise ValueError(_other_layers(self._widths, widths))
         self._widths = widths
-        size = (
-            min(self.settings.probe_size, _FAST_IMAGES) if trainer.fast_dev_run else self.settings.probe_size
-        )
+        size = min(self.settings.probe_size, _FAST_IMAGES) if trainer.fast_dev_run else self.settings.probe_size
         self._probe = Probe(_probe_source(self._given, trainer), size, caller)
         if self._save and trainer.is_global_zero and not trainer.fast_dev_run:
             root, run = _run_folder(trainer)
@@ -156,9 +153,7 @@ class AxisTracker(L.Callback):
         self._started, self._spent = time.perf_counter(), 0.0
 
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: float) -> None:
-        if (
-            trainer.global_step == self._history.last_step
-        ):  # gradients still accumulate, or two schedules meet
+        if trainer.global_step == self._history.last_step:  # gradients still accumulate, or two schedules meet
             return
         begin = time.perf_counter()
         assert self._probe is not None

@@ -11,6 +11,9 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+import chanaxes_pl.data
+import chanaxes_pl.tracker  # noqa: F401  so that --data DigitsDataModule and the like need no module names
+
 # What `fabric run` tells its processes, and the Trainer argument that means the same.
 FABRIC_RUN = {
     "LT_ACCELERATOR": "accelerator",

@@ -49,9 +49,7 @@ def write_classes(folder: Path, classes: list[str], count: int, size: int, insid
     for label, name in enumerate(classes):
         (folder / name / inside).mkdir(parents=True)
         for index in range(count):
-            write_image(
-                folder / name / inside / f"{name}_{index}.{suffix}", noise(size, 1000 * label + index)
-            )
+            write_image(folder / name / inside / f"{name}_{index}.{suffix}", noise(size, 1000 * label + index))
 
 
 @pytest.fixture
@@ -168,9 +166,7 @@ def test_val_size_leaves_something_to_train_on() -> None:
         DigitsDataModule(val_size=1437).setup("fit")
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "message"), [({"batch_size": 0}, "batch_size=0"), ({"seed": -1}, "seed=-1")]
-)
+@pytest.mark.parametrize(("kwargs", "message"), [({"batch_size": 0}, "batch_size=0"), ({"seed": -1}, "seed=-1")])
 def test_arguments_out_of_range(kwargs: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DigitsDataModule(**kwargs)
@@ -264,9 +260,7 @@ def test_each_image_is_a_shifted_copy_in_its_own_way(flip: bool) -> None:
     augmented = random_crop_flip(images, padding, flip, seeded_generator(0))
     found = set()
     for image, result in zip(images, augmented, strict=True):
-        choices = [
-            (t, s, f) for t in range(3) for s in range(3) for f in ((False, True) if flip else (False,))
-        ]
+        choices = [(t, s, f) for t in range(3) for s in range(3) for f in ((False, True) if flip else (False,))]
         matches = [choice for choice in choices if shifted(image, *choice, padding).equal(result)]
         assert len(matches) == 1
         found.add(matches[0])
@@ -293,9 +287,7 @@ def test_without_augmentation_training_is_transformed_as_evaluation() -> None:
     assert module.training_transform(images).equal(module.evaluation_transform(images))
 
 
-@pytest.mark.parametrize(
-    "cls", [DigitsDataModule, CIFAR10DataModule, CIFAR100DataModule, TinyImageNetDataModule]
-)
+@pytest.mark.parametrize("cls", [DigitsDataModule, CIFAR10DataModule, CIFAR100DataModule, TinyImageNetDataModule])
 def test_evaluation_is_plain_torchvision(cls: type[InMemoryDataModule]) -> None:
     images = torch.stack([noise(32, 0), noise(32, 1)])
     plain = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(cls.mean, cls.std)])
@@ -338,9 +330,7 @@ def test_a_resumed_run_sees_the_batches_it_would_have_seen(tmp_path: Path) -> No
     def run(epochs: int, resume: str | None = None) -> tuple[L.Trainer, list[Tensor]]:
         L.seed_everything(1, verbose=False)
         model, trainer = Recorder(3 * 8 * 8), quiet_trainer(max_epochs=epochs)
-        trainer.fit(
-            model, datamodule=DigitsDataModule(512, image_size=8), ckpt_path=resume, weights_only=True
-        )
+        trainer.fit(model, datamodule=DigitsDataModule(512, image_size=8), ckpt_path=resume, weights_only=True)
         return trainer, model.seen["training"]
 
     _, whole = run(3)
@@ -374,9 +364,7 @@ def test_two_distributed_shards_cover_the_training_set(digits: DigitsDataModule)
     shards = []
     for rank in range(2):
         sampler = DistributedSampler(loader.dataset, num_replicas=2, rank=rank, shuffle=True)  # type: ignore[arg-type]
-        shards.append(
-            everything(DataLoader(loader.dataset, 64, sampler=sampler, collate_fn=loader.collate_fn))[0]
-        )
+        shards.append(everything(DataLoader(loader.dataset, 64, sampler=sampler, collate_fn=loader.collate_fn))[0])
     assert len(shards[0]) == len(shards[1]) == 647  # one repeat fills up 1,293
     assert len(image_set(torch.cat(shards))) == 1293
 
@@ -386,9 +374,7 @@ def test_a_batch_larger_than_the_training_set() -> None:
         DigitsDataModule(2000).train_dataloader()
 
 
-@pytest.mark.parametrize(
-    "cls", [DigitsDataModule, CIFAR100DataModule, TinyImageNetDataModule, ImageNet100DataModule]
-)
+@pytest.mark.parametrize("cls", [DigitsDataModule, CIFAR100DataModule, TinyImageNetDataModule, ImageNet100DataModule])
 def test_arguments_are_known_to_the_command_line(cls: type[L.LightningDataModule]) -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, "data")
@@ -412,15 +398,11 @@ def test_cifar_class_folders(cifar: Path, inside: str) -> None:
     test, targets = everything(module.test_dataloader())
     assert targets.tolist() == [i // 2 for i in range(20)]
     assert test[5].equal(noise(32, 2001))
-    assert [
-        len(everything(loader)[1]) for loader in (module.val_dataloader(), module.probe_dataloader())
-    ] == [10, 50]
+    assert [len(everything(loader)[1]) for loader in (module.val_dataloader(), module.probe_dataloader())] == [10, 50]
 
 
 def test_cifar_archive_of_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "torchvision.datasets.cifar.check_integrity", lambda path, md5=None: Path(path).exists()
-    )
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5=None: Path(path).exists())
     folder = tmp_path / "cifar-100-python"
     folder.mkdir()
     pixels = torch.arange(200 * 3072).remainder(251).to(torch.uint8).view(200, 3072)
@@ -435,9 +417,7 @@ def test_cifar_archive_of_torchvision(tmp_path: Path, monkeypatch: pytest.Monkey
     assert labels.tolist() == batch["fine_labels"]
     assert module.class_names == names["fine_label_names"]
     (folder / "test").unlink()
-    with pytest.raises(
-        RuntimeError, match=r"cifar-100-python: incomplete or corrupted.*--data.download true"
-    ):
+    with pytest.raises(RuntimeError, match=r"cifar-100-python: incomplete or corrupted.*--data.download true"):
         CIFAR100DataModule(tmp_path).setup("test")
 
 
@@ -570,18 +550,14 @@ def test_tiny_imagenet_missing(tmp_path: Path) -> None:
 
 def test_tiny_imagenet_annotation_without_image(tiny: Path) -> None:
     (tiny / "tiny-imagenet-200/val/images/val_1.JPEG").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"val_1.JPEG: no such image, but .*val_annotations.txt names it"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"val_1.JPEG: no such image, but .*val_annotations.txt names it"):
         TinyImageNetDataModule(tiny).setup("test")
 
 
 def test_tiny_imagenet_unreadable_annotations(tiny: Path) -> None:
     annotations = tiny / "tiny-imagenet-200/val/val_annotations.txt"
     annotations.write_text("val_0.JPEG\tn01\t0\nval_1.JPEG n02\n")
-    with pytest.raises(
-        ValueError, match=r"val_annotations.txt, line 2: expected file, tab.*'val_1.JPEG n02'"
-    ):
+    with pytest.raises(ValueError, match=r"val_annotations.txt, line 2: expected file, tab.*'val_1.JPEG n02'"):
         TinyImageNetDataModule(tiny).setup("test")
     annotations.write_text("val_0.JPEG\tn77\n")
     with pytest.raises(ValueError, match="no image of the 3 classes"):
@@ -636,9 +612,7 @@ def test_workers_are_sent_images_and_transforms_only(imagenet: Path) -> None:
 def test_imagenet_class_list_selects(imagenet: Path) -> None:
     listed = imagenet / "classes.txt"
     listed.write_text("n03\nn01\n\n")
-    module = ImageNet100DataModule(
-        imagenet, 2, 0.25, num_workers=0, num_classes=2, class_list=listed, augment=False
-    )
+    module = ImageNet100DataModule(imagenet, 2, 0.25, num_workers=0, num_classes=2, class_list=listed, augment=False)
     assert module.class_names == ["n01", "n03"]
     assert len(everything(module.val_dataloader())[1]) == 2
     with pytest.raises(ValueError, match=r"classes.txt: 2 classes, expected num_classes=100"):
@@ -651,9 +625,7 @@ def test_imagenet_class_list_selects(imagenet: Path) -> None:
 def test_imagenet_missing_or_larger(imagenet: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"train: 3 classes, expected num_classes=100.*class_list"):
         ImageNet100DataModule(imagenet).setup("fit")
-    with pytest.raises(
-        FileNotFoundError, match=r"nowhere\. Expected train/, val/ in .*imagenet100.*image-net.org"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\. Expected train/, val/ in .*imagenet100.*image-net.org"):
         ImageNet100DataModule(tmp_path / "nowhere").setup("fit")
     with pytest.raises(ValueError, match="num_workers=-1"):
         ImageNet100DataModule(num_workers=-1)
@@ -665,9 +637,7 @@ def test_imagenet_missing_or_larger(imagenet: Path, tmp_path: Path) -> None:
 def test_real_cifar100_class_folders() -> None:
     root = Path(os.environ.get("CHANAXES_DATA", Path(tempfile.gettempdir()) / "chanaxes-data"))
     if not (root / "cifar100" / "test").is_dir():
-        pytest.skip(
-            f"no CIFAR-100 class folders in {root}; set CHANAXES_DATA to the folder that holds cifar100/"
-        )
+        pytest.skip(f"no CIFAR-100 class folders in {root}; set CHANAXES_DATA to the folder that holds cifar100/")
     classes = list_classes(root / "cifar100" / "test")
     assert len(classes) == CIFAR100DataModule.num_classes
     images = load(list_images(root / "cifar100" / "test", classes[:20]), 32)

@@ -110,9 +110,7 @@ class ImageDataModule(L.LightningDataModule):
         training = self._split_training()
         dataset = self._subset(training.data, training.kept, self.loader_transform(training=True))
         if len(training.kept) < self.batch_size:
-            raise ValueError(
-                f"batch_size={self.batch_size}: there are only {len(training.kept)} training images."
-            )
+            raise ValueError(f"batch_size={self.batch_size}: there are only {len(training.kept)} training images.")
         # Loops with workers ask for the first batches before Lightning has announced a resumed run's epoch.
         epoch = 0 if self.trainer is None else self.trainer.current_epoch
         sampler = EpochSampler(training.kept, torch.initial_seed(), epoch)
@@ -121,9 +119,7 @@ class ImageDataModule(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         """The held-out training images, in a fixed order; empty where ``val_size`` is 0."""
         training = self._split_training()
-        return self._loader(
-            self._subset(training.data, training.held_out, self.loader_transform(training=False))
-        )
+        return self._loader(self._subset(training.data, training.held_out, self.loader_transform(training=False)))
 
     def test_dataloader(self) -> DataLoader:
         """The official test images, in a fixed order."""
@@ -153,9 +149,7 @@ class ImageDataModule(L.LightningDataModule):
             self._test = self.read("test")
         return self._test
 
-    def _subset(
-        self, data: TensorImages | FileImages, indices: Tensor, transform: Transform | None
-    ) -> Subset:
+    def _subset(self, data: TensorImages | FileImages, indices: Tensor, transform: Transform | None) -> Subset:
         return Subset(replace(data, transform=transform), indices.tolist())
 
     def _loader(self, dataset: Dataset, **kwargs: Any) -> DataLoader:

@@ -48,9 +48,7 @@ class DigitsDataModule(InMemoryDataModule):
         image_size: int = 32,
     ) -> None:
         if image_size < 8:
-            raise ValueError(
-                f"image_size={image_size}: the digits have 8×8 pixels and are only ever enlarged."
-            )
+            raise ValueError(f"image_size={image_size}: the digits have 8×8 pixels and are only ever enlarged.")
         super().__init__(batch_size, val_size, seed, augment)
         self.image_size = image_size
         self.padding = image_size // 8

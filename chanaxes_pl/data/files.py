@@ -99,9 +99,7 @@ def find_tree(owner: object, root: str | Path, name: str, parts: Sequence[str], 
 
 def list_classes(folder: Path) -> list[str]:
     """The names of the class folders in ``folder``, sorted."""
-    return sorted(
-        entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")
-    )
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
 
 
 def list_images(folder: Path, classes: Sequence[str], inside: str = "") -> FileImages:
@@ -117,13 +115,9 @@ def list_images(folder: Path, classes: Sequence[str], inside: str = "") -> FileI
         if not source.is_dir():
             raise FileNotFoundError(f"{source}: no such folder, but class {name!r} needs one.")
         # scandir and splitext: Path.iterdir and .suffix take three times as long on 60,000 files
-        files = sorted(
-            e.name for e in os.scandir(source) if os.path.splitext(e.name)[1].lower() in IMAGE_SUFFIXES
-        )
+        files = sorted(e.name for e in os.scandir(source) if os.path.splitext(e.name)[1].lower() in IMAGE_SUFFIXES)
         if not files:
-            raise FileNotFoundError(
-                f"{source}: no image ({', '.join(sorted(IMAGE_SUFFIXES))}) in this class folder."
-            )
+            raise FileNotFoundError(f"{source}: no image ({', '.join(sorted(IMAGE_SUFFIXES))}) in this class folder.")
         paths.extend(source / file for file in files)
         sizes.append(len(files))
     labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))

@@ -20,9 +20,7 @@ def seeded_generator(*words: int) -> torch.Generator:
 def check_val_size(val_size: int | float) -> None:
     """Raise unless ``val_size`` is a count of images (int ≥ 0) or a fraction (float in [0, 1))."""
     if val_size < 0 or (isinstance(val_size, float) and not val_size < 1):
-        raise ValueError(
-            f"val_size={val_size!r}: expected an int ≥ 0 (images) or a float in [0, 1) (a fraction)."
-        )
+        raise ValueError(f"val_size={val_size!r}: expected an int ≥ 0 (images) or a float in [0, 1) (a fraction).")
 
 
 def held_out_count(val_size: int | float, total: int) -> int:
@@ -38,9 +36,7 @@ def held_out_count(val_size: int | float, total: int) -> int:
     check_val_size(val_size)
     count = round(val_size * total) if isinstance(val_size, float) else val_size
     if count >= total:
-        raise ValueError(
-            f"val_size={val_size!r} holds out {count} of {total} images: none is left to train on."
-        )
+        raise ValueError(f"val_size={val_size!r} holds out {count} of {total} images: none is left to train on.")
     return count
 
 

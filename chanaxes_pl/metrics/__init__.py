@@ -2,7 +2,7 @@
 
 from chanaxes_pl.metrics.input_capture import input_capture
 from chanaxes_pl.metrics.peer_overlap import peer_overlap
-from chanaxes_pl.metrics.peer_reconstruction import PeerReconstruction, peer_reconstruction
+from chanaxes_pl.metrics.peer_reconstruction import PeerReconstruction, peer_r2, peer_reconstruction
 from chanaxes_pl.metrics.target_excess import target_excess
 from chanaxes_pl.metrics.task_information import task_information
 
@@ -20,6 +20,7 @@ __all__ = [
     "PeerReconstruction",
     "input_capture",
     "peer_overlap",
+    "peer_r2",
     "peer_reconstruction",
     "target_excess",
     "task_information",

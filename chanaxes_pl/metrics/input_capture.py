@@ -47,9 +47,7 @@ def _noise_power(power: Tensor, noise: str | float) -> Tensor:
             return torch.quantile(power, level)
     elif noise > 0:
         return power.new_tensor(float(noise))
-    raise ValueError(
-        f"noise={noise!r}: expected 'median', 'mean', a quantile such as 'q0.25', or a number above 0"
-    )
+    raise ValueError(f"noise={noise!r}: expected 'median', 'mean', a quantile such as 'q0.25', or a number above 0")
 
 
 def _quantile_level(noise: str) -> float | None:

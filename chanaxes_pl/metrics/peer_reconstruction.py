@@ -53,10 +53,15 @@ def peer_reconstruction(local: Moments, ridge: float = RIDGE) -> PeerReconstruct
     coefficients = torch.zeros_like(local.scatter)
     coefficients[torch.outer(live, live)] = beta.flatten()
     dead = torch.full_like(local.mean, torch.nan)
-    r2, hull_size, hull_score = (
-        dead.masked_scatter(live, values) for values in (explained, size, explained / size)
-    )
+    r2, hull_size, hull_score = (dead.masked_scatter(live, values) for values in (explained, size, explained / size))
     return PeerReconstruction(coefficients, r2, hull_size, hull_score)
+
+
+def peer_r2(local: Moments, ridge: float = RIDGE) -> Tensor:
+    """``[C]``: just the ``r2`` of :func:`peer_reconstruction`."""
+    live = local.live
+    explained = _all_peers(local.select(live).correlation, ridge)[1]
+    return torch.full_like(local.mean, torch.nan).masked_scatter(live, explained)
 
 
 def _all_peers(rho: Tensor, ridge: float) -> tuple[Tensor, Tensor]:

@@ -35,9 +35,7 @@ def _scaled(channels: int, width: float) -> int:
 
 def _check_size(name: str, image_size: int) -> None:
     if image_size < SMALL:
-        raise ValueError(
-            f"{name} at image_size={image_size}: it halves the maps five times and needs at least {SMALL}"
-        )
+        raise ValueError(f"{name} at image_size={image_size}: it halves the maps five times and needs at least {SMALL}")
 
 
 class _ResNet(ResNet):

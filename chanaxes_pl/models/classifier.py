@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from torchmetrics import MetricCollection
@@ -53,8 +53,9 @@ class Classifier(L.LightningModule):
         channels_last: keep maps in NHWC order: ResNet-18 trains about 1.3 times as fast on a CPU.
 
     Raises:
-        ValueError: as :func:`build_backbone`; for an unknown optimiser or schedule; and for a warm-up that is
-            negative or asked for beside ``"one_cycle"``, which has its own.
+        ValueError: as :func:`build_backbone`; for an unknown optimiser or schedule; for a warm-up that is
+            negative or asked for beside ``"one_cycle"``, which has its own; and for ``channels_last`` on a
+            network so narrow that it would crash.
 
     >>> classifier = Classifier("resnet18", num_classes=10, width=0.25)
     >>> classifier(torch.zeros(2, 3, 32, 32)).shape
@@ -89,6 +90,8 @@ class Classifier(L.LightningModule):
             )
         self.save_hyperparameters()
         self.network = build_backbone(backbone, num_classes, width, image_size)
+        if channels_last:
+            _check_channels_last(self.network)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.network.to(memory_format=self.memory_format)
         self.train_top1 = MulticlassAccuracy(num_classes, average="micro")
@@ -132,7 +135,7 @@ class Classifier(L.LightningModule):
 
     def _scheduler(self, optimizer: torch.optim.Optimizer) -> LRScheduler:
         total = self.trainer.estimated_stepping_batches
-        if math.isinf(total):
+        if not 0 < total < math.inf:  # an iterable data set of unknown length gives -1
             raise ValueError(
                 f"schedule={self.hparams['schedule']!r} needs the length of the run: "
                 "give the Trainer max_epochs or max_steps"
@@ -154,9 +157,19 @@ class Classifier(L.LightningModule):
 
     def _log_epoch(self, values: dict[str, Any], batch_size: int) -> None:
         # sync_dist averages the losses over processes; the metrics sync themselves
-        self.log_dict(
-            values, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True, batch_size=batch_size
-        )
+        self.log_dict(values, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True, batch_size=batch_size)
+
+
+def _check_channels_last(network: nn.Module) -> None:
+    """Refuse what corrupts the heap in PyTorch's CPU kernels (seen in 2.15): silently, or by a crash later."""
+    for name, layer in network.named_modules():
+        if not isinstance(layer, nn.Conv2d) or layer.in_channels >= 8:
+            continue
+        if layer.kernel_size == (1, 1) and layer.stride != (1, 1):
+            raise ValueError(
+                f"channels_last=True: {name} has {layer.in_channels} input channels, and strided 1×1 convolutions "
+                "need at least 8 there; choose a larger width or channels_last=False"
+            )
 
 
 def _accuracies(num_classes: int, prefix: str) -> MetricCollection:

