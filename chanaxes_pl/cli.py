@@ -21,6 +21,7 @@ class Verb(NamedTuple):
 
 VERBS = {
     "demo": Verb("chanaxes_pl.demo:demo", "train on scikit-learn's digits for a few epochs and plot the axes"),
+    "summary": Verb("chanaxes_pl.summary:summary", "print and plot the axis correlations of a run"),
 }
 
 

@@ -45,7 +45,7 @@ def spearman(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def spearman_brown(half: float) -> float:
-    """Reliability of a whole from the correlation of its halves, 2r / (1 + r); 0 where the halves do not agree (r < 0).
+    """Reliability of a whole from the correlation r of its halves, 2r / (1 + r); 0 where they do not agree (r < 0).
 
     Example:
         >>> round(spearman_brown(0.6), 3), spearman_brown(-0.1)
@@ -66,8 +66,8 @@ def axis_correlations(table: pd.DataFrame, resamples: int = 0, seed: int = 0) ->
         One row per checkpoint, layer and metric pair: the checkpoint's keys, ``layer, local, target, rho, low,
         high, n`` (live channels), ``null`` (the same against the null target), ``reliability_local``,
         ``reliability_target`` (split-half, stepped up), ``disattenuated`` (``rho`` divided by the geometric
-        mean of the two; may exceed 1, NaN where one is 0) and ``reason``, which says why ``rho`` is NaN. The mean over the layers that
-        have one is the layer ``"network"``.
+        mean of the two; may exceed 1, NaN where one is 0) and ``reason``, which says why ``rho`` is NaN. The
+        mean over the layers that have one is the layer ``"network"``.
     """
     rows = []
     for keys, checkpoint in checkpoints(table):
@@ -88,9 +88,9 @@ def axis_correlations(table: pd.DataFrame, resamples: int = 0, seed: int = 0) ->
 
 def headline(correlations: pd.DataFrame, layer: str = NETWORK) -> pd.DataFrame:
     """The rows of ρ(input capture, task information) of one layer, the network's mean by default."""
-    local, target = HEADLINE
-    chosen = correlations.eval("layer == @layer and local == @local and target == @target")
-    return correlations[chosen].reset_index(drop=True)
+    of_layer = correlations[correlations["layer"] == layer]
+    pairs = zip(of_layer["local"], of_layer["target"], strict=True)
+    return of_layer[[pair == HEADLINE for pair in pairs]].reset_index(drop=True)
 
 
 def reliabilities(table: pd.DataFrame) -> pd.DataFrame:
@@ -158,7 +158,7 @@ def checkpoints(table: pd.DataFrame) -> Iterator[tuple[dict, pd.DataFrame]]:
 def coordinates(frame: pd.DataFrame) -> dict[str, np.ndarray]:
     """Metrics and axis coordinates of one layer's live channels, also of the halves and the null, by name."""
     live = frame[~frame["dead"]]
-    values = {column: live[column].to_numpy(float) for column in live if column not in _NOT_METRICS}
+    values = {str(column): live[column].to_numpy(float) for column in live if column not in _NOT_METRICS}
     for axis, metrics in AXES.items():
         for half in ("", *(f"_{half}" for half in HALVES)):
             values[axis + half] = np.mean([_z_scores(values[metric + half]) for metric in metrics], 0)

@@ -52,7 +52,8 @@ def _clusters(values: np.ndarray, seed: int, starts: int) -> np.ndarray | None:
     points = (values - values.mean(0)) / np.where(values.std(0) > 0, values.std(0), 1.0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct points than groups: some stay empty
-        return KMeans(GROUPS, n_init=starts, random_state=seed).fit(points).labels_
+        model = KMeans(GROUPS, n_init=starts, random_state=seed)  # pyright: ignore[reportArgumentType]
+        return model.fit(points).labels_
 
 
 def _rand_index(first: np.ndarray | None, second: np.ndarray | None) -> float:

@@ -29,7 +29,7 @@ class History:
         self.correlations = pd.DataFrame()
         self.folder: Path | None = None
         self._resumed = False
-        self._came_from: str = ""
+        self._came_from: Path | None = None
 
     @property
     def last_step(self) -> int:
@@ -56,17 +56,13 @@ class History:
     def open(self, root: Path, name: str, run: str) -> None:
         """Choose the folder ``root/name``, see that it can be written, and bring a resumed run's tables into it.
 
-        A new run never writes among an earlier one's tables: it takes ``name-1``, ``name-2``, … instead.
+        A run never writes among another one's tables: it takes ``name-1``, ``name-2``, … instead.
 
         Raises:
             OSError: if the folder cannot be written.
         """
         self.run = self.run or run
-        folder = root / name
-        number = 0
-        while not self._resumed and any(folder.glob("step-*.parquet")):
-            number += 1
-            folder = root / f"{name}-{number}"
+        folder = self._place(root, name)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / ".writable").touch()
@@ -80,6 +76,17 @@ class History:
         if self._resumed:
             self._bring_tables(folder)
 
+    def _place(self, root: Path, name: str) -> Path:
+        """Where this run's tables are already, if that is in ``root`` or has moved there; else a free folder."""
+        before = self.folder or self._came_from
+        if before and (before.parent.resolve() == root.resolve() or not before.exists()):
+            return root / before.name
+        folder, number = root / name, 0
+        while any(folder.glob("step-*.parquet")):
+            number += 1
+            folder = root / f"{name}-{number}"
+        return folder
+
     def _bring_tables(self, folder: Path) -> None:
         """Make ``folder`` hold the tables of exactly the checkpoints that the resumed run had behind it."""
         kept = {checkpoint_path(folder, step).name for _, step in self.checkpoints}
@@ -87,21 +94,22 @@ class History:
             if path.name not in kept:  # measured after the state that training goes on from
                 (folder / "set-aside").mkdir(exist_ok=True)
                 path.replace(folder / "set-aside" / path.name)
-        for _, step in self.checkpoints:
-            path = checkpoint_path(folder, step)
-            source = checkpoint_path(Path(self._came_from), step)
-            if not path.exists() and source.exists():
-                shutil.copyfile(source, path)
-            self._check(path)
-
-    def _check(self, path: Path) -> None:
-        if not path.exists():
+        paths = [checkpoint_path(folder, step) for _, step in self.checkpoints]
+        for path in paths:
+            if not path.exists() and self._came_from and (self._came_from / path.name).exists():
+                shutil.copyfile(self._came_from / path.name, path)
+            if path.exists():
+                self._check(path)
+        missing = [path.name for path in paths if not path.exists() and not (folder / "set-aside" / path.name).exists()]
+        if missing:
             warnings.warn(
-                f"{path} is missing, and {self._came_from or 'the folder of the resumed run'} does not hold it either: "
-                "the table of channels has a gap there; the correlations are complete",
+                f"{folder} lacks {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}, and "
+                f"{self._came_from or 'the resumed run, which wrote no tables,'} cannot give them: the table of "
+                f"channels has a gap of {len(missing)} checkpoints; the correlations are complete",
                 stacklevel=2,
             )
-            return
+
+    def _check(self, path: Path) -> None:
         try:
             read_parquet(path)
         except ValueError as error:
@@ -125,6 +133,7 @@ class History:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
         self._resumed = True
+        self.folder = None
         self.run = state["run"]
         self.checkpoints = [(float(epoch), int(step)) for epoch, step in state["checkpoints"]]
         columns = {
@@ -134,7 +143,7 @@ class History:
         frame = pd.DataFrame(columns)
         whole = {name: "int64" for name in ("step", "n") if name in frame}
         self.correlations = frame.astype(whole)
-        self._came_from = state["folder"]
+        self._came_from = Path(state["folder"]) if state["folder"] else None
 
 
 def _keyed(frame: pd.DataFrame, run: str, epoch: float, step: int) -> pd.DataFrame:

@@ -43,7 +43,7 @@ def select_layers(model: nn.Module, layers: LayerSpec = "conv", caller: str = "s
         (['0'], ['0', '3'])
     """
     trackable = {
-        name.replace("_orig_mod.", ""): module
+        ".".join(part for part in name.split(".") if part != "_orig_mod"): module
         for name, module in model.named_modules()
         if isinstance(module, _KINDS["conv+linear"])
     }

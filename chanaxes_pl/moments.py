@@ -103,7 +103,10 @@ class Moments:
     def merge_all(cls, parts: Iterable[Moments]) -> Moments:
         """Moments of all ``parts`` together, merged from left to right."""
         first, *others = parts
-        return reduce(cls.merge_, others, first.merge(cls.empty(len(first.mean), first.mean.device)))
+        merged = first.merge(cls.empty(len(first.mean), first.mean.device))
+        for other in others:
+            merged.merge_(other)
+        return merged
 
     def select(self, keep: Tensor) -> Moments:
         """Moments of the variables that ``keep`` (``[F]`` mask, or indices) names."""

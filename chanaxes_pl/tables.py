@@ -84,17 +84,18 @@ def measure(moments: LayerMoments, noise: str | float = "median") -> dict[str, n
     values |= {f"{name}_null": metric(null) for name, metric in TARGET_METRICS.items()}
     columns = dict.fromkeys(_columns(), np.full(moments.channels, np.nan)) | _spread(values, live)
     if len(moments.local) == len(HALVES):
-        for half, *part in zip(HALVES, moments.local, moments.joint, strict=True):
-            columns |= _half(*part, live, moments.targets, noise, half)
+        for half, part_local, part_joint in zip(HALVES, moments.local, moments.joint, strict=True):
+            columns |= _half(half, part_local, part_joint, live, moments.targets, noise)
     return columns | {
         "dead": ~live.cpu().numpy(),
         "at_ceiling": _spread({"clipped": _clipped(channels, association)}, live)["clipped"] > 0,
-        "reason": _reasons(local, joint, live),
+        "reason": _reasons(local, joint, live, moments.targets),
     }
 
 
 def _live(local: Moments, joint: Moments) -> Tensor:
-    return local.live & joint.live[: len(local.mean)]
+    channels = torch.arange(len(local.mean), device=local.mean.device)  # the targets have a scale of their own
+    return local.live & joint.select(channels).live
 
 
 def _associations(joint: Moments, live: Tensor, targets: int) -> tuple[Association, Association]:
@@ -118,7 +119,7 @@ def _axes(local: Moments, association: Association, noise: str | float) -> dict[
 
 
 def _half(
-    local: Moments, joint: Moments, live: Tensor, targets: int, noise: str | float, half: str
+    half: str, local: Moments, joint: Moments, live: Tensor, targets: int, noise: str | float
 ) -> dict[str, np.ndarray]:
     live = live & _live(local, joint)
     channels = local.select(live)
@@ -139,16 +140,16 @@ def _spread(values: dict[str, Tensor], live: Tensor) -> dict[str, np.ndarray]:
 def _clipped(local: Moments, association: Association) -> Tensor:
     """``[C]`` mask: some correlation of this channel is above what a logarithm takes."""
     limit = MAX_CORRELATION**2
-    peers = [matrix.square().fill_diagonal_(0.0).amax(1) for matrix in (local.correlation, association.correlation)]
-    return torch.stack([*peers, association.explained.diagonal()]).amax(0) >= limit
+    peers = [matrix.square().fill_diagonal_(0.0) for matrix in (local.correlation, association.correlation)]
+    return (torch.stack([*peers, association.explained.diagonal().diag()]) >= limit).any(0).any(1)
 
 
-def _reasons(local: Moments, joint: Moments, live: Tensor) -> np.ndarray:
+def _reasons(local: Moments, joint: Moments, live: Tensor, targets: int) -> np.ndarray:
     """``[C]``, why a channel's row holds NaN; empty where it does not."""
     channels = len(live)
     finite = (local.variance.isfinite() & joint.variance[:channels].isfinite()).cpu().numpy()
     reasons = np.where(live.cpu().numpy(), "", np.where(finite, "dead: its output does not vary", "output not finite"))
-    spread = joint.variance[channels:]
+    spread = joint.variance[channels : channels + targets]
     if not spread.isfinite().all():
         reasons = np.where(reasons == "", "target not finite", reasons)
     elif not (spread > 0).any():

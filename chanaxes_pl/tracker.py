@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as L
 import pandas as pd
+import torch
 from lightning.pytorch.loggers import WandbLogger
 from torch.utils.data import DataLoader, Dataset
 
@@ -88,6 +89,7 @@ class AxisTracker(L.Callback):
         self._history = History()
         self._widths: dict[str, int] = {}
         self._probe: Probe | None = None
+        self._scalars: dict[str, float] = {}
         self._started = self._spent = 0.0
 
     @property
@@ -106,20 +108,26 @@ class AxisTracker(L.Callback):
         return f"{type(self).__qualname__}({self.name})"
 
     def state_dict(self) -> dict[str, Any]:
-        """The history so far and the widths of the tracked layers."""
-        return {"layers": dict(self._widths), "history": self._history.state_dict()}
+        """The history so far, the values last logged and the widths of the tracked layers."""
+        return {"layers": dict(self._widths), "scalars": dict(self._scalars), "history": self._history.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint's history."""
         self._widths = state_dict["layers"]
+        self._scalars = state_dict.get("scalars", {})
         self._history.load_state_dict(state_dict["history"])
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Begin anew where training does; a checkpoint's history is loaded after this."""
+        if stage == "fit" and trainer.global_step == 0:
+            self._history, self._widths, self._scalars = History(), {}, {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure random initialisation, or take up a resumed run."""
         self._begin(trainer, pl_module)
         if trainer.global_step == 0 or not self._history.checkpoints:
             self._measure(trainer, pl_module, float(trainer.current_epoch))
-        self._monitor(trainer, pl_module)
+        _monitor(trainer, self._scalars)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -129,7 +137,6 @@ class AxisTracker(L.Callback):
         if self.schedule.due(trainer.global_step, trainer.current_epoch, ends):
             part = 1.0 if ends else (batch_idx + 1) / trainer.num_training_batches
             self._measure(trainer, pl_module, trainer.current_epoch + part)
-            self._monitor(trainer, pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure initialisation even where not a single batch was trained on."""
@@ -145,9 +152,10 @@ class AxisTracker(L.Callback):
         if self._widths and self._widths != widths:
             raise ValueError(_other_layers(self._widths, widths))
         self._widths = widths
-        size = min(self.settings.probe_size, _FAST_IMAGES) if trainer.fast_dev_run else self.settings.probe_size
+        fast = bool(getattr(trainer, "fast_dev_run", False))  # the Trainer sets it without declaring it
+        size = min(self.settings.probe_size, _FAST_IMAGES) if fast else self.settings.probe_size
         self._probe = Probe(_probe_source(self._given, trainer), size, caller)
-        if self._save and trainer.is_global_zero and not trainer.fast_dev_run:
+        if self._save and trainer.is_global_zero and not fast:
             root, run = _run_folder(trainer)
             self._history.open(root, self.name, run)
         self._started, self._spent = time.perf_counter(), 0.0
@@ -176,11 +184,7 @@ class AxisTracker(L.Callback):
         scalars |= {f"{self.name}/{key}": value for key, value in cost.items()}
         self._scalars = scalars
         _log(trainer, scalars, epoch)
-
-    def _monitor(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Put the last values where ``ModelCheckpoint`` and ``EarlyStopping`` look."""
-        for key, value in self._scalars.items():
-            pl_module.log(key, value, logger=False, batch_size=1)
+        _monitor(trainer, scalars)
 
 
 def _log(trainer: L.Trainer, scalars: dict[str, float], epoch: float) -> None:
@@ -191,6 +195,14 @@ def _log(trainer: L.Trainer, scalars: dict[str, float], epoch: float) -> None:
                 logger.experiment.define_metric(key, step_metric="epoch")
         logger.log_metrics({**scalars, "epoch": epoch}, step=trainer.global_step)
         logger.save()
+
+
+def _monitor(trainer: L.Trainer, scalars: dict[str, float]) -> None:
+    """Put values where ``ModelCheckpoint`` and ``EarlyStopping`` look.
+
+    Not by ``log``: at the first epoch's end it would show what was logged when training started.
+    """
+    trainer.callback_metrics.update({key: torch.tensor(value) for key, value in scalars.items()})
 
 
 @contextmanager
@@ -208,7 +220,7 @@ def _probe_source(given: Dataset | DataLoader | None, trainer: L.Trainer) -> Dat
     if given is not None:
         return given
     datamodule = getattr(trainer, "datamodule", None)
-    if hasattr(datamodule, "probe_dataloader"):
+    if datamodule is not None and hasattr(datamodule, "probe_dataloader"):
         return datamodule.probe_dataloader()
     loaders = trainer.val_dataloaders
     if loaders is None:  # not set up yet where nothing was trained

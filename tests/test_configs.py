@@ -139,18 +139,29 @@ def test_cifar_follows_the_papers_recipe(name):
     assert config["model"]["init_args"]["backbone"] == Path(name).stem
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-def test_a_run_is_resumed_and_tested_from_its_own_checkpoint(tmp_path, monkeypatch, capsys):
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_an_interrupted_run_resumes_to_the_same_network_and_is_tested(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    flags = SMALL | {"trainer.logger": "false", "trainer.callbacks.init_args.save": "false"}
-    config = str(FOLDER / "digits/resnet18.yaml")
-    chanaxes(monkeypatch, "fit", "--config", config, **flags)
-    (last,) = tmp_path.rglob("last.ckpt")
-    resumed = flags | {"trainer.max_steps": 4, "trainer.max_epochs": 2, "ckpt_path": last, "weights_only": "true"}
-    chanaxes(monkeypatch, "fit", "--config", config, **resumed)
-    assert torch.load(last, weights_only=True)["global_step"] == 4
-    # no logger: the second run's config replaced the first's in the same folder
-    (saved,) = tmp_path.rglob("config.yaml")
-    assert yaml.safe_load(saved.read_text())["trainer"]["max_steps"] == 4
-    chanaxes(monkeypatch, "test", "--config", config, **{"ckpt_path": last, "trainer.logger": "false"})
+    config = load("digits/resnet18.yaml")
+    checkpoint, _ = config["trainer"]["callbacks"]
+    checkpoint["init_args"] |= {"filename": "{epoch}", "save_top_k": -1}
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    flags = SMALL | {"trainer.max_steps": -1, "trainer.max_epochs": 3, "trainer.logger": "false"}
+
+    def run(verb: str, folder: str, **more) -> None:
+        arguments = flags | {"trainer.default_root_dir": folder} | more
+        chanaxes(monkeypatch, verb, "--config", "config.yaml", **arguments)
+
+    run("fit", "unbroken")
+    run("fit", "resumed", ckpt_path="unbroken/checkpoints/epoch=0.ckpt", weights_only="true")
+    unbroken, resumed = (
+        torch.load(f"{folder}/checkpoints/last.ckpt", weights_only=True) for folder in ("unbroken", "resumed")
+    )
+    assert unbroken["global_step"] == resumed["global_step"] == 6
+    for key, value in unbroken["state_dict"].items():
+        torch.testing.assert_close(resumed["state_dict"][key], value, rtol=0, atol=0, msg=key)
+
+    capsys.readouterr()
+    run("test", "resumed", ckpt_path="resumed/checkpoints/last.ckpt")  # in a folder that holds a config already
     assert "test/top1" in capsys.readouterr().out
+    assert yaml.safe_load(Path("resumed/config.yaml").read_text())["ckpt_path"] == "resumed/checkpoints/last.ckpt"

@@ -47,7 +47,7 @@ class Classifier(L.LightningModule):
         nesterov: whether SGD's momentum is Nesterov's.
         weight_decay: applied to every parameter.
         schedule: stepped once an optimiser step. ``"cosine"`` falls to 0 over the whole run; ``"one_cycle"``
-            rises over the first 30 % of the run and falls over the rest.
+            rises over the first 30 % of the run, falls over the rest, and cannot be resumed to a longer one.
         warmup_epochs: epochs, or a fraction of one, of linear warm-up before the cosine.
         label_smoothing: in [0, 1], for the training loss only.
         channels_last: keep maps in NHWC order: ResNet-18 trains about 1.3 times as fast on a CPU.

@@ -1,0 +1,54 @@
+"""``chanaxes summary``: a run's axis correlations as a short table and a figure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from chanaxes_pl.correlations import axis_correlations, headline
+from chanaxes_pl.plots import plot_correlations
+from chanaxes_pl.tables import read_run
+
+
+def summary(run: str, figure: str | None = None, all_checkpoints: bool = False, resamples: int = 1000) -> None:
+    """Print a run's axis correlations and draw them over epochs.
+
+    Args:
+        run: the folder that a tracker wrote, ``<run folder>/axis``.
+        figure: where to draw; default ``correlations.png`` in ``run``.
+        all_checkpoints: print every checkpoint, not just initialisation, the highest correlation and the end.
+        resamples: bootstrap resamples over channels for the intervals.
+    """
+    folder = Path(run)
+    correlations = axis_correlations(read_run(folder), resamples)
+    rows = headline(correlations)
+    print(describe(rows if all_checkpoints else landmarks(rows)))
+    path = Path(figure) if figure else folder / "correlations.png"
+    plot_correlations(correlations, title=str(rows["run"].iloc[0])).savefig(path, dpi=150)
+    print(f"\nfigure: {path}\ntables: {folder}{'/step-*.parquet'}")
+
+
+def landmarks(rows: pd.DataFrame) -> pd.DataFrame:
+    """Initialisation, the checkpoint of the highest correlation, and the end, named in the column ``when``."""
+    named = {
+        "at initialisation": 0,
+        "at its highest": int(rows["rho"].fillna(-2).argmax()),
+        "at the end": len(rows) - 1,
+    }
+    return rows.iloc[list(named.values())].assign(when=list(named))
+
+
+def describe(rows: pd.DataFrame) -> str:
+    """The headline correlation of some checkpoints as text, a line each."""
+    lines = ["ρ(input capture, task information), mean over layers; 95 % interval over channels"]
+    lines.append(f"{'':18}{'epoch':>8}{'step':>8}{'ρ':>8}{'interval':>17}{'ceiling':>9}{'corrected':>11}{'null':>8}")
+    for _, row in rows.iterrows():
+        ceiling = (row["reliability_local"] * row["reliability_target"]) ** 0.5
+        interval = f"[{row['low']:.2f}, {row['high']:.2f}]"
+        lines.append(
+            f"{row.get('when', ''):18}{row['epoch']:8.3g}{row['step']:8}{row['rho']:8.2f}{interval:>17}"
+            f"{ceiling:9.2f}{row['disattenuated']:11.2f}{row['null']:8.2f}"
+        )
+    lines.append("ceiling: the highest ρ that the metrics' reliabilities allow; corrected: ρ / ceiling")
+    return "\n".join(lines)
