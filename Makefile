@@ -19,6 +19,7 @@ lint: .venv/.ready
 
 bench: .venv/.ready
 	$(BIN)/python -m tests.benchmarks.checkpoint
+	$(BIN)/python -m tests.benchmarks.reconstruction
 
 clean:
 	rm -rf .venv

@@ -27,8 +27,8 @@ def information(squared_correlation: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> information(torch.tensor([0.0, 0.75, 1.0]))
-        tensor([0.0000, 0.6931, 3.1074])
+        >>> information(torch.tensor([0.0, 0.75, 1.0], dtype=torch.float64))
+        tensor([0.0000, 0.6931, 3.1076], dtype=torch.float64)
     """
     return squared_correlation.clamp(0.0, MAX_CORRELATION**2).neg_().log1p_().mul_(-0.5)
 
@@ -66,18 +66,23 @@ class Association:
         """``[C]``, I(T; y_i) in nats."""
         return information(self.explained.diagonal())
 
-    @property
-    def pairwise(self) -> Tensor:
-        """``[C, C]``, I(T; y_i, y_j) in nats; the diagonal means nothing.
+    def with_peers(self, peers: Tensor) -> Tensor:
+        """I(T; y_i, y_j) of each channel i with some of its peers j.
 
         The ratio of generalised variances with and without the target, 1 − R²_ij =
         det(Q − B) / det Q over the 2×2 blocks of the correlation Q and its explained part B, is the
         usual R² of two regressors for a scalar target and Wilks' Λ for a label.
+
+        Args:
+            peers: ``[C, k]``, indices of the peers of each channel, none of them its own.
+
+        Returns:
+            ``[C, k]``, nats.
         """
-        q = self.correlation.clamp(-MAX_CORRELATION, MAX_CORRELATION)
+        q = self.correlation.gather(1, peers).clamp_(-MAX_CORRELATION, MAX_CORRELATION)
         own = 1 - self.explained.diagonal()
-        left = torch.outer(own, own).sub_((q - self.explained).square_())
-        return information(left.div_(q.square_().neg_().add_(1)).neg_().add_(1))
+        left = own[:, None] * own[peers] - (q - self.explained.gather(1, peers)).square()
+        return information(1 - left / (1 - q.square()))
 
 
 def _pseudo_inverse(covariance: Tensor) -> Tensor:

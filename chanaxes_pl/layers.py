@@ -171,8 +171,8 @@ def sample_positions(indices: np.ndarray, total: int, count: int) -> Tensor | No
     Example:
         >>> import numpy as np
         >>> sample_positions(np.arange(2), 16, 4)
-        tensor([[15,  8,  1, 10],
-                [ 1, 10,  3, 12]])
+        tensor([[15, 10,  5,  0],
+                [ 4, 15, 10,  5]])
     """
     if count >= total:
         return None

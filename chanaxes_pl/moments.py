@@ -12,7 +12,7 @@ from torch import Tensor
 
 # Rows multiplied in one float32 product; the products are then summed in float64. Short enough that
 # rounding inside a product stays near 1e-7 of a variance, long enough to keep the product fast.
-_ROWS = 4096
+_ROWS = 1024
 # From this width on, only the upper block triangle of the Gram matrix is multiplied out.
 _BLOCKED_WIDTH = 256
 _BLOCKS = 4
@@ -97,7 +97,9 @@ class Moments:
             bias: ``[G]``.
         """
         weight = weight.to(self.mean)
-        return Moments(self.count, weight @ self.mean + bias.to(self.mean), weight @ self.scatter @ weight.T)
+        mean = weight @ self.mean + bias.to(self.mean)
+        # A bias does not enter the scatter: one that is not finite has to make it NaN all the same.
+        return Moments(self.count, mean, weight @ self.scatter @ weight.T + 0.0 * torch.outer(mean, mean))
 
     @classmethod
     def merge_all(cls, parts: Iterable[Moments]) -> Moments:
@@ -171,12 +173,14 @@ def _gram(rows: Tensor) -> Tensor:
 def _true_float32(device: torch.device) -> Iterator[None]:
     """Products in full float32, whatever autocast or TF32 setting surrounds the call."""
     cuda = torch.backends.cuda.matmul
-    tf32 = device.type == "cuda" and cuda.allow_tf32
-    if tf32:
-        cuda.allow_tf32 = False
+    # Once the newer of torch's two switches has been set, the older one may refuse to be read.
+    switch, off = ("fp32_precision", "ieee") if hasattr(cuda, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(cuda, switch)
+    if device.type == "cuda":
+        setattr(cuda, switch, off)
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        if tf32:
-            cuda.allow_tf32 = True
+        if device.type == "cuda":
+            setattr(cuda, switch, before)

@@ -12,6 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from chanaxes_pl.correlations import HEADLINE, NETWORK, headline
 
 _RHO = "ρ(input capture, task information)"
+_TICKS = 9
 # Colour-blind safe, and the same thing in the same colour everywhere.
 _BLUE, _ORANGE, _GREY = (sns.color_palette("colorblind")[k] for k in (0, 1, 7))
 
@@ -25,13 +26,14 @@ def plot_correlations(correlations: pd.DataFrame, title: str = "") -> Figure:
         title: above the figure.
 
     Returns:
-        A figure of 10 × 4 inches; ``figure.savefig(path)`` writes it.
+        A figure of 10 × 4.5 inches; ``figure.savefig(path)`` writes it.
     """
     with sns.axes_style("ticks"), sns.plotting_context("paper", font_scale=1.1):
-        figure = Figure(figsize=(10, 4), layout="constrained")
+        figure = Figure(figsize=(10, 4.5), layout="constrained")
         mean, layers = figure.subplots(1, 2, width_ratios=(1, 1.25))
         _draw_mean(mean, headline(correlations))
         _draw_layers(layers, correlations)
+        figure.legend(*mean.get_legend_handles_labels(), loc="outside lower left", ncols=3, frameon=False)
         figure.suptitle(title)
     return figure
 
@@ -46,8 +48,7 @@ def _draw_mean(axes: Axes, rows: pd.DataFrame) -> None:
     axes.plot(at, rows["rho"], color=_BLUE, marker="o", markersize=4, label="measured, 95 % over channels")
     axes.axhline(0, color="black", linewidth=0.6)
     lowest = min(0.0, rows[["rho", "low", "null"]].min().min())
-    axes.set(ylim=(lowest - 0.08, 1.08), ylabel=f"{_RHO}, mean over layers")
-    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3, columnspacing=1.0)
+    axes.set(ylim=(lowest - 0.08, 1.08), ylabel=_RHO, title="mean over layers")
     _label_checkpoints(axes, rows)
     sns.despine(ax=axes)
 
@@ -60,9 +61,16 @@ def _draw_layers(axes: Axes, correlations: pd.DataFrame) -> None:
     axes.set_facecolor("0.85")  # shows where a layer has no correlation
     image = axes.imshow(grid, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
     skip = -(-len(names) // 25)
-    axes.set_yticks(range(0, len(names), skip), names[::skip], fontsize=7)
+    axes.set_yticks(range(0, len(names), skip), [_short(name, names) for name in names[::skip]], fontsize=7)
+    axes.set_title("every layer")
     axes.figure.colorbar(image, ax=axes, label=_RHO, shrink=0.9)
     _label_checkpoints(axes, rows.drop_duplicates("step"))
+
+
+def _short(name: str, names: list[str]) -> str:
+    """A layer's name without the module that all of them are in."""
+    head = name.split(".")[0] + "."
+    return name.removeprefix(head) if all(other.startswith(head) for other in names) else name
 
 
 def _label_checkpoints(axes: Axes, rows: pd.DataFrame) -> None:
@@ -71,8 +79,10 @@ def _label_checkpoints(axes: Axes, rows: pd.DataFrame) -> None:
 
     def label(place: float, _position: int) -> str:
         near = round(place)
-        return f"{epochs[near]:.2g}" if 0 <= near < len(epochs) and abs(place - near) < 0.01 else ""
+        if not 0 <= near < len(epochs) or abs(place - near) > 0.01:
+            return ""
+        return f"{epochs[near]:.1g}" if epochs[near] < 1 else f"{epochs[near]:g}"
 
-    axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(_TICKS, integer=True, steps=[1, 2, 3, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(label))
     axes.set_xlabel("epochs trained (one place a checkpoint)")

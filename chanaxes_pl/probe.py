@@ -64,8 +64,9 @@ class Probe:
     """The first ``size`` images of a loader, or ``size`` images of a data set, the same at every checkpoint.
 
     A DataLoader that does not shuffle is read in its own order; of a data set, or of a shuffling loader's,
-    a fixed random subset is taken where it has more than ``size`` images. Nothing is cached, and no
-    global random number is drawn.
+    a fixed random subset is taken where it has more than ``size`` images. An iterable data set is read from its
+    beginning, whole batches at a time, and has to yield the same images every time. Nothing is cached, and
+    no global random number is drawn.
 
     Args:
         source: a map-style Dataset whose items are ``(image, label)``, or a DataLoader.
@@ -83,10 +84,12 @@ class Probe:
         loader = source if isinstance(source, DataLoader) else DataLoader(source, batch_size=_BATCH)
         self._loader = loader
         self._size = size
-        # A stream, or batches that the user composes, cannot be indexed: taken as they come.
-        self._indexed = not isinstance(loader.dataset, IterableDataset) and loader.batch_size is not None
+        self._batch: int = getattr(loader.batch_sampler, "batch_size", 0)
+        # A stream, or batches of no stated size, cannot be indexed: taken as they come.
+        self._indexed = not isinstance(loader.dataset, IterableDataset) and self._batch > 0
         if self._indexed:
-            keep_order = isinstance(source, DataLoader) and isinstance(loader.sampler, SequentialSampler)
+            sampler = getattr(loader.batch_sampler, "sampler", None)
+            keep_order = isinstance(source, DataLoader) and isinstance(sampler, SequentialSampler)
             self._order = _fixed_order(_members(loader), size, keep_order)
             if len(self._order) < MIN_IMAGES:
                 raise ValueError(too_small(len(self._order), caller))
@@ -115,7 +118,7 @@ class Probe:
     def _dealt(self, rank: int, world: int) -> Iterator[tuple[np.ndarray, Any]]:
         indices = np.arange(rank, len(self._order), world)
         loader = self._loader
-        size = loader.batch_size or _BATCH
+        size = self._batch
         share = DataLoader(
             Subset(loader.dataset, self._order[indices].tolist()),
             batch_size=size,
@@ -166,10 +169,13 @@ def observed(model: nn.Module) -> Iterator[None]:
     A compiled model runs uncompiled meanwhile, because hooks that are added after its first call would not fire.
     """
     training = {module: module.training for module in model.modules()}
-    with isolate_rng(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        try:
+    streams = isolate_rng()
+    streams.__enter__()
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             model.eval()
             yield
-        finally:
-            for module, flag in training.items():
-                module.training = flag
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+        streams.__exit__(None, None, None)  # told of an exception, isolate_rng would restore nothing

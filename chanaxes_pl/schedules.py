@@ -43,10 +43,10 @@ class Schedule:
         if spec == "log":
             return cls(every_epochs=1, doubling=True)
         if isinstance(spec, str):
-            match = re.fullmatch(r"(\d+) (epoch|step)s?", spec)
+            match = re.fullmatch(r"(\d+)(?: (epoch|step)s?)?", spec)  # a bare number is text on a command line
             if match and int(match[1]) > 0:
                 count = int(match[1])
-                return cls(every_epochs=count) if match[2] == "epoch" else cls(every_steps=count)
+                return cls(every_steps=count) if match[2] == "step" else cls(every_epochs=count)
         elif isinstance(spec, int) and not isinstance(spec, bool):
             if spec > 0:
                 return cls(every_epochs=spec)

@@ -26,7 +26,7 @@ def summary(run: str, figure: str | None = None, all_checkpoints: bool = False, 
     print(describe(rows if all_checkpoints else landmarks(rows)))
     path = Path(figure) if figure else folder / "correlations.png"
     plot_correlations(correlations, title=str(rows["run"].iloc[0])).savefig(path, dpi=150)
-    print(f"\nfigure: {path}\ntables: {folder}{'/step-*.parquet'}")
+    print(f"\nfigure: {path}\ntables: {folder}/step-*.parquet")
 
 
 def landmarks(rows: pd.DataFrame) -> pd.DataFrame:

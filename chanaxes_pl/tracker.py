@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import pandas as pd
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import WandbLogger
 from torch.utils.data import DataLoader, Dataset
 
@@ -177,20 +178,20 @@ class AxisTracker(L.Callback):
             )
         correlations = axis_correlations(table)
         self.table = self._history.add(epoch, trainer.global_step, table, correlations)
-        now = time.perf_counter()
+        first, now = self._spent == 0.0, time.perf_counter()
         self._spent += now - begin
         cost = {"seconds": now - begin, "time_share": self._spent / max(now - self._started, 1e-9)}
         scalars = checkpoint_scalars(table, correlations, self.name)
         scalars |= {f"{self.name}/{key}": value for key, value in cost.items()}
         self._scalars = scalars
-        _log(trainer, scalars, epoch)
+        _log(trainer, scalars, epoch, first)
         _monitor(trainer, scalars)
 
 
-def _log(trainer: L.Trainer, scalars: dict[str, float], epoch: float) -> None:
+def _log(trainer: L.Trainer, scalars: dict[str, float], epoch: float, first: bool) -> None:
     """To every logger, with ``epoch`` in the row: W&B can only plot over what a row holds."""
     for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger) and trainer.is_global_zero:
+        if first and isinstance(logger, WandbLogger) and trainer.is_global_zero:
             for key in scalars:  # one by one: a pattern would lose to the one that Lightning registers first
                 logger.experiment.define_metric(key, step_metric="epoch")
         logger.log_metrics({**scalars, "epoch": epoch}, step=trainer.global_step)
@@ -224,14 +225,15 @@ def _probe_source(given: Dataset | DataLoader | None, trainer: L.Trainer) -> Dat
         return datamodule.probe_dataloader()
     loaders = trainer.val_dataloaders
     if loaders is None:  # not set up yet where nothing was trained
-        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        with suppress(MisconfigurationException):  # Lightning's error where there is no validation; ours says more
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
         loaders = trainer.val_dataloaders
     loader = loaders[0] if isinstance(loaders, (list, tuple)) and loaders else loaders
     if isinstance(loader, DataLoader):
         return loader
     raise ValueError(
         "AxisTracker found no probe images: pass AxisTracker(probe=a Dataset or DataLoader of labelled images), or "
-        "give the datamodule a probe_dataloader(), or train with a validation loader"
+        "give the datamodule a probe_dataloader(), or train with a validation loader (and limit_val_batches above 0)"
     )
 
 

@@ -1,6 +1,8 @@
 """The laws of Moments, and of the recorder that streams them."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -125,6 +127,14 @@ def test_mapped_is_moments_of_the_mapped_samples(seed, size, width, rows):
     assert_same(Moments.of(samples).mapped(weight, bias), Moments.of(samples @ weight.T + bias), (0.0, 10.0))
 
 
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_mapped_by_a_bias_that_is_not_finite_leaves_nothing_finite_of_that_variable_alone(wrong):
+    samples, weight = torch.randn(20, 2, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)
+    mapped = Moments.of(samples).mapped(weight, torch.tensor([0.0, wrong, 1.0], dtype=torch.float64))
+    assert mapped.live.tolist() == [True, False, True]
+    assert mapped.variance.isfinite().tolist() == [True, False, True]
+
+
 @pytest.mark.parametrize("width", [255, 256, 257, 301])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_blocked_gram_matrix_of_a_wide_layer_is_the_plain_one(width, dtype):
@@ -180,6 +190,25 @@ def test_matmul_precision_settings_do_not_change_the_result_and_stay(precision):
         torch.set_float32_matmul_precision(before)
     assert torch.equal(inside.scatter, outside.scatter)
     assert kept == precision
+
+
+SWITCH = """
+import torch
+from chanaxes_pl.moments import _true_float32
+matmul = torch.backends.cuda.matmul
+matmul.fp32_precision = 'tf32'
+before = matmul.fp32_precision
+with _true_float32(torch.device("cuda")):
+    print(matmul.fp32_precision)
+assert matmul.fp32_precision == before
+"""
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch has the older switch only")
+def test_tf32_is_off_inside_and_as_it_was_afterwards():
+    """In a process of its own: torch's two switches, once mixed, do not come back."""
+    result = subprocess.run([sys.executable, "-c", SWITCH], capture_output=True, text=True, check=False)
+    assert result.stdout == "ieee\n", result.stderr
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -83,6 +83,7 @@ class Watch(L.Callback):
     [
         ("epoch", [(0, 0), (1, 4), (2, 8), (3, 12)]),
         (2, [(0, 0), (2, 8)]),
+        ("2", [(0, 0), (2, 8)]),
         ("3 epochs", [(0, 0), (3, 12)]),
         ("3 steps", [(0, 0), (0.75, 3), (1.5, 6), (2.25, 9), (3, 12)]),
         ("log", [(0, 0), (0.25, 1), (0.5, 2), (1, 4), (2, 8), (3, 12)]),
@@ -343,6 +344,9 @@ def test_an_offline_wandb_run_holds_every_key_over_epochs(tmp_path, monkeypatch)
     records = [json.loads(line) for line in subprocess.check_output(inspect, text=True).splitlines()]
     over_epochs = {m["name"] for r in records if (m := r.get("metric", {})).get("step_metric") == "epoch"}
     assert over_epochs == keys()
+    assert (
+        len([record for record in records if record["type"] == "metric"]) == len(keys()) + 2
+    )  # each once; Lightning's
     rows = [record["history"]["item"] for record in records if record["type"] == "history"]
     rows = [row for row in rows if "axis/rho" in row]
     assert all(keys() | {"epoch"} <= row.keys() for row in rows)

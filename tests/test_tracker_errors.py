@@ -1,6 +1,5 @@
 """Bad input and bad luck: errors that name the way out, and trainings that go on."""
 
-import warnings
 from pathlib import Path
 
 import lightning.pytorch as L
@@ -28,7 +27,8 @@ def train(root: Path, *callbacks, model=None, **settings) -> Small:
 
 
 @pytest.mark.parametrize(
-    "schedule", ["epochs", "", "log ", "0 steps", "-1 epochs", "1.5 epochs", "often", 0, -2, True, 1.5, None, [1, -1], [0.5]]
+    "schedule",
+    ["epochs", "", "log ", "0 steps", "-1 epochs", "1.5 epochs", "often", 0, -2, True, 1.5, None, [1, -1], [0.5]],
 )
 def test_a_schedule_that_means_nothing_is_quoted_with_those_that_do(schedule):
     with pytest.raises(ValueError, match=r"AxisTracker\(schedule=.*\): expected 'epoch', 'log'.*'n steps'") as error:
@@ -71,6 +71,11 @@ def test_without_a_probe_the_three_ways_to_give_one_are_named(tmp_path, epochs):
         fitter.fit(build(), loaders()["train_dataloaders"])
 
 
+def test_validation_that_is_switched_off_gives_no_probe_and_the_error_says_so(tmp_path):
+    with pytest.raises(ValueError, match=r"found no probe images: .*limit_val_batches above 0"):
+        train(tmp_path, AxisTracker(), limit_val_batches=0)
+
+
 def test_a_probe_of_another_type_is_refused(tmp_path):
     with pytest.raises(TypeError, match=r"AxisTracker\(probe=\[1, 2, 3\]\): expected a Dataset or a DataLoader"):
         train(tmp_path, AxisTracker(probe=[1, 2, 3]))
@@ -92,12 +97,15 @@ class Dicts(torch.utils.data.Dataset):
         return 40
 
     def __getitem__(self, index):
+        torch.rand(1)
         image, label = images()[index]
         return {"image": image, "label": label}
 
 
 def test_a_batch_of_another_kind_needs_a_step(tmp_path):
-    message = r"a batch that is a dict with keys \['image', 'label'\]: expected \(images, labels\).*pass step=\(module, b"
+    message = (
+        r"a batch that is a dict with keys \['image', 'label'\]: expected \(images, labels\).*pass step=\(module, b"
+    )
     with pytest.raises(ValueError, match=message):
         train(tmp_path, AxisTracker(probe=Dicts()))
     tracker = AxisTracker(probe=Dicts(), step=lambda module, batch: (module(batch["image"]), batch["label"]))
@@ -117,14 +125,18 @@ def test_labels_that_are_no_class_are_named(tmp_path, label):
 
 
 def test_a_probe_that_fails_leaves_the_network_and_the_trainer_as_they_were(tmp_path):
-    model, before = build(), torch.get_rng_state()
-    fitter = trainer(tmp_path, AxisTracker(probe=Dicts()))
+    class Before(L.Callback):
+        def on_train_start(self, *args):
+            self.numbers = torch.get_rng_state()
+
+    model, before = build(), Before()
+    fitter = trainer(tmp_path, before, AxisTracker(probe=Dicts()))
     with pytest.raises(ValueError, match="a dict with keys"):
         fitter.fit(model, **loaders())
     assert model.net.training
     assert not model.frozen.training
     assert not any(module._forward_hooks for module in model.modules())
-    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(torch.get_rng_state(), before.numbers)
     assert torch.is_grad_enabled()
 
 
@@ -172,8 +184,7 @@ def fail_half_way(table, path, **_):
 
 
 def test_a_crash_while_writing_leaves_no_half_file(tmp_path, monkeypatch):
-    table, path = AxisTracker, tmp_path / "step-000000000.parquet"
-    tracker = AxisTracker()
+    tracker, path = AxisTracker(), tmp_path / "step-000000000.parquet"
     train(tmp_path, tracker, max_epochs=1)
     table = tracker.table
     write_parquet(table, path)
@@ -191,15 +202,15 @@ def test_a_disk_that_fills_up_costs_one_table(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="step 4 is lost, training goes on: .*No space left on device"):
         train(tmp_path, tracker, *acts)
     assert read_run(tracker.folder)["step"].unique().tolist() == [0, 2 * STEPS]
-    assert sorted(path.name for path in tracker.folder.iterdir()) == ["step-000000000.parquet", "step-000000008.parquet"]
+    assert sorted(path.name for path in tracker.folder.iterdir()) == [
+        "step-000000000.parquet",
+        "step-000000008.parquet",
+    ]
 
 
 def test_a_half_file_is_named(tmp_path):
-    path = tmp_path / "step-000000000.parquet"
-    fail = pytest.raises(OSError, match="No space")
-    with fail:
-        fail_half_way(None, path)
-    with pytest.raises(ValueError, match="not a whole Parquet file.*cut off"):
+    (tmp_path / "step-000000000.parquet").write_bytes(b"PAR1 half a table")
+    with pytest.raises(ValueError, match=r"not a whole Parquet file.*cut off"):
         read_run(tmp_path)
 
 
@@ -214,12 +225,7 @@ def test_a_layer_that_is_not_finite_is_told_apart_and_training_goes_on(tmp_path,
 
     tracker, logger = AxisTracker(), RecordingLogger(tmp_path)
     act = At(2 * STEPS - 1, break_late_layer)
-    model = train(tmp_path, tracker, act, max_epochs=3, logger=logger, callbacks_after=None) if False else None
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for text in QUIET:
-            warnings.filterwarnings("ignore", text.removeprefix("ignore:"))
-        model = train(tmp_path, tracker, act, max_epochs=3, logger=logger)
+    model = train(tmp_path, tracker, act, max_epochs=3, logger=logger)
     assert len(model.losses) == 3 * STEPS
     table = read_run(tracker.folder)
     broken = table.query("step == 8 and layer == 'net.4'")
@@ -231,19 +237,14 @@ def test_a_layer_that_is_not_finite_is_told_apart_and_training_goes_on(tmp_path,
 
 
 def test_layers_before_one_that_is_not_finite_keep_their_local_values(tmp_path):
-    """The last bias: a NaN from there reaches the logits and the target, and no convolution until the next step."""
+    """One channel of the second convolution: NaN from there reaches its own row, the logits and the target."""
 
-    class Breaks(At):
+    class Breaks(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, *args):
-            if trainer.global_step == self.step:
-                self.action(pl_module)
-
-    def break_late_layer(module):
-        with torch.no_grad():
-            module.net[4].weight[0].fill_(float("nan"))
+            pl_module.net[4].weight.data[0] = float("nan")
 
     tracker, logger = AxisTracker(schedule="1 steps"), RecordingLogger(tmp_path)
-    train(tmp_path, Breaks(1, break_late_layer), tracker, max_epochs=1, logger=logger)
+    train(tmp_path, Breaks(), tracker, max_epochs=1, logger=logger)
     table = read_run(tracker.folder).query("step == 1").set_index(["layer", "channel"])
     local = table[["input_capture", "peer_overlap", "peer_r2"]]
     assert np.isfinite(local.loc["net.0"]).all(axis=None)
@@ -274,5 +275,8 @@ def test_a_layer_that_the_network_does_not_use_says_so(tmp_path):
     assert spare["input_capture"].isna().all()
     rho = tracker.correlations.query("step == 4 and local == 'input_capture' and target == 'task_information'")
     assert rho.set_index("layer")["rho"].isna().to_dict() == {
-        "net.0": False, "net.4": False, "spare": True, "network": False
+        "net.0": False,
+        "net.4": False,
+        "spare": True,
+        "network": False,
     }

@@ -115,6 +115,22 @@ def test_training_is_bit_identical_with_and_without_a_tracker(tmp_path, case):
     assert [step for _, step in tracker._history.checkpoints] == list(range(steps + 1))
 
 
+class Augmented(torch.utils.data.Dataset):
+    """Images that draw from every global stream."""
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        image, label = images()[index]
+        return image + torch.rand(1) + np.random.rand() + random.random(), label  # noqa: NPY002
+
+
+def test_a_probe_that_draws_random_numbers_draws_none_of_the_trainings(tmp_path):
+    bare = trained(tmp_path / "bare")
+    assert differences(bare, trained(tmp_path / "tracked", AxisTracker(Augmented(), schedule="1 steps"))) == []
+
+
 def test_mixed_precision_does_change_the_training_that_is_compared(tmp_path):
     assert "losses" in differences(trained(tmp_path), trained(tmp_path, precision="bf16-mixed"))
 
@@ -293,7 +309,9 @@ def fit_alike_batches(root: Path, resume: Path | None = None, pause: float = 0.0
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 def test_a_killed_training_resumes_to_the_table_of_an_uninterrupted_one(tmp_path):
     code = "import sys, pathlib; from tests.test_tracker_invariants import fit_alike_batches as fit; "
-    child = subprocess.Popen([sys.executable, "-c", f"{code} fit(pathlib.Path(sys.argv[1]), pause=0.3)", tmp_path], cwd=ROOT)
+    child = subprocess.Popen(
+        [sys.executable, "-c", f"{code} fit(pathlib.Path(sys.argv[1]), pause=0.3)", tmp_path], cwd=ROOT
+    )
     beyond = tmp_path / "axis" / "step-000000006.parquet"  # the checkpoint before it is that of step 4
     patience = time.monotonic() + 60
     while not beyond.exists():
@@ -322,7 +340,11 @@ class WritesWhatItHolds(L.Callback):
     def on_train_end(self, trainer, pl_module):
         rank = trainer.global_rank
         self.tracker.table.to_parquet(self.folder / f"rank-{rank}.parquet")
-        told = {"writes": str(self.tracker.folder), "rho": float(trainer.callback_metrics["axis/rho"]), "pid": os.getpid()}
+        told = {
+            "writes": str(self.tracker.folder),
+            "rho": float(trainer.callback_metrics["axis/rho"]),
+            "pid": os.getpid(),
+        }
         (self.folder / f"rank-{rank}.json").write_text(json.dumps(told))
 
 

@@ -117,6 +117,14 @@ def widening_1x1() -> tuple[nn.Module, Tensor]:
     )
 
 
+def widening_dead_channels() -> tuple[nn.Module, Tensor]:
+    layer = nn.Conv2d(3, 8, 1)
+    layer.weight.data[2], layer.bias.data[2] = 0.0, 0.1
+    layer.bias.data[5] = torch.nan
+    layer.weight.data[6, 1] = torch.inf
+    return nn.Sequential(layer, Apply(lambda x: x.nan_to_num(0.0, 0.0, 0.0)), *head(8)), images_2d()
+
+
 def conv_1d() -> tuple[nn.Module, Tensor]:
     return nn.Sequential(nn.Conv1d(3, 7, 3), nn.ReLU(), nn.Conv1d(7, 8, 1), *head(8)), images_2d().flatten(2)
 
@@ -148,6 +156,7 @@ ZOO: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "linear on [B, H, W, C]": linear_channels_last,
     "1×1 maps": maps_1x1,
     "widening 1×1": widening_1x1,
+    "dead channels of a widening 1×1": widening_dead_channels,
     "Conv1d": conv_1d,
     "Conv3d": conv_3d,
     "channels_last": channels_last,

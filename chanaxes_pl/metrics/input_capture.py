@@ -37,22 +37,17 @@ def check_noise(noise: str | float) -> None:
 def _noise_power(power: Tensor, noise: str | float) -> Tensor:
     if len(power) == 0:
         return power.new_tensor(torch.nan)
-    if isinstance(noise, str):
-        if noise == "median":
-            return median(power)
-        if noise == "mean":
-            return power.mean()
-        level = _quantile_level(noise)
-        if level is not None:
-            return torch.quantile(power, level)
-    elif noise > 0:
-        return power.new_tensor(float(noise))
-    raise ValueError(f"noise={noise!r}: expected 'median', 'mean', a quantile such as 'q0.25', or a number above 0")
-
-
-def _quantile_level(noise: str) -> float | None:
+    if noise == "median":
+        return median(power)
+    if noise == "mean":
+        return power.mean()
+    text = str(noise)  # a number may come as text, from a command line
     try:
-        level = float(noise.removeprefix("q"))
+        value = float(text.removeprefix("q"))
     except ValueError:
-        return None
-    return level if noise.startswith("q") and 0 < level <= 1 else None
+        value = float("nan")
+    if text.startswith("q") and 0 < value <= 1:
+        return torch.quantile(power, value)
+    if not text.startswith("q") and value > 0:
+        return power.new_tensor(value)
+    raise ValueError(f"noise={noise!r}: expected 'median', 'mean', a quantile such as 'q0.25', or a number above 0")

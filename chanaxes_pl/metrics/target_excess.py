@@ -26,8 +26,7 @@ def target_excess(association: Association, candidates: int = 50, partners: int 
     count = len(single)
     if count < 2:
         return torch.full_like(single, torch.nan)
-    excess = association.pairwise - torch.maximum(single[:, None], single)
     nearness = association.correlation.square().fill_diagonal_(-1.0)
-    near = nearness.topk(min(candidates, count - 1)).indices
-    chosen = excess.gather(1, near)
-    return chosen.topk(min(partners, chosen.shape[1])).values.mean(1)
+    near = nearness.topk(min(candidates, count - 1), sorted=False).indices
+    excess = association.with_peers(near) - torch.maximum(single[:, None], single[near])
+    return excess.topk(min(partners, excess.shape[1])).values.mean(1)

@@ -1,0 +1,403 @@
+"""compute_axes: leaves no trace, sees the same probe whatever the loader does, and says what is wrong."""
+
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
+
+from chanaxes_pl import Axes, compute_axes
+from chanaxes_pl.probe import Probe
+from chanaxes_pl.tables import COLUMNS
+from chanaxes_pl.targets import TARGETS, target_function, task_variable
+from tests import reference, zoo
+
+TARGET = ("task_information", "target_excess")
+
+
+class Restless(nn.Module):
+    """Dropout, a BatchNorm that trains and a frozen one, and a layer that draws random numbers even in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.5), nn.Conv2d(8, 6, 3))
+        self.frozen = nn.BatchNorm2d(6).eval()
+        self.classifier = nn.Linear(6, zoo.CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch.rand(3), np.random.rand(3), random.random()  # noqa: NPY002  the streams that must come back
+        return self.classifier(self.frozen(self.features(x)).mean((2, 3)))
+
+
+def restless() -> Restless:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Restless()
+
+
+def streams():
+    _, keys, *rest = np.random.get_state()  # noqa: NPY002
+    return torch.get_rng_state().tolist(), keys.tolist(), rest, random.getstate()
+
+
+def snapshot(model: nn.Module) -> dict:
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    return {
+        "state": {name: value.clone() for name, value in model.state_dict().items()},
+        "flags": [module.training for module in model.modules()],
+        "gradients": [(p.requires_grad, p.grad) for p in model.parameters()],
+        "hooks": [len(getattr(module, hook)) for module in model.modules() for hook in hooks],
+        "grad mode": torch.is_grad_enabled(),
+        "streams": streams(),
+    }
+
+
+def assert_untouched(model: nn.Module, before: dict) -> None:
+    after = snapshot(model)
+    for name, value in before.pop("state").items():
+        assert torch.equal(after["state"][name], value), name
+    del after["state"]
+    assert after == before
+
+
+def loader(n: int = 60, **options) -> DataLoader:
+    return zoo.loader_of(zoo.images_2d(n), **options)
+
+
+# ---------------------------------------------------------------- leaves no trace
+
+
+def test_the_model_and_every_random_stream_are_bit_identical_afterwards():
+    model = restless()
+    model.features[0].weight.requires_grad_(False)
+    before = snapshot(model)
+    assert before["flags"].count(False) == 1
+    axes = compute_axes(model, loader(), layers="conv+linear")
+    assert_untouched(model, before)
+    assert len(axes.table) == 8 + 6 + zoo.CLASSES
+
+
+def test_a_forward_pass_in_training_mode_would_leave_a_trace():
+    """Negative control."""
+    model = restless()
+    before = snapshot(model)
+    model(zoo.images_2d())
+    with pytest.raises(AssertionError):
+        assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("at", [0, 2])
+def test_the_model_is_bit_identical_also_after_an_exception(at):
+    model, calls = restless(), []
+    before = snapshot(model)
+
+    def step(module, batch):
+        calls.append(module.training)
+        if len(calls) > at:
+            raise RuntimeError("the disk is on fire")
+        return module(batch[0]), batch[1]
+
+    with pytest.raises(RuntimeError, match="the disk is on fire"):
+        compute_axes(model, loader(), step=step)
+    assert calls == [False] * (at + 1)
+    assert_untouched(model, before)
+
+
+def test_the_same_call_gives_the_same_bits():
+    model = restless()
+    assert compute_axes(model, loader()).table.equals(compute_axes(model, loader()).table)
+
+
+def test_a_probe_in_worker_processes_draws_no_random_number():
+    model = restless()
+    before = snapshot(model)
+    table = compute_axes(model, loader(num_workers=1)).table
+    assert_untouched(model, before)
+    assert table.equals(compute_axes(model, loader()).table)
+
+
+# ---------------------------------------------------------------- which images
+
+
+def test_a_shuffling_loader_gives_the_table_of_one_that_does_not_and_keeps_its_order():
+    model, generator = restless(), torch.Generator().manual_seed(9)
+    state = generator.get_state()
+    shuffled = loader(shuffle=True, generator=generator)
+    assert compute_axes(model, shuffled).table.equals(compute_axes(model, loader()).table)
+    assert torch.equal(generator.get_state(), state)
+
+
+def test_a_dataset_stands_for_a_loader_of_it():
+    model = restless()
+    images = zoo.images_2d()
+    expected = compute_axes(model, loader(batch=128)).table
+    assert compute_axes(model, TensorDataset(images, zoo.labels_of(len(images)))).table.equals(expected)
+
+
+def indices_of(source, size=5000, rank=0, world=1) -> list[int]:
+    """Which images a probe takes, from a data set whose images are their own indices."""
+    return [int(i) for _, (images, _) in Probe(source, size).batches(rank, world) for i in images]
+
+
+def numbered(n: int) -> TensorDataset:
+    return TensorDataset(torch.arange(n), torch.zeros(n, dtype=torch.long))
+
+
+def test_a_loader_in_order_gives_its_first_images_and_a_dataset_a_fixed_random_subset():
+    assert indices_of(DataLoader(numbered(50), batch_size=8), 20) == list(range(20))
+    subset = indices_of(numbered(50), 20)
+    assert subset == sorted(set(subset)) == indices_of(numbered(50), 20)
+    assert len(subset) == 20
+    assert subset != list(range(20))
+    assert indices_of(DataLoader(numbered(50), shuffle=True), 20) == subset
+    assert indices_of(numbered(20), 20) == list(range(20))
+
+
+def test_a_subset_sampler_is_respected():
+    chosen = [40, 3, 17, 8, 29]
+    sampled = DataLoader(numbered(50), sampler=SubsetRandomSampler(chosen), batch_size=2)
+    assert indices_of(sampled) == sorted(chosen)
+    assert set(indices_of(sampled, 3)) < set(chosen)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_processes_share_the_images_without_a_gap_or_a_repeat(world):
+    shares = [indices_of(DataLoader(numbered(23), batch_size=4), 20, rank, world) for rank in range(world)]
+    assert sorted(index for share in shares for index in share) == list(range(20))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    places = [np.concatenate([i for i, _ in Probe(numbered(20)).batches(r, world)]) for r in range(world)]
+    assert sorted(np.concatenate(places)) == list(range(20))
+
+
+class Stream(IterableDataset):
+    def __init__(self, n: int) -> None:
+        self.images, self.labels = zoo.images_2d(n), zoo.labels_of(n)
+
+    def __iter__(self):
+        return iter(zip(self.images, self.labels, strict=True))
+
+
+def test_a_stream_works_in_one_process_and_says_why_not_in_two():
+    model = restless()
+    assert compute_axes(model, DataLoader(Stream(60), batch_size=16)).table.equals(compute_axes(model, loader()).table)
+    with pytest.raises(ValueError, match="a probe that streams cannot be shared by 2 processes: pass a map-style"):
+        Probe(DataLoader(Stream(60), batch_size=16)).batches(0, 2)
+
+
+def test_batches_that_the_user_composes_are_taken_as_they_come():
+    whole = [(zoo.images_2d()[:30], zoo.labels_of(60)[:30]), (zoo.images_2d()[30:], zoo.labels_of(60)[30:])]
+    model = restless()
+    found = compute_axes(model, DataLoader(whole, batch_size=None)).table
+    expected = compute_axes(model, loader()).table
+    assert_allclose(found["target_excess"], expected["target_excess"], 1e-5)
+
+
+# ---------------------------------------------------------------- step and target
+
+
+def test_step_makes_logits_and_labels_of_any_batch_and_output():
+    class Named(Dataset):
+        def __len__(self):
+            return 60
+
+        def __getitem__(self, i):
+            return {"image": zoo.images_2d()[i], "label": zoo.labels_of(60)[i]}
+
+    class Tupled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = restless()
+
+        def forward(self, x):
+            return self.inner(x), "features"
+
+    def step(module, batch):
+        return module(batch["image"])[0], batch["label"]
+
+    found = compute_axes(Tupled(), DataLoader(Named(), batch_size=16), step=step).table
+    expected = compute_axes(restless(), loader()).table
+    assert found["layer"].str.removeprefix("inner.").equals(expected["layer"])
+    assert found.drop(columns="layer").equals(expected.drop(columns="layer"))
+
+
+def test_a_target_function_of_one_number_or_several_is_a_regression_on_it():
+    model, data = zoo.case("plain")
+    outputs, logits, labels = zoo.captured(model, data)
+    means = outputs["0"].mean(2)
+    margin = compute_axes(model, data).table
+    column = compute_axes(model, data, target=lambda z, y: TARGETS["logit_margin"](z, y)[:, None]).table
+    assert_allclose(column["target_excess"], margin["target_excess"], 1e-12)
+    several = compute_axes(model, data, target=lambda z, y: z[:, :2] * (1 + y[:, None])).table
+    target = logits[:, :2] * (1 + labels[:, None])
+    left = reference.residual(means, target)
+    single = reference.task_information_from_residuals(means, left)
+    excess = reference.target_excess(means, single, reference.pair_information_from_residuals(means, left))
+    first = several[several["layer"] == "0"]
+    assert_allclose(first["task_information"], single, 1e-9)
+    assert_allclose(first["target_excess"], excess, 1e-8)
+
+
+def test_named_targets():
+    logits, labels = torch.randn(30, 5, dtype=torch.float64), torch.arange(30) % 5
+    found = {name: task_variable(target_function(name, "test"), logits, labels) for name in TARGETS}
+    assert_allclose(found["logit_margin"][:, 0], reference.margins(logits.numpy(), labels.numpy()), 1e-12)
+    cross_entropy = nn.functional.cross_entropy(logits, labels, reduction="none")
+    assert_allclose(found["log_probability"][:, 0], -cross_entropy, 1e-12)
+    assert torch.equal(found["log_probability"], found["cross_entropy"])
+    assert torch.equal(found["label"], torch.eye(5, dtype=torch.float64)[labels][:, :4])
+
+
+def test_which_class_the_label_target_leaves_out_does_not_matter():
+    model, data = zoo.case("plain")
+    expected = compute_axes(model, data, target="label").table
+    found = compute_axes(model, data, target=lambda z, y: nn.functional.one_hot(y, zoo.CLASSES)).table
+    for column in TARGET:
+        assert_allclose(found[column], expected[column], 1e-8)
+
+
+def test_a_layer_that_is_never_reached_is_nan_with_the_reason():
+    model = restless()
+    model.spare = nn.Conv2d(3, 5, 1)
+    axes = compute_axes(model, loader())
+    spare = axes.table[axes.table["layer"] == "spare"]
+    assert len(spare) == 5
+    assert spare[list(COLUMNS)].isna().all(axis=None)
+    assert set(spare["reason"]) == {"the forward pass did not reach this layer"}
+    assert spare["dead"].all()
+    rows = axes.correlations.set_index("layer")
+    assert rows.loc["spare", "rho"].isna().all()
+    assert np.isfinite(rows.loc["network", "rho"]).all()
+
+
+def test_options_reach_the_table():
+    model = restless()
+    plain = compute_axes(model, loader()).table
+    assert not plain["input_capture"].equals(compute_axes(model, loader(), noise="mean").table["input_capture"])
+    assert not plain["input_capture"].equals(compute_axes(model, loader(), positions=2).table["input_capture"])
+    assert not plain["task_information"].equals(compute_axes(model, loader(), probe_size=30).table["task_information"])
+    assert compute_axes(model, loader(), reliability=False).table["peer_r2_odd"].isna().all()
+    assert isinstance(compute_axes(model, loader()), Axes)
+
+
+# ---------------------------------------------------------------- what is wrong
+
+
+def batches_of(*batches) -> DataLoader:
+    return DataLoader(list(batches), batch_size=None)
+
+
+IMAGES, LABELS = zoo.images_2d(6), zoo.labels_of(6)
+STEP = re.escape("for anything else pass step=(module, batch) → (logits, labels)")
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"x": IMAGES, "y": LABELS}, r"a batch that is a dict with keys \['x', 'y'\]: expected \(images, labels\); "),
+        ((IMAGES, LABELS, LABELS), r"a list of 3: a tensor of shape \(6, 3, 6, 6\), a tensor .*\(images, labels\); "),
+        (IMAGES, r"a batch that is a tensor of shape \(6, 3, 6, 6\): expected \(images, labels\); "),
+        ((IMAGES, LABELS[:, None]), r"labels of shape \(6, 1\): expected \[B, K\] with K ≥ 2 classes and \[B\]; "),
+        ((IMAGES, LABELS.float()), r"labels of type torch.float32: expected whole numbers"),
+        ((IMAGES, LABELS + 1), r"label 4 in the probe, but the logits have 4 classes: expected labels from 0 to 3"),
+        ((IMAGES, LABELS - 1), r"label -1 in the probe, but the logits have 4 classes"),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_described(batch, message):
+    if message.endswith("; "):
+        message += STEP
+    model = restless()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        compute_axes(model, batches_of(batch))
+    assert_untouched(model, before)
+
+
+def test_labels_that_are_no_numbers_are_described():
+    named = DataLoader([(image, "cat") for image in IMAGES], batch_size=6)
+    with pytest.raises(ValueError, match=r"a list of 2: a tensor of shape .*, a (tuple|list) of 6.*; " + STEP):
+        compute_axes(restless(), named)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": "margin"}, r"compute_axes\(target='margin'\): expected 'logit_margin', 'log_probability'"),
+        ({"positions": 0}, r"compute_axes\(positions=0\): expected a whole number above 0, or 'all'"),
+        ({"positions": -3}, r"compute_axes\(positions=-3\)"),
+        ({"positions": 2.5}, r"compute_axes\(positions=2.5\)"),
+        ({"positions": "every"}, r"compute_axes\(positions='every'\)"),
+        ({"probe_size": 2}, r"compute_axes\(probe_size=2\): expected at least 3 images"),
+        ({"noise": "bad"}, r"compute_axes: noise='bad': expected 'median', 'mean'"),
+        ({"noise": 0.0}, r"compute_axes: noise=0.0: expected"),
+        ({"layers": "linear?"}, r"compute_axes\(layers='linear\?'\): no tracked module"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_before_the_model_runs(options, message):
+    model = restless()
+    model.forward = None
+    with pytest.raises(ValueError, match=message):
+        compute_axes(model, loader(), **options)
+
+
+@pytest.mark.parametrize(("images", "count"), [(0, "0 images"), (1, "1 image"), (2, "2 images")])
+def test_a_probe_of_fewer_than_three_images_is_refused(images, count):
+    message = f"compute_axes: the probe holds {count}, expected at least 3"
+    data = TensorDataset(zoo.images_2d(4)[:images], zoo.labels_of(4)[:images])
+    with pytest.raises(ValueError, match=message):
+        compute_axes(restless(), data)
+    with pytest.raises(ValueError, match=message):
+        compute_axes(restless(), DataLoader(Stream(images) if images else batches_of(), batch_size=1))
+
+
+def test_three_images_are_enough():
+    table = compute_axes(restless(), loader(3)).table
+    assert np.isfinite(table["task_information"]).all()
+
+
+def test_something_that_is_no_probe_is_refused_by_what_it_is():
+    with pytest.raises(TypeError, match=r"compute_axes\(probe=3\): expected a Dataset or a DataLoader"):
+        compute_axes(restless(), 3)
+
+
+def test_a_layer_that_runs_twice_is_refused_by_name():
+    shared = nn.Conv2d(3, 3, 1)
+    model = nn.Sequential(shared, nn.ReLU(), shared, *zoo.head(3))
+    with pytest.raises(ValueError, match=r"layer '0' ran twice in one forward pass.*leave the layer out with layers="):
+        compute_axes(model, loader())
+
+
+def test_a_model_that_gives_a_tuple_is_described():
+    class Tupled(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x), x
+
+    model = Tupled(nn.Conv2d(3, 4, 3), *zoo.head(4))
+    with pytest.raises(ValueError, match=r"Tupled.forward\(images\) gave a tuple of 2: .*expected logits \[B, K\]; "):
+        compute_axes(model, loader())
+
+
+@pytest.mark.parametrize(
+    ("target", "shape"),
+    [
+        (lambda z, y: z.sum(), r"\(\)"),
+        (lambda z, y: z[:3, 0], r"\(3,\)"),
+        (lambda z, y: z[:, :, None], r"\(16, 4, 1\)"),
+    ],
+)
+def test_a_target_function_that_is_not_one_row_an_image_is_refused(target, shape):
+    with pytest.raises(ValueError, match=rf"target function gave shape {shape} for 16 images: expected \[B\] or"):
+        compute_axes(restless(), loader(), target=target)
+
+
+def test_a_step_that_loses_images_is_refused():
+    def step(module, batch):
+        return module(batch[0])[:5], batch[1][:5]
+
+    with pytest.raises(ValueError, match=r"logits of shape \(16, 4\) for labels of shape \(5,\): expected \[B, K\]"):
+        compute_axes(restless(), loader(), step=lambda module, batch: (module(batch[0]), batch[1][:5]))
+    with pytest.raises(ValueError, match="the probe step gave 5 labels for a batch of 16 images"):
+        compute_axes(restless(), loader(), step=step)
