@@ -111,7 +111,7 @@ class _Parts:
     @staticmethod
     def _flush(metric: MomentsMetric, waiting: list[Tensor]) -> None:
         if waiting:
-            metric.update(torch.cat(waiting))
+            metric.update(waiting[0] if len(waiting) == 1 else torch.cat(waiting))
             waiting.clear()
 
 

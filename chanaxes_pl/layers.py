@@ -149,7 +149,7 @@ def local_samples(output: Tensor, images: Tensor, positions: Tensor | None) -> T
         ``[b·p, C]``.
     """
     if positions is None:
-        return output[images].transpose(1, 2).flatten(0, 1)
+        return output.transpose(1, 2)[images].flatten(0, 1)
     return output[images[:, None], :, positions].flatten(0, 1)
 
 

@@ -124,7 +124,7 @@ class Moments:
     @cached_property
     def variance(self) -> Tensor:
         """``[F]`` population variance."""
-        return self.covariance.diagonal()
+        return self.scatter.diagonal() / self.count
 
     @cached_property
     def correlation(self) -> Tensor:
@@ -134,11 +134,16 @@ class Moments:
 
     @cached_property
     def live(self) -> Tensor:
-        """``[F]`` mask: variance finite and above ``DEAD_SHARE`` of the finite variances' median."""
-        finite = self.variance.isfinite()
-        if not finite.any():
-            return finite
-        return finite & (self.variance > DEAD_SHARE * median(self.variance[finite]))
+        """``[F]`` mask of the variables that vary; see :func:`live_mask`."""
+        return live_mask(self.variance)
+
+
+def live_mask(variance: Tensor) -> Tensor:
+    """``[F]`` mask: variance finite and above ``DEAD_SHARE`` of the finite variances' median."""
+    finite = variance.isfinite()
+    if not finite.any():
+        return finite
+    return finite & (variance > DEAD_SHARE * median(variance[finite]))
 
 
 def median(values: Tensor) -> Tensor:

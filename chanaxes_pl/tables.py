@@ -24,7 +24,7 @@ from chanaxes_pl.metrics import (
     target_excess,
     task_information,
 )
-from chanaxes_pl.moments import Moments
+from chanaxes_pl.moments import Moments, live_mask
 
 #: What is computed of every channel on the whole probe, in nats but for the last three (shares and a count).
 COLUMNS = (*METRICS, "peer_r2", "hull_size", "hull_score")
@@ -94,8 +94,7 @@ def measure(moments: LayerMoments, noise: str | float = "median") -> dict[str, n
 
 
 def _live(local: Moments, joint: Moments) -> Tensor:
-    channels = torch.arange(len(local.mean), device=local.mean.device)  # the targets have a scale of their own
-    return local.live & joint.select(channels).live
+    return local.live & live_mask(joint.variance[: len(local.mean)])  # the targets have a scale of their own
 
 
 def _associations(joint: Moments, live: Tensor, targets: int) -> tuple[Association, Association]:
@@ -139,9 +138,10 @@ def _spread(values: dict[str, Tensor], live: Tensor) -> dict[str, np.ndarray]:
 
 def _clipped(local: Moments, association: Association) -> Tensor:
     """``[C]`` mask: some correlation of this channel is above what a logarithm takes."""
-    limit = MAX_CORRELATION**2
-    peers = [matrix.square().fill_diagonal_(0.0) for matrix in (local.correlation, association.correlation)]
-    return (torch.stack([*peers, association.explained.diagonal().diag()]) >= limit).any(0).any(1)
+    clipped = association.explained.diagonal() >= MAX_CORRELATION**2
+    for correlation in (local.correlation, association.correlation):
+        clipped = clipped | ((correlation.abs() >= MAX_CORRELATION).sum(1) > 1)  # each is 1 with itself
+    return clipped
 
 
 def _reasons(local: Moments, joint: Moments, live: Tensor, targets: int) -> np.ndarray:
