@@ -26,6 +26,9 @@ from chanaxes_pl.layers import (
 from chanaxes_pl.moments import Moments, accumulation_device
 from chanaxes_pl.targets import task_variable
 
+# Numbers that wait at least before they are taken in: half a megabyte.
+_WAITING = 1 << 17
+
 
 class MomentsMetric(Metric):
     """:class:`Moments` of ``width`` variables as a torchmetrics metric: ``update`` with samples ``[n, width]``."""
@@ -89,7 +92,7 @@ class LayerMoments:
 class _Parts:
     """Moments of the same variables over each part of the probe.
 
-    Rows wait until there are as many as variables: merging costs a pass over a square matrix, however few come.
+    Rows wait for more: merging costs a pass over a square matrix, and some twenty calls, however few rows come.
     """
 
     def __init__(self, parts: int, width: int, device: torch.device) -> None:
@@ -100,7 +103,7 @@ class _Parts:
     def update(self, rows: Iterable[Tensor]) -> None:
         for metric, waiting, new in zip(self._metrics, self._waiting, rows, strict=True):
             waiting.append(new)
-            if sum(map(len, waiting)) >= self._width:
+            if self._width * sum(map(len, waiting)) >= max(_WAITING, self._width**2 // 2):
                 self._flush(metric, waiting)
 
     def moments(self) -> tuple[Moments, ...]:
@@ -171,9 +174,13 @@ class Recorder:
             self._joint[name].update(rows[part] for part in batch.parts(rows.device))
         self.images += len(indices)
 
-    def moments(self) -> dict[str, LayerMoments | None]:
-        """The result by layer, ``None`` where the forward pass never reached it; a collective call."""
-        return {name: self._layer_moments(name) if name in self._joint else None for name in self.layers}
+    def moments(self) -> Iterator[tuple[str, LayerMoments | None]]:
+        """The result layer by layer, ``None`` where the forward pass never reached it; collective calls.
+
+        One at a time, so that no more than one layer's moments exist twice.
+        """
+        for name in self.layers:
+            yield name, self._layer_moments(name) if name in self._joint else None
 
     def _layer_moments(self, name: str) -> LayerMoments:
         local, joint = self._local[name].moments(), self._joint[name].moments()

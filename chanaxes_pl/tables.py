@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +38,12 @@ KEYS = ("run", "epoch", "step")
 
 
 def axes_table(
-    layers: Mapping[str, LayerMoments | None], widths: Mapping[str, int], noise: str | float = "median"
+    layers: Iterable[tuple[str, LayerMoments | None]], widths: Mapping[str, int], noise: str | float = "median"
 ) -> pd.DataFrame:
     """The table of one checkpoint.
 
     Args:
-        layers: moments by layer, ``None`` for a layer that the forward pass never reached.
+        layers: names and moments, ``None`` for a layer that the forward pass never reached.
         widths: channels by layer.
         noise: σ₀² of input capture.
 
@@ -52,7 +52,7 @@ def axes_table(
         with a peer or with the target was clipped), the halves', the nulls', and ``reason``, which says why a
         row holds NaN and is empty elsewhere. The half columns are NaN where the halves were not kept apart.
     """
-    frames = [_layer_frame(name, moments, widths[name], noise) for name, moments in layers.items()]
+    frames = [_layer_frame(name, moments, widths[name], noise) for name, moments in layers]
     return pd.concat(frames, ignore_index=True)
 
 

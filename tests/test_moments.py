@@ -294,7 +294,7 @@ def merged(parts: list[dict[str, LayerMoments]]) -> dict[str, LayerMoments]:
 
 
 def table_of(moments: dict[str, LayerMoments]):
-    return axes_table(moments, {name: m.channels for name, m in moments.items()})
+    return axes_table(moments.items(), {name: m.channels for name, m in moments.items()})
 
 
 STREAMED = ["plain", "widening 1×1", "dead channels", "linear on [B, H, W, C]", "more channels than samples"]

@@ -213,7 +213,7 @@ def recorded(
     with observed(model), recorder.attached():
         for indices, batch in Probe(loader).batches(rank, world):
             recorder.record(indices, lambda batch=batch: images_and_labels(model, batch))
-    return recorder.moments()
+    return dict(recorder.moments())
 
 
 def synthetic_layer(seed: int, channels: int, layer: str = "a", noise: float = 0.0, coupling: float = 0.5):

@@ -10,13 +10,14 @@ reliabilities, null, correlations). Memory is the peak of one process each, trac
 from __future__ import annotations
 
 import argparse
-import resource
+import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -126,7 +127,8 @@ def main() -> None:
             (bench.tracked if args.peak[0] == "tracked" else bench.bare)(number)
         if args.peak[0] == "tracked":
             bench.final(0)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        # Not ru_maxrss: a child begins with its parent's.
+        print(int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024)  # type: ignore[index]
         return
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {args.device}, {args.precision}")
     print(f"{'model':26} {'ratio':>6} {'(min–max)':>12} {'budget':>7} {'bare':>8} {'tracked':>8} {'final':>6}  [s]")
