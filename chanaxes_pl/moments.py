@@ -10,9 +10,9 @@ from functools import cached_property, reduce
 import torch
 from torch import Tensor
 
-# Rows multiplied in one float32 product; the products are then summed in float64. Short enough that
-# rounding inside a product stays near 1e-7 of a variance, long enough to keep the product fast.
-_ROWS = 1024
+# Rows multiplied in one float32 product, at least; the products are then summed in float64. Rounding inside a
+# product grows with its rows. A wide layer takes as many rows as variables, or adding up would cost more.
+_ROWS = 256
 # From this width on, only the upper block triangle of the Gram matrix is multiplied out.
 _BLOCKED_WIDTH = 256
 _BLOCKS = 4
@@ -70,7 +70,8 @@ class Moments:
             # A large mean leaves its rounding behind: centre once more, on what is then small.
             rest = centred.mean(0)
             centred -= rest
-            scatter = reduce(torch.add, (_accumulated(_gram(rows)) for rows in centred.split(_ROWS)))
+            pieces = centred.split(max(_ROWS, centred.shape[1]))
+            scatter = reduce(torch.Tensor.add_, (_accumulated(_gram(rows)) for rows in pieces))
         return cls(scatter.new_tensor(float(len(samples))), _accumulated(shift) + _accumulated(rest), scatter)
 
     def merge(self, other: Moments) -> Moments:
