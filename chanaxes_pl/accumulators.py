@@ -26,7 +26,7 @@ from chanaxes_pl.layers import (
 from chanaxes_pl.moments import Moments, accumulation_device
 from chanaxes_pl.targets import task_variable
 
-# Numbers that wait at least before they are taken in: half a megabyte.
+# Numbers that a buffer holds at least: half a megabyte of float32.
 _WAITING = 1 << 17
 
 
@@ -92,30 +92,44 @@ class LayerMoments:
 class _Parts:
     """Moments of the same variables over each part of the probe.
 
-    Rows wait for more: merging costs a pass over a square matrix, and some twenty calls, however few rows come.
+    Rows wait for more: merging costs a pass over a square matrix, and some twenty calls, however few rows come. They
+    wait in one buffer each, made once: many small tensors that live on would fragment the heap.
     """
 
     def __init__(self, parts: int, width: int, device: torch.device) -> None:
         self._metrics = [MomentsMetric(width).to(device) for _ in range(parts)]
-        self._waiting: list[list[Tensor]] = [[] for _ in range(parts)]
-        self._width = width
+        self._capacity = max(_WAITING // width, width // 2)
+        self._buffers: list[Tensor | None] = [None] * parts
+        self._filled = [0] * parts
 
     def update(self, rows: Iterable[Tensor]) -> None:
-        for metric, waiting, new in zip(self._metrics, self._waiting, rows, strict=True):
-            waiting.append(new)
-            if self._width * sum(map(len, waiting)) >= max(_WAITING, self._width**2 // 2):
-                self._flush(metric, waiting)
+        for part, new in enumerate(rows):
+            if self._filled[part] + len(new) > self._capacity:
+                self._flush(part)
+            if len(new) > self._capacity:
+                self._metrics[part].update(new)
+            else:
+                self._keep(part, new)
 
     def moments(self) -> tuple[Moments, ...]:
-        for metric, waiting in zip(self._metrics, self._waiting, strict=True):
-            self._flush(metric, waiting)
+        for part in range(len(self._metrics)):
+            self._flush(part)
         return tuple(metric.moments for metric in self._metrics)
 
-    @staticmethod
-    def _flush(metric: MomentsMetric, waiting: list[Tensor]) -> None:
-        if waiting:
-            metric.update(waiting[0] if len(waiting) == 1 else torch.cat(waiting))
-            waiting.clear()
+    def _keep(self, part: int, new: Tensor) -> None:
+        buffer = self._buffers[part]
+        if buffer is None:
+            buffer = self._buffers[part] = new.new_empty(self._capacity, new.shape[1])
+        start, stop = self._filled[part], self._filled[part] + len(new)
+        buffer[start:stop] = new
+        self._filled[part] = stop
+
+    def _flush(self, part: int) -> None:
+        buffer, metric = self._buffers[part], self._metrics[part]
+        # A process whose share holds none of this part's images says so too: a metric has to be told something.
+        if buffer is not None and (self._filled[part] or not metric.update_called):
+            metric.update(buffer[: self._filled[part]])
+            self._filled[part] = 0
 
 
 class Recorder:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # Rows multiplied in one float32 product, at least; the products are then summed in float64. Rounding inside a
-# product grows with its rows. A wide layer takes as many rows as variables, or adding up would cost more.
+# product grows with its rows. A wide layer takes twice as many rows as variables, or adding up would cost more.
 _ROWS = 256
 # From this width on, only the upper block triangle of the Gram matrix is multiplied out.
 _BLOCKED_WIDTH = 256
@@ -70,7 +70,7 @@ class Moments:
             # A large mean leaves its rounding behind: centre once more, on what is then small.
             rest = centred.mean(0)
             centred -= rest
-            pieces = centred.split(max(_ROWS, centred.shape[1]))
+            pieces = centred.split(max(_ROWS, 2 * centred.shape[1]))
             scatter = reduce(torch.Tensor.add_, (_accumulated(_gram(rows)) for rows in pieces))
         return cls(scatter.new_tensor(float(len(samples))), _accumulated(shift) + _accumulated(rest), scatter)
 
