@@ -26,8 +26,8 @@ from chanaxes_pl.layers import (
 from chanaxes_pl.moments import Moments, accumulation_device
 from chanaxes_pl.targets import task_variable
 
-# Numbers that a buffer holds at least: half a megabyte of float32.
-_WAITING = 1 << 17
+# Numbers that a buffer holds at least: an eighth of a megabyte of float32.
+_WAITING = 1 << 15
 
 
 class MomentsMetric(Metric):
