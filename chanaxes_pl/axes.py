@@ -66,16 +66,38 @@ def measure_axes(
 ) -> pd.DataFrame:
     """The table of channels of ``model`` as it stands; the model is left as it was.
 
-    With several processes every one calls this with its ``rank``, and all get the same table.
+    With several processes every one calls this with its ``rank``, and all get the same table. See :func:`record`.
+    """
+    recorder = record(
+        model, probe, settings, to_device=to_device, forward_context=forward_context, rank=rank, world=world
+    )
+    widths = {name: channel_count(layer) for name, layer in recorder.layers.items()}
+    return axes_table(recorder.moments(), widths, settings.noise)
+
+
+def record(
+    model: nn.Module,
+    probe: Probe,
+    settings: Settings,
+    *,
+    to_device: Callable[[Any], Any],
+    forward_context: Callable[[], AbstractContextManager] = nullcontext,
+    rank: int = 0,
+    world: int = 1,
+) -> Recorder:
+    """One pass of ``model`` over the probe: the moments that everything else is computed from.
 
     Args:
-        model: gives logits (or whatever ``settings.step`` makes logits of).
+        model: gives logits (or whatever ``settings.step`` makes logits of); left as it was.
         probe: the images.
         settings: what is measured.
         to_device: moves a batch to the model.
         forward_context: what the forward pass runs in (a precision plugin's).
         rank: of this process.
         world: number of processes.
+
+    Raises:
+        ValueError: if the images or the layers are not what ``settings`` need.
     """
     layers = select_layers(model, settings.layers, settings.caller)
     step = settings.step or images_and_labels
@@ -91,10 +113,9 @@ def measure_axes(
                     return step(model, moved)
 
             recorder.record(indices, forward)
-        if world == 1 and recorder.images < MIN_IMAGES:
-            raise ValueError(too_small(recorder.images, settings.caller))
-        widths = {name: channel_count(layer) for name, layer in layers.items()}
-        return axes_table(recorder.moments(), widths, settings.noise)
+    if world == 1 and recorder.images < MIN_IMAGES:
+        raise ValueError(too_small(recorder.images, settings.caller))
+    return recorder
 
 
 @dataclass(frozen=True, eq=False)

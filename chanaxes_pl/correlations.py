@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -78,8 +78,8 @@ def axis_correlations(table: pd.DataFrame, resamples: int = 0, seed: int = 0) ->
     for keys, checkpoint in checkpoints(table):
         draws: list[np.ndarray] = []
         layers = []
-        for number, (layer, frame) in enumerate(checkpoint.groupby("layer", sort=False)):
-            values = coordinates(frame)
+        for number, (layer, metrics) in enumerate(_by_layer(checkpoint)):
+            values = _with_axes(metrics)
             drawn = _bootstrap(values, resamples, np.random.default_rng([seed, number]))
             draws.append(drawn)
             layers += [{"layer": layer, **row} for row in _layer_rows(values, drawn)]
@@ -98,18 +98,22 @@ def headline(correlations: pd.DataFrame, layer: str = NETWORK) -> pd.DataFrame:
     return of_layer[[pair == HEADLINE for pair in pairs]].reset_index(drop=True)
 
 
-def reliabilities(table: pd.DataFrame) -> pd.DataFrame:
+def reliabilities(table: pd.DataFrame, metrics: Sequence[str] = (*HALVED, *AXES)) -> pd.DataFrame:
     """Split-half reliability of every metric and axis coordinate: keys, ``layer, metric, reliability``.
 
     The mean over layers is the layer ``"network"``.
+
+    Args:
+        table: one checkpoint's table of channels, or several.
+        metrics: which of them.
     """
     rows = []
     for keys, checkpoint in checkpoints(table):
         layers = pd.DataFrame(
             {"layer": layer, "metric": metric, "reliability": _reliability(values, metric)}
-            for layer, frame in checkpoint.groupby("layer", sort=False)
-            for values in [coordinates(frame)]
-            for metric in (*HALVED, *AXES)
+            for layer, measured in _by_layer(checkpoint)
+            for values in [_with_axes(measured) if set(metrics) & set(AXES) else measured]
+            for metric in metrics
         )
         mean = layers.groupby("metric", sort=False)["reliability"].mean().reset_index().assign(layer=NETWORK)
         rows.append(pd.concat([layers, mean], ignore_index=True).assign(**keys))
@@ -162,13 +166,25 @@ def checkpoints(table: pd.DataFrame) -> Iterator[tuple[dict, pd.DataFrame]]:
 
 def coordinates(frame: pd.DataFrame) -> dict[str, np.ndarray]:
     """Metrics and axis coordinates of one layer's live channels, also of the halves and the null, by name."""
-    live = frame[~frame["dead"]]
-    names = [str(column) for column in live if column not in _NOT_METRICS]
-    values = dict(zip(names, live[names].to_numpy(float).T, strict=True))  # at once: pandas is slow one by one
-    for axis, metrics in AXES.items():
+    return _with_axes(next(_by_layer(frame))[1])
+
+
+def _by_layer(checkpoint: pd.DataFrame) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """Each layer's name, and the metrics of its live channels by name."""
+    names = [str(column) for column in checkpoint if column not in _NOT_METRICS]
+    numbers = checkpoint[names].to_numpy(float)  # at once: pandas is slow one by one
+    codes, layers = pd.factorize(checkpoint["layer"])
+    codes[checkpoint["dead"].to_numpy(bool)] = -1
+    for code, layer in enumerate(layers):
+        yield layer, dict(zip(names, numbers[codes == code].T, strict=True))
+
+
+def _with_axes(metrics: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    values = dict(metrics)
+    for axis, parts in AXES.items():
         for half in ("", *(f"_{half}" for half in HALVES)):
-            values[axis + half] = np.mean([_z_scores(values[metric + half]) for metric in metrics], 0)
-    values["target_axis_null"] = np.mean([_z_scores(values[f"{metric}_null"]) for metric in TARGET_METRICS], 0)
+            values[axis + half] = np.mean([_z_scores(metrics[metric + half]) for metric in parts], 0)
+    values["target_axis_null"] = np.mean([_z_scores(metrics[f"{metric}_null"]) for metric in TARGET_METRICS], 0)
     return values
 
 
@@ -182,6 +198,9 @@ def _z_scores(values: np.ndarray) -> np.ndarray:
 
 def _layer_rows(values: dict[str, np.ndarray], draws: np.ndarray) -> list[dict]:
     rows = []
+    reliable = {
+        metric: _reliability(values, metric) for metric in dict.fromkeys(name for pair in PAIRS for name in pair)
+    }
     for (local, target), drawn in zip(PAIRS, draws, strict=True):
         rho = spearman(values[local], values[target])
         rows.append(
@@ -192,7 +211,7 @@ def _layer_rows(values: dict[str, np.ndarray], draws: np.ndarray) -> list[dict]:
                 **_interval(drawn),
                 "n": len(values[local]),
                 "null": spearman(values[local], values[f"{target}_null"]),
-                **_disattenuated(rho, _reliability(values, local), _reliability(values, target)),
+                **_disattenuated(rho, reliable[local], reliable[target]),
                 "reason": "" if np.isfinite(rho) else _why_undefined(values[local], values[target]),
             }
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ class Association:
 
     correlation: Tensor
     explained: Tensor
+    _nearest: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, joint: Moments, channels: int, targets: slice) -> Association:
@@ -55,16 +56,23 @@ class Association:
             channels: C, how many variables, from the first on, are channels.
             targets: which variables are the target.
         """
-        covariance = joint.covariance
-        scale = joint.variance[:channels].rsqrt()
-        cross = covariance[:channels, targets] * scale[:, None]
-        explained = cross @ _pseudo_inverse(covariance[targets, targets]) @ cross.T
-        return cls(joint.correlation[:channels, :channels], explained)
+        return cls(joint.correlation[:channels, :channels], _explained(joint, channels, targets))
+
+    def with_target(self, joint: Moments, targets: slice) -> Association:
+        """The same variables with another target of the same ``joint``."""
+        return Association(self.correlation, _explained(joint, len(self.correlation), targets), self._nearest)
 
     @property
     def single(self) -> Tensor:
         """``[C]``, I(T; y_i) in nats."""
         return information(self.explained.diagonal())
+
+    def nearest(self, count: int) -> Tensor:
+        """``[C, count]``, the peers that each variable correlates with most, unordered; found once for all targets."""
+        if count not in self._nearest:
+            nearness = self.correlation.abs().fill_diagonal_(-1.0)
+            self._nearest[count] = nearness.topk(count, sorted=False).indices
+        return self._nearest[count]
 
     def with_peers(self, peers: Tensor) -> Tensor:
         """I(T; y_i, y_j) of each channel i with some of its peers j.
@@ -83,6 +91,12 @@ class Association:
         own = 1 - self.explained.diagonal()
         left = own[:, None] * own[peers] - (q - self.explained.gather(1, peers)).square()
         return information(1 - left / (1 - q.square()))
+
+
+def _explained(joint: Moments, channels: int, targets: slice) -> Tensor:
+    scale = joint.variance[:channels].rsqrt()
+    cross = joint.scatter[:channels, targets] / joint.count * scale[:, None]
+    return cross @ _pseudo_inverse(joint.scatter[targets, targets] / joint.count) @ cross.T
 
 
 def _pseudo_inverse(covariance: Tensor) -> Tensor:

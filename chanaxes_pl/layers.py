@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+# Numbers summed in double at a time on a CPU.
+_CACHED = 1 << 17
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _KINDS = {"conv": CONVOLUTIONS, "conv+linear": (*CONVOLUTIONS, nn.Linear)}
 #: ``"conv"``, ``"conv+linear"``, a glob or several over layer names, or ``(name, module) → bool``.
@@ -120,11 +122,13 @@ def affine(layer: nn.Module) -> tuple[Tensor, Tensor]:
 
 def image_means(output: Tensor) -> Tensor:
     """``[B, C]`` float64 mean over all positions of a ``[B, C, P]`` output."""
-    if output.device.type in ("cpu", "mps"):
-        # torch would widen the whole output first, which a CPU feels, and MPS has no float64 at all.
-        numbers = output.detach().to("cpu", torch.promote_types(output.dtype, torch.float32)).numpy()
-        return torch.from_numpy(np.einsum("bcp->bc", numbers, dtype=np.float64)) / output.shape[2]
-    return output.mean(-1, dtype=torch.float64)
+    if output.device.type == "mps":  # it has no float64
+        output = output.cpu()
+    if output.device.type != "cpu":
+        return output.mean(-1, dtype=torch.float64)
+    # torch widens before it sums: a few images at a time, so that what is widened stays in the cache.
+    images = max(1, _CACHED // max(1, output[0].numel()))
+    return torch.cat([part.mean(-1, dtype=torch.float64) for part in output.detach().split(images)])
 
 
 def local_samples(output: Tensor, images: Tensor, positions: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, reduce
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -13,9 +14,12 @@ from torch import Tensor
 # Rows multiplied in one float32 product, at least; the products are then summed in float64. Rounding inside a
 # product grows with its rows. A wide layer takes twice as many rows as variables, or adding up would cost more.
 _ROWS = 256
-# From this width on, only the upper block triangle of the Gram matrix is multiplied out.
+# Up to this width all is done in float64: it costs no more, and a few channels' correlations get every digit.
+_NARROW = 16
+# From this width on, only the upper block triangle of the Gram matrix is multiplied out, in up to 8 block rows.
 _BLOCKED_WIDTH = 256
-_BLOCKS = 4
+_BLOCK = 64
+_MOST_BLOCKS = 8
 # A channel whose variance is below this share of its layer's median carries nothing but rounding.
 DEAD_SHARE = 1e-12
 
@@ -63,15 +67,17 @@ class Moments:
         """
         if len(samples) == 0:
             return cls.empty(samples.shape[1], accumulation_device(samples.device))
-        samples = samples if samples.dtype == torch.float64 else samples.float()
-        with _true_float32(samples.device):
+        narrow = samples.shape[1] <= _NARROW
+        samples = _accumulated(samples) if narrow or samples.dtype == torch.float64 else samples.float()
+        with true_float32(samples.device):
             shift = samples.mean(0)
             centred = samples - shift
             # A large mean leaves its rounding behind: centre once more, on what is then small.
             rest = centred.mean(0)
             centred -= rest
-            pieces = centred.split(max(_ROWS, 2 * centred.shape[1]))
-            scatter = reduce(torch.Tensor.add_, (_accumulated(_gram(rows)) for rows in pieces))
+            step = max(_ROWS, 2 * centred.shape[1]) if centred.dtype == torch.float32 else len(centred)
+            products = (_accumulated(_symmetric_product(rows.T, rows)) for rows in centred.split(step))
+            scatter = reduce(torch.Tensor.add_, products)
         return cls(scatter.new_tensor(float(len(samples))), _accumulated(shift) + _accumulated(rest), scatter)
 
     def merge(self, other: Moments) -> Moments:
@@ -99,8 +105,10 @@ class Moments:
         """
         weight = weight.to(self.mean)
         mean = weight @ self.mean + bias.to(self.mean)
-        # A bias does not enter the scatter: one that is not finite has to make it NaN all the same.
-        return Moments(self.count, mean, weight @ self.scatter @ weight.T + 0.0 * torch.outer(mean, mean))
+        scatter = _symmetric_product(weight @ self.scatter, weight.T)
+        if not mean.isfinite().all():  # a bias does not enter the scatter: it has to make it NaN all the same
+            scatter += 0.0 * torch.outer(mean, mean)
+        return Moments(self.count, mean, scatter)
 
     @classmethod
     def merge_all(cls, parts: Iterable[Moments]) -> Moments:
@@ -115,7 +123,8 @@ class Moments:
         """Moments of the variables that ``keep`` (``[F]`` mask, or indices) names."""
         if keep.dtype == torch.bool and keep.all():
             return self
-        return Moments(self.count, self.mean[keep], self.scatter[keep][:, keep])
+        names = keep.nonzero().flatten() if keep.dtype == torch.bool else keep
+        return Moments(self.count, self.mean[names], self.scatter.index_select(0, names).index_select(1, names))
 
     @cached_property
     def covariance(self) -> Tensor:
@@ -162,31 +171,32 @@ def _accumulated(values: Tensor) -> Tensor:
     return values.to(accumulation_device(values.device)).double()
 
 
-def _gram(rows: Tensor) -> Tensor:
-    """``rowsᵀ rows``; wide ones as an upper block triangle and its mirror image, at 5/8 of the work."""
-    width = rows.shape[1]
+def _symmetric_product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` where that is symmetric; of a wide one only the upper block triangle, 9/16 of the work."""
+    width = len(left)
     if width < _BLOCKED_WIDTH:
-        return rows.T @ rows
-    product = rows.new_empty(width, width)
-    for block in torch.arange(width).chunk(_BLOCKS):
-        start, stop = int(block[0]), int(block[-1]) + 1
-        product[start:stop, start:] = rows[:, start:stop].T @ rows[:, start:]
+        return left @ right
+    product = left.new_empty(width, width)
+    blocks = min(width // _BLOCK, _MOST_BLOCKS)
+    edges = [width * k // blocks for k in range(blocks + 1)]
+    for start, stop in pairwise(edges):
+        product[start:stop, start:] = left[start:stop] @ right[:, start:]
         product[stop:, start:stop] = product[start:stop, stop:].T
     return product
 
 
 @contextmanager
-def _true_float32(device: torch.device) -> Iterator[None]:
-    """Products in full float32, whatever autocast or TF32 setting surrounds the call."""
-    cuda = torch.backends.cuda.matmul
+def true_float32(device: torch.device) -> Iterator[None]:
+    """Products in full float32, whatever autocast, TF32 or bfloat16 setting surrounds the call."""
+    matmul = torch.backends.cuda.matmul if device.type == "cuda" else getattr(torch.backends.mkldnn, "matmul", None)
     # Once the newer of torch's two switches has been set, the older one may refuse to be read.
-    switch, off = ("fp32_precision", "ieee") if hasattr(cuda, "fp32_precision") else ("allow_tf32", False)
-    before = getattr(cuda, switch)
-    if device.type == "cuda":
-        setattr(cuda, switch, off)
+    switch, off = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(matmul, switch, off)
+    if before != off:
+        setattr(matmul, switch, off)
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        if device.type == "cuda":
-            setattr(cuda, switch, before)
+        if before != off:
+            setattr(matmul, switch, before)

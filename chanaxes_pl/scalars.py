@@ -5,7 +5,6 @@ from __future__ import annotations
 import pandas as pd
 
 from chanaxes_pl.correlations import HEADLINE, NETWORK, PAIRS, headline, reliabilities, task_masses
-from chanaxes_pl.metrics import METRICS
 
 # Layers that get scalars of their own, at the most; the tables hold all of them.
 MAX_LAYERS = 100
@@ -31,14 +30,13 @@ def checkpoint_scalars(table: pd.DataFrame, correlations: pd.DataFrame, prefix: 
         "dead": table["dead"].sum(),
         "at_ceiling": table["at_ceiling"].sum(),
     }
-    network = correlations[correlations["layer"] == NETWORK].set_index(["local", "target"])["rho"]
-    values |= {
-        f"rho/{local}-{target}": network[local, target] for local, target in PAIRS if (local, target) != HEADLINE
-    }
+    network = correlations[correlations["layer"] == NETWORK].set_index(["local", "target"]).to_dict("index")
+    values |= {f"rho/{local}-{target}": network[local, target]["rho"] for local, target in PAIRS[1:]}
     masses = task_masses(table)[["duplicate", "nonreplaceable"]].sum()
     values |= {f"task_mass/{kind}": mass for kind, mass in masses.items()}
-    reliable = reliabilities(table).set_index(["layer", "metric"])["reliability"]
-    values |= {f"reliability/{metric}": reliable[NETWORK, metric] for metric in (*METRICS, "peer_r2")}
+    values |= {f"reliability/{local}": network[local, target]["reliability_local"] for local, target in PAIRS[:-1]}
+    values |= {f"reliability/{target}": network[local, target]["reliability_target"] for local, target in PAIRS[:-1]}
+    values["reliability/peer_r2"] = reliabilities(table, ["peer_r2"])["reliability"].iloc[-1]
     values |= _per_layer(table, correlations)
     return {f"{prefix}/{key}": float(value) for key, value in values.items()}
 

@@ -194,11 +194,11 @@ def test_matmul_precision_settings_do_not_change_the_result_and_stay(precision):
 
 SWITCH = """
 import torch
-from chanaxes_pl.moments import _true_float32
+from chanaxes_pl.moments import true_float32
 matmul = torch.backends.cuda.matmul
 matmul.fp32_precision = 'tf32'
 before = matmul.fp32_precision
-with _true_float32(torch.device("cuda")):
+with true_float32(torch.device("cuda")):
     print(matmul.fp32_precision)
 assert matmul.fp32_precision == before
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,18 +18,29 @@ class PeerReconstruction:
     """Ridge regression of every channel on its peers, in units of standard deviations.
 
     Attributes:
-        coefficients: ``[C, C]``, row i holds β_i, the weights of the peers that rebuild channel i; 0 on the
-            diagonal and for dead channels.
+        live: ``[C]`` mask, the channels that vary.
+        precision: ``[L, L]``, K = (ρ + λI)⁻¹ over the live channels.
         r2: ``[C]``, the share of a channel's variance that all its peers explain, 0 to 1; NaN for dead channels.
         hull_size: ``[C]``, how many peers, taken by |ρ|, reach :data:`HULL_SHARE` of ``r2``; the
             cap (10) where that many do not.
         hull_score: ``[C]``, ``r2 / hull_size``.
     """
 
-    coefficients: Tensor
+    live: Tensor
+    precision: Tensor
     r2: Tensor
     hull_size: Tensor
     hull_score: Tensor
+
+    @cached_property
+    def coefficients(self) -> Tensor:
+        """``[C, C]``, row i holds β_i, the weights of the peers that rebuild channel i.
+
+        0 on the diagonal and for dead channels.
+        """
+        beta = (-self.precision / self.precision.diagonal()[:, None]).fill_diagonal_(0.0)
+        channels = len(self.live)
+        return beta.new_zeros(channels, channels).masked_scatter_(torch.outer(self.live, self.live), beta)
 
 
 #: The share of the all-peer R² that a compact hull has to reach, and the most peers it may take.
@@ -48,13 +60,11 @@ def peer_reconstruction(local: Moments, ridge: float = RIDGE) -> PeerReconstruct
     """
     live = local.live
     rho = local.select(live).correlation
-    beta, explained = _all_peers(rho, ridge)
+    precision, explained = _all_peers(rho, ridge)
     size = _hull_sizes(rho, explained, ridge)
-    coefficients = torch.zeros_like(local.scatter)
-    coefficients[torch.outer(live, live)] = beta.flatten()
     dead = torch.full_like(local.mean, torch.nan)
     r2, hull_size, hull_score = (dead.masked_scatter(live, values) for values in (explained, size, explained / size))
-    return PeerReconstruction(coefficients, r2, hull_size, hull_score)
+    return PeerReconstruction(live, precision, r2, hull_size, hull_score)
 
 
 def peer_r2(local: Moments, ridge: float = RIDGE) -> Tensor:
@@ -65,20 +75,50 @@ def peer_r2(local: Moments, ridge: float = RIDGE) -> Tensor:
 
 
 def _all_peers(rho: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """``[C, C]`` coefficients and ``[C]`` R² of every channel on all its peers."""
-    identity = torch.eye(len(rho), dtype=rho.dtype, device=rho.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(rho + ridge * identity))
-    own = inverse.diagonal()
-    beta = (-inverse / own[:, None]).fill_diagonal_(0.0)
-    r2 = 1 + ridge - 1 / own + ridge * beta.square().sum(1)
-    return beta, r2.clamp(0.0, 1.0)
+    """``[C, C]`` K = (ρ + λI)⁻¹, and ``[C]`` R² of every channel on all its peers."""
+    regular = rho.clone()
+    regular.diagonal().add_(ridge)
+    precision = torch.cholesky_inverse(torch.linalg.cholesky(regular))
+    own = precision.diagonal()
+    weight = (torch.linalg.vector_norm(precision, dim=1) / own).square() - 1  # ‖β_i‖², without β
+    return precision, (1 + ridge - 1 / own + ridge * weight).clamp(0.0, 1.0)
+
+
+def hull_coefficients(local: Moments, ridge: float = RIDGE) -> Tensor:
+    """Ridge regression of every channel on its compact hull alone, in units of standard deviations.
+
+    Args:
+        local: moments of the layer's C channels over local samples.
+        ridge: λ, in units of a channel's variance, > 0.
+
+    Returns:
+        ``[C, C]``, row i holds the weights of the ``hull_size`` peers that stand in for channel i, 0 elsewhere; a row
+        of zeros for a dead channel.
+    """
+    live = local.live
+    rho = local.select(live).correlation
+    size = _hull_sizes(rho, _all_peers(rho, ridge)[1], ridge)
+    coefficients = torch.zeros_like(local.scatter)
+    if len(rho) < 2:
+        return coefficients
+    nearest, beta, _ = _nested(rho, ridge)
+    chosen = beta[torch.arange(len(rho), device=rho.device), size.long() - 1]
+    coefficients[torch.outer(live, live)] = torch.zeros_like(rho).scatter(1, nearest, chosen).flatten()
+    return coefficients
 
 
 def _hull_sizes(rho: Tensor, r2: Tensor, ridge: float) -> Tensor:
     """``[C]``, the number of nearest peers whose own R² reaches ``HULL_SHARE`` of ``r2``."""
-    cap = min(HULL_CAP, len(rho) - 1)
-    if cap < 1:
+    if len(rho) < 2:
         return torch.full_like(r2, torch.nan)
+    enough = _nested(rho, ridge)[2] >= HULL_SHARE * r2[:, None]
+    enough[:, -1] = True
+    return enough.int().argmax(1).to(r2.dtype) + 1
+
+
+def _nested(rho: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The K nearest peers ``[C, K]``, and for the first k of them coefficients ``[C, k, K]`` and R² ``[C, k]``."""
+    cap = min(HULL_CAP, len(rho) - 1)
     nearest = rho.abs().fill_diagonal_(-1.0).topk(cap).indices
     toward = rho.gather(1, nearest)
     among = rho[nearest[:, :, None], nearest[:, None, :]]
@@ -86,10 +126,9 @@ def _hull_sizes(rho: Tensor, r2: Tensor, ridge: float) -> Tensor:
     factor = torch.linalg.cholesky(among + ridge * identity)
     # The first k rows of the factor are the factor of the first k peers: one factor serves all k.
     half = torch.linalg.solve_triangular(factor, toward[:, :, None], upper=False)
-    reached = []
+    coefficients, reached = rho.new_zeros(len(rho), cap, cap), []
     for k in range(1, cap + 1):
         beta = torch.linalg.solve_triangular(factor[:, :k, :k].mT, half[:, :k], upper=True)
+        coefficients[:, k - 1, :k] = beta[:, :, 0]
         reached.append((half[:, :k].square() + ridge * beta.square()).sum((1, 2)))
-    enough = torch.stack(reached, 1) >= HULL_SHARE * r2[:, None]
-    enough[:, -1] = True
-    return enough.int().argmax(1).to(r2.dtype) + 1
+    return nearest, coefficients, torch.stack(reached, 1)

@@ -26,7 +26,6 @@ def target_excess(association: Association, candidates: int = 50, partners: int 
     count = len(single)
     if count < 2:
         return torch.full_like(single, torch.nan)
-    nearness = association.correlation.square().fill_diagonal_(-1.0)
-    near = nearness.topk(min(candidates, count - 1), sorted=False).indices
+    near = association.nearest(min(candidates, count - 1))
     excess = association.with_peers(near) - torch.maximum(single[:, None], single[near])
-    return excess.topk(min(partners, excess.shape[1])).values.mean(1)
+    return excess.topk(min(partners, excess.shape[1]), sorted=False).values.mean(1)
