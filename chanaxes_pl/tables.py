@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from chanaxes_pl.accumulators import LayerMoments
+from chanaxes_pl.files import replacing
 from chanaxes_pl.gaussian import MAX_CORRELATION, Association
 from chanaxes_pl.metrics import (
     METRICS,
@@ -102,10 +102,8 @@ def _associations(joint: Moments, live: Tensor, targets: int) -> tuple[Associati
     others = torch.ones(2 * targets, dtype=torch.bool, device=live.device)
     channels, joint = int(live.sum()), joint.select(torch.cat([live, others]))
     null = channels + targets
-    return (
-        Association.of(joint, channels, slice(channels, null)),
-        Association.of(joint, channels, slice(null, null + targets)),
-    )
+    association = Association.of(joint, channels, slice(channels, null))
+    return association, association.with_target(joint, slice(null, null + targets))
 
 
 def _axes(local: Moments, association: Association, noise: str | float) -> dict[str, Tensor]:
@@ -163,15 +161,8 @@ def write_parquet(table: pd.DataFrame, path: Path) -> None:
     Raises:
         OSError: if the folder cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as draft:
         table.to_parquet(draft, index=False)
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def read_parquet(path: Path) -> pd.DataFrame:

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
+
+from chanaxes_pl.files import replacing
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
 
@@ -205,13 +206,5 @@ def _read_cache(path: Path, shape: tuple[int, ...]) -> Tensor | None:
 
 def _write_cache(path: Path, images: Tensor) -> None:
     """Write beside the final name, then rename: no process, nor a crash, ever shows another half a cache."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-        try:
-            np.save(file, images.numpy())
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    with replacing(path) as draft, draft.open("wb") as file:
+        np.save(file, images.numpy())
