@@ -10,17 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from chanaxes_pl.axes import Axes, compute_axes
+    from chanaxes_pl.pruning.module import PruneModule
+    from chanaxes_pl.pruning.plans import load_slim
+    from chanaxes_pl.pruning.slim import Slim, prune
     from chanaxes_pl.tables import read_run
     from chanaxes_pl.tracker import AxisTracker
 
 _HOMES = {
     "AxisTracker": "chanaxes_pl.tracker",
     "Axes": "chanaxes_pl.axes",
+    "PruneModule": "chanaxes_pl.pruning.module",
+    "Slim": "chanaxes_pl.pruning.slim",
     "compute_axes": "chanaxes_pl.axes",
+    "load_slim": "chanaxes_pl.pruning.plans",
+    "prune": "chanaxes_pl.pruning.slim",
     "read_run": "chanaxes_pl.tables",
 }
 
-__all__ = ["Axes", "AxisTracker", "compute_axes", "read_run"]
+__all__ = ["Axes", "AxisTracker", "PruneModule", "Slim", "compute_axes", "load_slim", "prune", "read_run"]
 
 
 def __getattr__(name: str) -> Any:

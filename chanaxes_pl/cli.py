@@ -9,6 +9,8 @@ TRAINER_VERBS = {
     "fit": "train a network and track its axes; every Trainer flag, --config, --print_config",
     "validate": "evaluate a checkpoint on the validation split",
     "test": "evaluate a checkpoint on the test split",
+    "lesion": "damage of lesioning and replacing channels of a checkpoint, beside their axes",
+    "prune": "accuracy over MACs of a checkpoint under every score, allocation and compensation",
 }
 
 

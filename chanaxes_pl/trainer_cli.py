@@ -5,14 +5,22 @@ Apart from ``cli.py`` because importing LightningCLI takes seconds.
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import chanaxes_pl.data
 import chanaxes_pl.tracker  # noqa: F401  so that --data DigitsDataModule and the like need no module names
+from chanaxes_pl.pruning.budgets import ALLOCATIONS, GRID
+from chanaxes_pl.pruning.checkpoints import load_weights
+from chanaxes_pl.pruning.lesions import OPERATIONS
+from chanaxes_pl.pruning.module import PruneModule
+from chanaxes_pl.pruning.scores import SCORES
+from chanaxes_pl.pruning.slim import IMAGES
 
 # What `fabric run` tells its processes, and the Trainer argument that means the same.
 FABRIC_RUN = {
@@ -31,8 +39,116 @@ class _Parser(LightningArgumentParser):
         """Print nothing: the message that follows names the key at fault and points to ``--help``."""
 
 
+class PruningTrainer(Trainer):
+    """A Trainer with the verbs ``lesion`` and ``prune``, for checkpoints of the model that the config names."""
+
+    def lesion(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+        layers: str | list[str] = "conv",
+        operations: Sequence[str] = OPERATIONS,
+        channels: int | str = "all",
+        probe_size: int = 5000,
+        seed: int = 0,
+        out: str | None = None,
+    ) -> None:
+        """Lesion the channels of a checkpoint one by one, and set the damage beside their axes.
+
+        Args:
+            model: what the checkpoint is of.
+            datamodule: its test images are the evaluation data.
+            ckpt_path: the checkpoint.
+            weights_only: accepted for configs that ``fit`` saved; checkpoints are never unpickled here.
+            layers: "conv", "conv+linear", or globs over names.
+            operations: some of zero, mean, peer, hull.
+            channels: "all", or how many to draw from each layer.
+            probe_size: images for axes, means and coefficients.
+            seed: of the channels drawn.
+            out: folder for lesions.parquet and lesions.png; default the checkpoint's run folder.
+        """
+        options = {"layers": layers, "operations": operations, "channels": channels}
+        self._experiment("lesion", model, datamodule, ckpt_path, out, probe_size=probe_size, seed=seed, **options)
+
+    def prune(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+        budgets: Sequence[float] = GRID,
+        scores: Sequence[str] = tuple(SCORES),
+        allocations: Sequence[str] = ALLOCATIONS,
+        compensate: Sequence[bool | str] = (False, "refit"),
+        protect: Sequence[str] = (),
+        finetune_epochs: int = 0,
+        lr: float = 0.01,
+        latency: bool = False,
+        probe_size: int = IMAGES,
+        seed: int = 0,
+        out: str | None = None,
+    ) -> None:
+        """Prune a checkpoint by every score, under every allocation, to every budget, and evaluate the results.
+
+        Args:
+            model: what the checkpoint is of.
+            datamodule: its test images are the evaluation data.
+            ckpt_path: the checkpoint.
+            weights_only: accepted for configs that ``fit`` saved; checkpoints are never unpickled here.
+            budgets: MACs that remain, as shares of the dense network's.
+            scores: which channels go first.
+            allocations: some of uniform, shared, own.
+            compensate: some of false, fold, refit.
+            protect: globs over names of layers whose channels all stay.
+            finetune_epochs: of each network; 0 for none.
+            lr: of fine-tuning.
+            latency: time the slim networks.
+            probe_size: images for scores and compensation.
+            seed: of random scores.
+            out: folder for pruning.parquet and pruning.png; default the checkpoint's run folder.
+        """
+        options = {"budgets": budgets, "scores": scores, "allocations": allocations, "compensate": compensate}
+        options |= {"protect": protect, "finetune_epochs": finetune_epochs, "lr": lr, "latency": latency}
+        self._experiment("prune", model, datamodule, ckpt_path, out, probe_size=probe_size, seed=seed, **options)
+
+    def _experiment(
+        self,
+        name: Any,
+        model: LightningModule,
+        datamodule: LightningDataModule | None,
+        ckpt_path: str | None,
+        out: str | None,
+        **options: Any,
+    ) -> None:
+        if ckpt_path is None:
+            _fail(f"chanaxes {name} needs a trained network: add --ckpt_path RUN/checkpoints/last.ckpt")
+        try:
+            folder = load_weights(model, ckpt_path)
+            module = PruneModule(model, name, out=out or folder, **options)
+        except (ValueError, FileNotFoundError) as error:
+            _fail(str(error))
+        # The config's loggers and callbacks are those of a training run: they would begin another one.
+        self.loggers = []
+        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]  # which Lightning does not declare
+        callbacks[:] = [callback for callback in callbacks if isinstance(callback, ProgressBar)]
+        try:
+            self.test(module, datamodule=datamodule)
+        except ValueError as error:
+            _fail(str(error))
+        if self.is_global_zero:
+            stem = {"lesion": "lesions", "prune": "pruning"}[name]
+            print(f"table:  {module.folder / stem}.parquet\nfigure: {module.folder / stem}.png")
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
 class TrainerCLI(LightningCLI):
-    """``chanaxes fit | validate | test``, parsed from ``sys.argv`` and run.
+    """``chanaxes fit | validate | test | lesion | prune``, parsed from ``sys.argv`` and run.
 
     The model is a :class:`Classifier` unless ``--model`` names another LightningModule; ``--data`` names a
     DataModule. Under ``fabric run`` that command's flags are the Trainer's defaults.
@@ -47,6 +163,7 @@ class TrainerCLI(LightningCLI):
         super().__init__(
             LightningModule,
             subclass_mode_model=True,
+            trainer_class=PruningTrainer,
             trainer_defaults={
                 argument: os.environ[variable]
                 for variable, argument in FABRIC_RUN.items()
@@ -63,7 +180,8 @@ class TrainerCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Trainer methods that are verbs, each with the arguments that the command line leaves out."""
         verbs = LightningCLI.subcommands()
-        return {verb: verbs[verb] for verb in ("fit", "validate", "test")}
+        ours = {verb: {"model", "datamodule"} for verb in ("lesion", "prune")}
+        return {verb: verbs[verb] for verb in ("fit", "validate", "test")} | ours
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Make ``--model.backbone`` and the like mean :class:`Classifier` where no class is named."""
@@ -79,11 +197,9 @@ class TrainerCLI(LightningCLI):
 def _refuse(verb: str, launched: int, known: int) -> NoReturn:
     nodes = int(os.environ.get("LT_NUM_NODES", "1"))
     devices = launched // nodes
-    print(
-        f"error: {launched} processes were launched, but the Trainer knows of {known}: each would run the "
+    _fail(
+        f"{launched} processes were launched, but the Trainer knows of {known}: each would run the "
         f"whole of `chanaxes {verb}` by itself.\n"
         f"Either add --trainer.strategy ddp --trainer.devices {devices} to this command, or let the Trainer "
-        f"launch the processes: chanaxes {verb} … --trainer.strategy ddp --trainer.devices {devices}",
-        file=sys.stderr,
+        f"launch the processes: chanaxes {verb} … --trainer.strategy ddp --trainer.devices {devices}"
     )
-    raise SystemExit(2)

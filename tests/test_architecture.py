@@ -8,6 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "chanaxes_pl"
 #: From the first to the last; a room may import from those before it, and files of one folder from each other.
 ROOMS = [
+    "files",
     "moments",
     "gaussian",
     "metrics",
@@ -26,6 +27,7 @@ ROOMS = [
     "data",
     "models",
     "plots",
+    "pruning",
     "summary",
     "trainer_cli",
     "demo",
@@ -91,7 +93,7 @@ def test_the_core_knows_neither_data_nor_models_nor_the_command_line(path):
     if room(path) in ROOMS[: ROOMS.index("tracker") + 1]:
         assert rooms_imported(path.read_text()).isdisjoint(ROOMS[ROOMS.index("tracker") + 1 :])
     if room(path) in ("data", "models"):
-        assert rooms_imported(path.read_text()) <= {"data", "models"}
+        assert rooms_imported(path.read_text()) <= {"files", "data", "models"}
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,12 @@ from chanaxes_pl.models.backbones import (
     resnet18,
     vgg16_bn,
 )
-from chanaxes_pl.models.classifier import Classifier, cosine_factor
+from chanaxes_pl.models.classifier import Classifier, ImageClassifier, cosine_factor
 
 __all__ = [
     "BACKBONES",
     "Classifier",
+    "ImageClassifier",
     "build_backbone",
     "convnext_tiny",
     "cosine_factor",

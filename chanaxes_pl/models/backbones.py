@@ -159,6 +159,9 @@ def build_backbone(name: str, num_classes: int, width: float = 1.0, image_size: 
         ValueError: for an unknown name, fewer than 2 classes, a width that is not positive, or images too
             small: 32×32 is the least that VGG-16 and ConvNeXt-T take.
 
+    Returns:
+        The network; its ``backbone_arguments``, a dict, are those of this call.
+
     >>> images = torch.zeros(2, 3, 32, 32)
     >>> build_backbone("mobilenet_v2", num_classes=10, width=0.5)(images).shape
     torch.Size([2, 10])
@@ -171,4 +174,7 @@ def build_backbone(name: str, num_classes: int, width: float = 1.0, image_size: 
         raise ValueError(f"width={width}: expected a positive number, 1 for torchvision's channel counts")
     if image_size < 1:
         raise ValueError(f"image_size={image_size}: expected at least 1 pixel")
-    return BACKBONES[name](num_classes, width, image_size)
+    network = BACKBONES[name](num_classes, width, image_size)
+    arguments = {"name": name, "num_classes": num_classes, "width": width, "image_size": image_size}
+    network.backbone_arguments = arguments  # type: ignore[assignment]  # no tensor: not in the state dict
+    return network

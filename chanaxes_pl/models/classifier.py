@@ -29,12 +29,108 @@ def cosine_factor(step: int, total: int, warmup: int = 0) -> float:
     return (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
 
 
-class Classifier(L.LightningModule):
-    """A backbone trained with cross-entropy on batches ``(images, labels)``.
+#: How an :class:`ImageClassifier` trains where its hyperparameters do not say: the CIFAR recipe.
+RECIPE = {
+    "optimizer": "sgd",
+    "lr": 0.1,
+    "momentum": 0.9,
+    "nesterov": False,
+    "weight_decay": 5e-4,
+    "schedule": "cosine",
+    "warmup_epochs": 0.0,
+    "label_smoothing": 0.0,
+}
+
+
+class ImageClassifier(L.LightningModule):
+    """A network trained with cross-entropy on batches ``(images, labels)``, whichever it is.
 
     Logs ``train/loss``, ``train/top1`` and, for both ``val`` and ``test``, ``loss``, ``top1`` and (with more
-    than 5 classes) ``top5``, all as means over an epoch. The defaults are the CIFAR recipe: SGD, learning
-    rate 0.1, momentum 0.9, weight decay 5e-4, cosine schedule.
+    than 5 classes) ``top5``, all as means over an epoch. A subclass saves its recipe as hyperparameters, by the names
+    of :data:`RECIPE`.
+
+    Args:
+        network: from images ``[batch, 3, height, width]`` to logits ``[batch, num_classes]``.
+        num_classes: number of labels.
+        channels_last: keep maps in NHWC order.
+    """
+
+    def __init__(self, network: nn.Module, num_classes: int, channels_last: bool = False) -> None:
+        super().__init__()
+        self.network = network
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        if channels_last:
+            network.to(memory_format=self.memory_format)
+        self.train_top1 = MulticlassAccuracy(num_classes, average="micro")
+        self.val_accuracy = _accuracies(num_classes, "val/")
+        self.test_accuracy = _accuracies(num_classes, "test/")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``[batch, num_classes]`` of images ``[batch, 3, height, width]``."""
+        return self.network(images.contiguous(memory_format=self.memory_format))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """The loss of one batch ``(images, labels)``."""
+        images, labels = batch
+        logits = self(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self._setting("label_smoothing"))
+        self.train_top1.update(logits, labels)
+        self._log_epoch({"train/loss": loss, "train/top1": self.train_top1}, len(labels))
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Log the loss and the accuracies of one batch ``(images, labels)``."""
+        self._evaluate(batch, "val/loss", self.val_accuracy)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Log the loss and the accuracies of one batch ``(images, labels)``."""
+        self._evaluate(batch, "test/loss", self.test_accuracy)
+
+    def configure_optimizers(self) -> Any:
+        """The optimiser, and the schedule that is stepped with it."""
+        shared = {"lr": self._setting("lr"), "weight_decay": self._setting("weight_decay")}
+        if self._setting("optimizer") == "adamw":
+            optimizer = torch.optim.AdamW(self.parameters(), **shared)
+        else:
+            momentum = {"momentum": self._setting("momentum"), "nesterov": self._setting("nesterov")}
+            optimizer = torch.optim.SGD(self.parameters(), **shared, **momentum)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self._scheduler(optimizer), "interval": "step"},
+        }
+
+    def _setting(self, name: str) -> Any:
+        return self.hparams.get(name, RECIPE[name])
+
+    def _scheduler(self, optimizer: torch.optim.Optimizer) -> LRScheduler:
+        total = self.trainer.estimated_stepping_batches
+        if not 0 < total < math.inf:  # an iterable data set of unknown length gives -1
+            raise ValueError(
+                f"schedule={self._setting('schedule')!r} needs the length of the run: "
+                "give the Trainer max_epochs or max_steps"
+            )
+        total = int(total)
+        if self._setting("schedule") == "one_cycle":
+            return OneCycleLR(optimizer, self._setting("lr"), total_steps=total, cycle_momentum=False)
+        warmup = self._setting("warmup_epochs")
+        if warmup:  # an epoch of unknown length is no obstacle to a run without warm-up
+            batches = self.trainer.num_training_batches
+            warmup = round(warmup * math.ceil(batches / self.trainer.accumulate_grad_batches))
+        return LambdaLR(optimizer, partial(cosine_factor, total=total, warmup=warmup))
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], loss_name: str, accuracy: MetricCollection) -> None:
+        images, labels = batch
+        logits = self(images)
+        accuracy.update(logits, labels)
+        self._log_epoch({loss_name: F.cross_entropy(logits, labels), **dict(accuracy.items())}, len(labels))
+
+    def _log_epoch(self, values: dict[str, Any], batch_size: int) -> None:
+        # sync_dist averages the losses over processes; the metrics sync themselves
+        self.log_dict(values, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True, batch_size=batch_size)
+
+
+class Classifier(ImageClassifier):
+    """A backbone trained with cross-entropy, as :class:`ImageClassifier` does; by default with the CIFAR recipe.
 
     Args:
         backbone: a key of ``BACKBONES``.
@@ -78,7 +174,6 @@ class Classifier(L.LightningModule):
         label_smoothing: float = 0.0,
         channels_last: bool = False,
     ) -> None:
-        super().__init__()
         if optimizer not in ("sgd", "adamw"):
             raise ValueError(f"unknown optimizer {optimizer!r}; expected 'sgd' or 'adamw'")
         if schedule not in ("cosine", "one_cycle"):
@@ -88,88 +183,32 @@ class Classifier(L.LightningModule):
                 f"warmup_epochs={warmup_epochs} with schedule={schedule!r}: expected 0 or more epochs before "
                 "'cosine', and 0 for 'one_cycle', which warms up over 30 % of the run"
             )
-        self.save_hyperparameters()
-        self.network = build_backbone(backbone, num_classes, width, image_size)
+        network = build_backbone(backbone, num_classes, width, image_size)
         if channels_last:
-            _check_channels_last(self.network)
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.network.to(memory_format=self.memory_format)
-        self.train_top1 = MulticlassAccuracy(num_classes, average="micro")
-        self.val_accuracy = _accuracies(num_classes, "val/")
-        self.test_accuracy = _accuracies(num_classes, "test/")
+            _check_channels_last(network)
+        super().__init__(network, num_classes, channels_last)
+        self.save_hyperparameters()
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits ``[batch, num_classes]`` of images ``[batch, 3, height, width]``."""
-        return self.network(images.contiguous(memory_format=self.memory_format))
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """The loss of one batch ``(images, labels)``."""
-        images, labels = batch
-        logits = self(images)
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.hparams["label_smoothing"])
-        self.train_top1.update(logits, labels)
-        self._log_epoch({"train/loss": loss, "train/top1": self.train_top1}, len(labels))
-        return loss
+def crashes_channels_last(network: nn.Module) -> str:
+    """Name of a layer that corrupts the heap in PyTorch's CPU kernels (seen in 2.15) when maps are in NHWC order.
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Log the loss and the accuracies of one batch ``(images, labels)``."""
-        self._evaluate(batch, "val/loss", self.val_accuracy)
-
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Log the loss and the accuracies of one batch ``(images, labels)``."""
-        self._evaluate(batch, "test/loss", self.test_accuracy)
-
-    def configure_optimizers(self) -> Any:
-        """The optimiser, and the schedule that is stepped with it."""
-        hparams = self.hparams
-        shared = {"lr": hparams["lr"], "weight_decay": hparams["weight_decay"]}
-        if hparams["optimizer"] == "adamw":
-            optimizer = torch.optim.AdamW(self.parameters(), **shared)
-        else:
-            momentum = {"momentum": hparams["momentum"], "nesterov": hparams["nesterov"]}
-            optimizer = torch.optim.SGD(self.parameters(), **shared, **momentum)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self._scheduler(optimizer), "interval": "step"},
-        }
-
-    def _scheduler(self, optimizer: torch.optim.Optimizer) -> LRScheduler:
-        total = self.trainer.estimated_stepping_batches
-        if not 0 < total < math.inf:  # an iterable data set of unknown length gives -1
-            raise ValueError(
-                f"schedule={self.hparams['schedule']!r} needs the length of the run: "
-                "give the Trainer max_epochs or max_steps"
-            )
-        total = int(total)
-        if self.hparams["schedule"] == "one_cycle":
-            return OneCycleLR(optimizer, self.hparams["lr"], total_steps=total, cycle_momentum=False)
-        warmup = self.hparams["warmup_epochs"]
-        if warmup:  # an epoch of unknown length is no obstacle to a run without warm-up
-            batches = self.trainer.num_training_batches
-            warmup = round(warmup * math.ceil(batches / self.trainer.accumulate_grad_batches))
-        return LambdaLR(optimizer, partial(cosine_factor, total=total, warmup=warmup))
-
-    def _evaluate(self, batch: tuple[Tensor, Tensor], loss_name: str, accuracy: MetricCollection) -> None:
-        images, labels = batch
-        logits = self(images)
-        accuracy.update(logits, labels)
-        self._log_epoch({loss_name: F.cross_entropy(logits, labels), **dict(accuracy.items())}, len(labels))
-
-    def _log_epoch(self, values: dict[str, Any], batch_size: int) -> None:
-        # sync_dist averages the losses over processes; the metrics sync themselves
-        self.log_dict(values, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True, batch_size=batch_size)
+    These are strided 1×1 convolutions of fewer than 8 inputs: wrong silently, or a crash later. Empty if there is none.
+    """
+    for name, layer in network.named_modules():
+        narrow = isinstance(layer, nn.Conv2d) and layer.in_channels < 8 and layer.groups == 1
+        if narrow and layer.kernel_size == (1, 1) and layer.stride != (1, 1):
+            return name
+    return ""
 
 
 def _check_channels_last(network: nn.Module) -> None:
-    """Refuse what corrupts the heap in PyTorch's CPU kernels (seen in 2.15): silently, or by a crash later."""
-    for name, layer in network.named_modules():
-        if not isinstance(layer, nn.Conv2d) or layer.in_channels >= 8:
-            continue
-        if layer.kernel_size == (1, 1) and layer.stride != (1, 1):
-            raise ValueError(
-                f"channels_last=True: {name} has {layer.in_channels} input channels, and strided 1×1 convolutions "
-                "need at least 8 there; choose a larger width or channels_last=False"
-            )
+    if name := crashes_channels_last(network):
+        inputs = network.get_submodule(name).in_channels
+        raise ValueError(
+            f"channels_last=True: {name} has {inputs} input channels, and strided 1×1 convolutions "
+            "need at least 8 there; choose a larger width or channels_last=False"
+        )
 
 
 def _accuracies(num_classes: int, prefix: str) -> MetricCollection:

@@ -1,0 +1,1 @@
+"""Lesions, peer replacement, pruning at matched MACs and compensation."""

@@ -1,0 +1,185 @@
+"""Baselines that look at feature maps as the layers behind them read them: HRank and CHIP."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from chanaxes_pl.moments import accumulation_device
+from chanaxes_pl.probe import observed
+from chanaxes_pl.pruning.units import Group
+
+#: Images that each score looks at, at the most: the probe's first ones.
+MAP_IMAGES = {"hrank": 64, "chip": 16}
+# Nodes of the integral over ln t, relative to the largest eigenvalue: the tails beyond are below 1e-13 of the whole,
+# and so is the error of this step, exp(−2π²/0.6), since the integrand is analytic in a strip of half-width π.
+_STEP = 0.6
+_NODES = torch.arange(-60, 60 + _STEP, _STEP, dtype=torch.float64)
+
+
+def map_ranks(maps: Tensor) -> Tensor:
+    """Rank of every feature map: HRank (Lin et al., CVPR 2020) is its mean over images.
+
+    Args:
+        maps: ``[B, C, h, w]``; a singular value counts when it exceeds the rounding of the maps' own precision.
+
+    Returns:
+        ``[B, C]`` float64.
+
+    Example:
+        >>> import torch
+        >>> map_ranks(torch.stack([torch.eye(3), torch.ones(3, 3)])[None])
+        tensor([[3., 1.]], dtype=torch.float64)
+    """
+    maps = maps if maps.dtype == torch.float64 else maps.float()
+    return torch.linalg.matrix_rank(maps).double()
+
+
+def channel_independence(maps: Tensor) -> Tensor:
+    """Nuclear norm that a layer's maps lose with each channel: CHIP (Sui et al., NeurIPS 2021) is its mean over images.
+
+    With A ``[C, P]`` the maps of an image as rows and a_i row i, the value is ‖A‖_* − ‖A with row i zeroed‖_*. It takes
+    one decomposition A = U Σ Vᵀ for all channels. Removing a_i changes the characteristic polynomial of AᵀA by the
+    factor g_i(t) = 1 − a_iᵀ (AᵀA + t)⁻¹ a_i = 1 − Σ_k U_ik² + Σ_k U_ik² t / (t + σ_k²), and since
+    √x = (1/2π) ∫ t^(−1/2) ln(1 + x/t) dt, the norms differ by (1/π) ∫₀^∞ √t · g_i′(t) / g_i(t) dt. All terms are
+    positive, and in ln t the trapezoidal rule is exact to rounding.
+
+    Args:
+        maps: ``[B, C, h, w]``.
+
+    Returns:
+        ``[B, C]`` float64, in the unit of the maps.
+
+    Example:
+        >>> import torch
+        >>> a, b = torch.eye(2)[:1], torch.eye(2)[1:]
+        >>> channel_independence(torch.stack([a, a, b])[None]).round(decimals=3)  # √2 − 1 for either of two equals
+        tensor([[0.4140, 0.4140, 1.0000]], dtype=torch.float64)
+    """
+    rows = maps.flatten(2).to(accumulation_device(maps.device)).double()
+    return torch.stack([_independence(image) for image in rows])
+
+
+def _independence(rows: Tensor) -> Tensor:
+    basis, singular, _ = torch.linalg.svd(rows, full_matrices=False)
+    largest = singular[0].clamp(min=torch.finfo(rows.dtype).tiny)
+    spectrum, shares = (singular / largest).square()[:, None], basis.square()
+    nodes = _NODES.to(rows.device).exp()
+    # What of a_i's direction lies outside the maps' span; nothing where the basis is square.
+    outside = (1 - shares.sum(1, keepdim=True)).clamp(min=0) if len(rows) > len(singular) else 0.0
+    factor = outside + shares @ (nodes / (nodes + spectrum))
+    slope = shares @ (spectrum / (nodes + spectrum).square())
+    return largest / math.pi * _STEP * (nodes.pow(1.5) * slope / factor).sum(1)
+
+
+MAP_SCORES: dict[str, Callable[[Tensor], Tensor]] = {"hrank": map_ranks, "chip": channel_independence}
+
+
+def map_scores(
+    model: nn.Module,
+    groups: Iterable[Group],
+    batches: Callable[[], Iterator[Any]],
+    forward: Callable[[Any], Any],
+    images: Mapping[str, int] = MAP_IMAGES,
+) -> dict[str, dict[str, Tensor]]:
+    """Mean over images of some :data:`MAP_SCORES` of every unit; low = remove.
+
+    The maps are those that one consumer of a group reads, so after the activation, as in both papers: of the consumers
+    with the largest map the one that runs first. Behind a flattened map the inputs of a channel are put together
+    again, as nearly square as their number allows. A single number is a map of rank 0 or 1. What is not finite is 0.
+
+    Args:
+        model: left as it is.
+        groups: of the model.
+        batches: gives the probe's batches, from its first image on, each time it is called.
+        forward: runs the model on a batch.
+        images: score → images at the most.
+
+    Returns:
+        Score → group name → ``[U]`` float64, the mean over a unit's channels.
+    """
+    groups = list(groups)
+    readers = _readers(model, groups, lambda: forward(next(batches())))
+    sums = {score: {group.name: torch.zeros((), dtype=torch.float64) for group in groups} for score in images}
+    seen = size = 0
+
+    def look(group: Group, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal size
+        size = len(inputs[0])
+        for score, limit in images.items():
+            if seen < limit:
+                maps = unit_maps(group, readers[group.name], layer, inputs[0][: limit - seen])
+                found = MAP_SCORES[score](maps).sum(0).reshape(group.size, -1).mean(1)
+                sums[score][group.name] = sums[score][group.name] + found.cpu()
+
+    hooks = [(model.get_submodule(readers[group.name]), partial(look, group)) for group in groups]
+    with observed(model), before_layers(hooks):
+        for batch in batches():
+            forward(batch)
+            seen += size
+            if seen >= max(images.values()):
+                break
+    return {score: {name: total / min(seen, images[score]) for name, total in of.items()} for score, of in sums.items()}
+
+
+def unit_maps(group: Group, reader: str, layer: nn.Module, tensor: Tensor) -> Tensor:
+    """A group's channels as one of its consumers reads them, ``[B, U·c, h, w]``: c channels a unit, one after another.
+
+    Args:
+        group: the channels.
+        reader: the consumer's name.
+        layer: the consumer.
+        tensor: its input, ``[B, F, *spatial]`` of a convolution, ``[B, *positions, F]`` of a Linear.
+    """
+    features = tensor.movedim(-1, 1) if isinstance(layer, nn.Linear) else tensor
+    flattened = _flattened(group, reader)
+    if flattened > 1:
+        height = next(side for side in range(math.isqrt(flattened), 0, -1) if flattened % side == 0)
+    else:
+        height = features.shape[2] if features.ndim > 3 else 1
+    maps = features[:, group.consumers[reader].flatten().to(features.device)]
+    channels = group.producers[group.name].numel()
+    maps = maps.reshape(len(maps), channels, height, -1).to(accumulation_device(maps.device))
+    return maps.nan_to_num(0.0, 0.0, 0.0)
+
+
+def _flattened(group: Group, reader: str) -> int:
+    """How many inputs of a consumer hold one channel's map."""
+    return group.consumers[reader].shape[1] // group.producers[group.name].shape[1]
+
+
+def _readers(model: nn.Module, groups: Iterable[Group], forward: Callable[[], Any]) -> dict[str, str]:
+    """Group name → the consumer whose input is looked at."""
+    positions: dict[str, int] = {}
+
+    def note(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        features = inputs[0].shape[-1 if isinstance(layer, nn.Linear) else 1]
+        positions[name] = inputs[0].numel() // (len(inputs[0]) * features)
+
+    names = dict.fromkeys(name for group in groups for name in group.consumers)
+    with observed(model), before_layers((model.get_submodule(name), partial(note, name)) for name in names):
+        forward()
+    return {
+        group.name: max(group.consumers, key=lambda name, group=group: positions[name] * _flattened(group, name))
+        for group in groups
+    }
+
+
+@contextmanager
+def before_layers(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Call ``hook(layer, inputs)`` before a layer runs."""
+    handles: list[RemovableHandle] = []
+    try:
+        for layer, hook in hooks:
+            handles.append(layer.register_forward_pre_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,212 @@
+"""Pruning at matched MACs: every score under every allocation at every budget, evaluated."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from chanaxes_pl.probe import images_and_labels, observed
+from chanaxes_pl.pruning.budgets import ALLOCATIONS, GRID, check_budget
+from chanaxes_pl.pruning.scores import SCORES, channel_scores, score_family
+from chanaxes_pl.pruning.slim import IMAGES, REFERENCE, Pruner, fit_back, image_batches, strength_of
+from chanaxes_pl.targets import log_probability, logit_margin
+
+#: The name of the unpruned network in the column ``score``.
+DENSE = "dense"
+#: What tells the rows of a grid apart.
+VARIANT = ("score", "allocation", "compensate", "budget")
+_TIMED = 9
+
+#: Fine-tunes a slim network in place.
+FineTune = Callable[[nn.Module], None]
+
+
+def pruning_grid(
+    model: nn.Module,
+    probe: DataLoader | Dataset,
+    evaluation: Iterable[Any],
+    *,
+    budgets: Sequence[float] = GRID,
+    scores: Sequence[str] = tuple(SCORES),
+    allocations: Sequence[str] = ALLOCATIONS,
+    compensate: Sequence[bool | str] = (False,),
+    protect: Sequence[str] = (),
+    images: int = IMAGES,
+    finetune: FineTune | None = None,
+    latency: bool = False,
+    seed: int = 0,
+    progress: bool = True,
+    to_device: Callable[[Any], Any] | None = None,
+    rank: int = 0,
+    world: int = 1,
+) -> pd.DataFrame:
+    """Accuracy over remaining MACs, for every score under every allocation with every kind of compensation.
+
+    Args:
+        model: the trained network; left as it is.
+        probe: training images under the evaluation transform, for scores and compensation.
+        evaluation: batches of ``(images, labels)`` that nothing was chosen on; read once a variant.
+        budgets: MACs that remain, as shares of the dense network's.
+        scores: see :func:`score_family`.
+        allocations: some of :data:`ALLOCATIONS`. Scores can be set against each other under ``"uniform"`` and
+            ``"shared"``; ``"own"`` mixes score and allocation.
+        compensate: some of ``False``, ``"fold"`` and ``"refit"``.
+        protect: globs over names of layers whose channels all stay.
+        images: of the probe, at the most.
+        finetune: trains a slim network in place; it is evaluated once more afterwards.
+        latency: time the slim networks too.
+        seed: of random scores.
+        progress: show a bar.
+        to_device: moves a batch to the model.
+        rank: of this process, which takes every ``world``-th variant.
+        world: number of processes.
+
+    Returns:
+        One row a variant, and one for the dense network: ``score, family, allocation, compensate, budget``;
+        ``macs_share`` (achieved), ``macs``, ``parameters``; ``loss`` (nats), ``accuracy``, ``margin``; the same after
+        fine-tuning as ``tuned_…``; ``latency_1`` and ``latency_64`` (milliseconds a batch of 1 and of 64, median).
+
+    Raises:
+        ValueError: for anything out of range, before the first network is pruned.
+    """
+    caller = "pruning_grid"
+    for budget in budgets:
+        check_budget(budget, caller)
+    for score in scores:
+        score_family(score, caller)
+    strengths = [strength_of(choice, caller) for choice in compensate]
+    device = next(model.parameters(), torch.empty(0)).device
+    move = to_device or partial(move_data_to_device, device=device)
+    batches = image_batches(probe, images, move, caller)
+    pruner = Pruner(model, batches[0], protect, caller)
+    for allocation, budget in product(allocations, budgets):
+        pruner.check_reachable(allocation, budget)
+    needed = [*scores, REFERENCE] if "shared" in allocations else scores
+    values = channel_scores(
+        model, probe, pruner.units, needed, probe_size=images, seed=seed, to_device=to_device, caller=caller
+    )
+    variants = [(DENSE, "", "", 1.0), *product(scores, allocations, strengths, budgets)]
+    rows = []
+    for variant in tqdm(variants[rank::world], disable=not progress, desc="pruning", unit="network"):
+        score, allocation, strength, budget = variant
+        if score == DENSE:
+            slim, macs = model, pruner.cost.dense
+        else:
+            kept = pruner.choose(values, score, allocation, budget)
+            slim, macs = pruner.cut(kept), pruner.macs(kept)
+            fit_back(slim, pruner, kept, batches, strength)
+        row = {"score": score, "family": DENSE if score == DENSE else score_family(score), "allocation": allocation}
+        row |= {"compensate": strength or ("" if score == DENSE else "none"), "budget": budget}
+        row |= {"macs_share": macs / pruner.cost.dense, "macs": macs}
+        row |= {"parameters": sum(parameter.numel() for parameter in slim.parameters())}
+        row |= evaluate(slim, evaluation, move)
+        if finetune is not None and score != DENSE:
+            finetune(slim)
+            row |= {f"tuned_{name}": value for name, value in evaluate(slim, evaluation, move).items()}
+        if latency:
+            row |= {f"latency_{size}": milliseconds(slim, batches[0], size) for size in (1, 64)}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def evaluate(model: nn.Module, batches: Iterable[Any], to_device: Callable[[Any], Any]) -> dict[str, float]:
+    """Mean cross-entropy (``loss``, nats), ``accuracy`` and logit ``margin`` of a model; it is left as it was."""
+    total, count = torch.zeros(3, dtype=torch.float64), 0
+    with observed(model):
+        for batch in batches:
+            logits, labels = images_and_labels(model, to_device(batch))
+            logits, labels = logits.cpu().double(), labels.cpu().long()
+            correct = (logits.argmax(1) == labels).double()
+            parts = (-log_probability(logits, labels), correct, logit_margin(logits, labels))
+            total += torch.stack([part.sum() for part in parts])
+            count += len(labels)
+    return dict(zip(("loss", "accuracy", "margin"), (total / max(count, 1)).tolist(), strict=True))
+
+
+def milliseconds(model: nn.Module, images: Tensor, size: int) -> float:
+    """Median time of a forward pass over a batch of ``size`` images ``[size, …]``, made of those given."""
+    batch = images.repeat(-(-size // len(images)), *[1] * (images.ndim - 1))[:size]
+    times = []
+    with observed(model):
+        for _ in range(_TIMED + 2):  # the first two warm up
+            if batch.is_cuda:
+                torch.cuda.synchronize(batch.device)
+            begin = time.perf_counter()
+            model(batch)
+            if batch.is_cuda:
+                torch.cuda.synchronize(batch.device)
+            times.append(1e3 * (time.perf_counter() - begin))
+    return statistics.median(times[2:])
+
+
+def area_under_curve(grid: pd.DataFrame, value: str = "accuracy") -> pd.DataFrame:
+    """Mean of a column over MACs, for every score, allocation and compensation of every run.
+
+    The curve is linear between the achieved MACs of the grid's networks, from the smallest to the dense one, and the
+    area under it is divided by that range.
+
+    Args:
+        grid: from :func:`pruning_grid`; several, told apart by a column ``run``.
+        value: the column.
+
+    Returns:
+        ``run`` (where there), ``score, family, allocation, compensate`` and ``area``.
+    """
+    runs = ["run"] if "run" in grid else []
+    rows = []
+    for keys, curve in grid[grid["score"] != DENSE].groupby(
+        [*runs, "score", "family", "allocation", "compensate"], sort=False
+    ):
+        dense = grid[(grid["score"] == DENSE) & ((grid["run"] == keys[0]) if runs else True)]
+        points = pd.concat([curve, dense]).sort_values("macs_share")
+        x, y = points["macs_share"].to_numpy(), points[value].to_numpy()
+        row = dict(zip([*runs, "score", "family", "allocation", "compensate"], keys, strict=True))
+        rows.append(row | {"area": float(np.trapezoid(y, x) / (x[-1] - x[0]))})
+    return pd.DataFrame(rows)
+
+
+def paired_difference(
+    areas: pd.DataFrame, first: Sequence[str], second: Sequence[str], resamples: int = 2000, seed: int = 0
+) -> pd.DataFrame:
+    """How much better some scores do than others on the same checkpoints, under each allocation and compensation.
+
+    Args:
+        areas: from :func:`area_under_curve`, of several runs.
+        first: scores, averaged within a run.
+        second: the scores that are subtracted.
+        resamples: bootstrap resamples over runs for the 95 % percentile interval; NaN for a single run.
+        seed: of the resamples.
+
+    Returns:
+        ``allocation, compensate, difference, low, high, runs``.
+    """
+    areas = areas if "run" in areas else areas.assign(run="")
+    rows = []
+    for (allocation, strength), frame in areas.groupby(["allocation", "compensate"], sort=False):
+        means = [frame[frame["score"].isin(scores)].groupby("run")["area"].mean() for scores in (first, second)]
+        gaps = (means[0] - means[1]).dropna().to_numpy()
+        low = high = float("nan")
+        if len(gaps) > 1:
+            draws = np.random.default_rng(seed).integers(len(gaps), size=(resamples, len(gaps)))
+            low, high = np.quantile(gaps[draws].mean(1), [0.025, 0.975])
+        rows.append(
+            {
+                "allocation": allocation,
+                "compensate": strength,
+                "difference": float(gaps.mean()) if len(gaps) else np.nan,
+            }
+            | {"low": low, "high": high, "runs": len(gaps)}
+        )
+    return pd.DataFrame(rows)

@@ -1,0 +1,260 @@
+"""Does peer support refine removability? Regressions and comparisons of measured damage with the axes' metrics.
+
+Everything here works on one table of channels and their damage, see :func:`join_axes`, and within layers: what is
+compared are a channel's ranks among those of its own layer. Intervals are 95 % percentile bootstraps. They resample
+units, not rows: channels that can only be removed together share one damage and are drawn together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from scipy.optimize import linear_sum_assignment
+from scipy.stats import rankdata
+
+from chanaxes_pl.correlations import MIN_CHANNELS, NETWORK, spearman
+
+#: What the claim sets peer support beside.
+BASE = ("input_capture", "task_information")
+SUPPORT = "peer_r2"
+#: How far apart, as a share of the layer, the ranks of two matched channels may lie.
+CALIPER = 0.05
+_KEYS = ["layer", "channel"]
+
+
+def join_axes(axes: pd.DataFrame, lesions: pd.DataFrame) -> pd.DataFrame:
+    """The table of channels of one checkpoint and the table of their lesions as one, a row a lesioned channel.
+
+    The lesions' ``reason`` becomes ``lesion_reason``.
+
+    Raises:
+        ValueError: if one of them has a channel twice, or they have none in common.
+    """
+    for name, table in (("axes", axes), ("lesions", lesions)):
+        twice = table[table.duplicated(_KEYS)]
+        if len(twice):
+            layer, channel = twice.iloc[0][_KEYS]
+            raise ValueError(
+                f"join_axes({name}): channel {channel} of {layer!r} stands there twice; pass one checkpoint"
+            )
+    joined = lesions.rename(columns={"reason": "lesion_reason"}).merge(axes, on=_KEYS)
+    if joined.empty:
+        raise ValueError(
+            f"join_axes: no channel in common; axes have the layers {', '.join(axes['layer'].unique()[:3])}, lesions "
+            f"{', '.join(lesions['layer'].unique()[:3])}"
+        )
+    return joined
+
+
+def rank_regression(
+    table: pd.DataFrame,
+    damage: str = "zero_loss",
+    base: Sequence[str] = BASE,
+    added: str = SUPPORT,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """How much of damage's ranks one more metric explains, beyond those that are known already.
+
+    Within-layer ranks of damage are regressed on those of the ``base`` metrics, and again with the ``added`` one,
+    over all layers at once with a level of its own for each. R² is adjusted for the number of predictors, or its
+    increase could not be negative; for a metric that adds nothing it is 0 on average. ``slope``, the added metric's
+    coefficient, says in which direction it goes: negative where more of it means less damage.
+
+    Args:
+        table: of :func:`join_axes`.
+        damage: the column to explain.
+        base: what explains it first.
+        added: what is added.
+        resamples: of the bootstrap, over units.
+        seed: of the resamples.
+
+    Returns:
+        One row: ``damage, base, added, r2_base, r2_full, increase`` with ``low`` and ``high``, ``slope`` with
+        ``slope_low`` and ``slope_high``, ``channels`` and ``layers`` that enter.
+
+    Raises:
+        ValueError: for unknown columns, or if no layer has 3 channels for which all of them are defined.
+    """
+    columns = [damage, *base, added]
+    usable = _usable(table, columns, "rank_regression")
+    counts = np.vstack([np.ones(len(usable)), _draws(usable, resamples, seed)])
+    products = np.zeros((resamples + 1, len(columns), len(columns)))
+    for rows in _by_layer(usable):
+        products += _within(_ranks(usable, columns, rows), counts[:, rows])
+    freedom = len(usable) - usable["layer"].nunique()
+    small, _ = _fit(products, len(base), freedom)
+    full, slopes = _fit(products, len(base) + 1, freedom)
+    row = {"damage": damage, "base": " + ".join(base), "added": added, "r2_base": small[0], "r2_full": full[0]}
+    row |= {"increase": full[0] - small[0], **_interval((full - small)[1:])}
+    row |= {"slope": slopes[0], **_interval(slopes[1:], "slope_")}
+    return pd.DataFrame([row | {"channels": len(usable), "layers": usable["layer"].nunique()}])
+
+
+def matched_comparison(
+    table: pd.DataFrame,
+    damage: str = "zero_loss",
+    support: str = SUPPORT,
+    matched: str = "task_information",
+    resamples: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Damage of channels with much and with little peer support that are alike in what they say about the task.
+
+    In each layer the channels above the median of ``support`` are paired one to one with those below it, so that
+    partners' ranks of ``matched`` lie as near to each other as can be; pairs further apart than :data:`CALIPER` (in
+    a small layer: than neighbours) are left out.
+
+    Args:
+        table: of :func:`join_axes`.
+        damage: the column to compare.
+        support: what splits the channels.
+        matched: what partners have in common.
+        resamples: of the bootstrap, over the units of the pairs' upper halves.
+        seed: of the resamples.
+
+    Returns:
+        Two rows, ``scale`` ``"value"`` in the unit of ``damage`` and ``"rank"``, its rank in the layer from 0 to 1:
+        ``damage, support, matched, scale``, the means of ``much`` and ``little`` support, their ``difference`` with
+        ``low`` and ``high``, ``imbalance`` (mean difference of the partners' ranks of ``matched``), ``pairs`` and
+        ``layers``.
+
+    Raises:
+        ValueError: for unknown columns, or if no layer has 3 channels for which all of them are defined.
+    """
+    columns = [damage, support, matched]
+    usable = _usable(table, columns, "matched_comparison")
+    ranks, pairs = np.zeros((len(usable), len(columns))), []
+    for rows in _by_layer(usable):
+        ranks[rows] = _ranks(usable, columns, rows)
+        pairs += [rows[pair] for pair in _pairs(ranks[rows, 1], ranks[rows, 2])]
+    much, little = np.reshape(pairs, (-1, 2)).astype(int).T
+    weights = np.vstack([np.ones(len(much)), _draws(usable, resamples, seed)[:, much]])
+    result = []
+    for scale, values in (("value", usable[damage].to_numpy(float)), ("rank", ranks[:, 0] + 0.5)):
+        with np.errstate(invalid="ignore"):  # no pair at all
+            drawn = weights @ (values[much] - values[little]) / weights.sum(1)
+        row = {"damage": damage, "support": support, "matched": matched, "scale": scale}
+        row |= {"much": _mean(values[much]), "little": _mean(values[little]), "difference": drawn[0]}
+        row |= _interval(drawn[1:]) | {"imbalance": _mean(ranks[much, 2] - ranks[little, 2])}
+        result.append(row | {"pairs": len(much), "layers": usable["layer"].iloc[much].nunique()})
+    return pd.DataFrame(result)
+
+
+def score_damage_correlation(
+    table: pd.DataFrame, scores: Sequence[str], damage: str = "zero_loss", resamples: int = 1000, seed: int = 0
+) -> pd.DataFrame:
+    """Spearman correlation of some scores with damage within each layer, and its mean over layers.
+
+    Args:
+        table: of :func:`join_axes`, with any further scores as columns.
+        scores: the columns to compare with damage; the same resamples serve all, so that they can be compared.
+        damage: the column.
+        resamples: of the bootstrap, over units.
+        seed: of the resamples.
+
+    Returns:
+        One row per score and layer, and one with the mean, layer ``"network"``: ``score, damage, layer, rho, low,
+        high, n``; NaN where a score or the damage is the same for all channels.
+
+    Raises:
+        ValueError: for unknown columns, or if no layer has 3 channels for which they are defined.
+    """
+    result = []
+    for score in scores:
+        usable = _usable(table, [damage, score], "score_damage_correlation")
+        counts = _draws(usable, resamples, seed)
+        layers, draws = [], []
+        for rows in _by_layer(usable):
+            drawn = _correlation(_within(_ranks(usable, [damage, score], rows), counts[:, rows]))
+            values = usable.iloc[rows]
+            rho = spearman(values[damage].to_numpy(float), values[score].to_numpy(float))
+            layers.append({"layer": values["layer"].iloc[0], "rho": rho, **_interval(drawn), "n": len(rows)})
+            draws.append(drawn)
+        mean = {"rho": pd.DataFrame(layers)["rho"].mean(), **_interval(pd.DataFrame(draws).mean().to_numpy())}
+        layers.append({"layer": NETWORK, **mean, "n": len(usable)})
+        result.append(pd.DataFrame(layers).assign(score=score, damage=damage))
+    return pd.concat(result, ignore_index=True)[["score", "damage", "layer", "rho", "low", "high", "n"]]
+
+
+def _usable(table: pd.DataFrame, columns: Sequence[str], caller: str) -> pd.DataFrame:
+    """The rows for which all columns are defined, of the layers that have at least 3 of them."""
+    missing = [column for column in columns if column not in table]
+    if missing:
+        raise ValueError(f"{caller}: no column {', '.join(map(repr, missing))}; there are {', '.join(table.columns)}")
+    defined: np.ndarray = np.isfinite(table[list(columns)].to_numpy(float)).all(axis=1)  # type: ignore[assignment]
+    rows = table.loc[defined]
+    rows = rows.loc[rows.groupby("layer")["layer"].transform("size") >= MIN_CHANNELS]
+    if rows.empty:
+        raise ValueError(f"{caller}: no layer has {MIN_CHANNELS} channels for which {', '.join(columns)} are defined")
+    return rows.reset_index(drop=True)
+
+
+def _by_layer(rows: pd.DataFrame) -> list[np.ndarray]:
+    return [np.asarray(places) for places in rows.groupby("layer", sort=False).indices.values()]
+
+
+def _ranks(table: pd.DataFrame, columns: Sequence[str], rows: np.ndarray) -> np.ndarray:
+    """``[n, k]`` ranks of one layer's channels, from −½ to ½; equals share theirs."""
+    return (rankdata(table[list(columns)].to_numpy(float)[rows], axis=0) - 0.5) / len(rows) - 0.5
+
+
+def _draws(rows: pd.DataFrame, resamples: int, seed: int) -> np.ndarray:
+    """``[resamples, n]``, how often each row is drawn; those of one unit together, units within their group."""
+    own = rows["layer"] + "[" + rows["channel"].astype(str) + "]"
+    unit = own if "unit" not in rows else rows["unit"].where(rows["unit"] != "", own)
+    group = unit.str.rpartition("[")[0]
+    rng = np.random.default_rng(seed)
+    counts = np.zeros((resamples, len(rows)))
+    for members in group.groupby(group, sort=False).indices.values():
+        number, names = pd.factorize(unit.iloc[members])
+        drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), resamples)
+        counts[:, members] = drawn[:, number]
+    return counts
+
+
+def _within(ranks: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """``[resamples, k, k]`` centred sums of products of ``[n, k]`` ranks, each row counted so often."""
+    width = ranks.shape[1]
+    sums = counts @ ranks
+    products = counts @ (ranks[:, :, None] * ranks[:, None, :]).reshape(len(ranks), -1)
+    total = np.maximum(counts.sum(1), 1)[:, None, None]
+    return products.reshape(-1, width, width) - sums[:, :, None] * sums[:, None, :] / total
+
+
+def _fit(products: np.ndarray, predictors: int, freedom: int) -> tuple[np.ndarray, np.ndarray]:
+    """Adjusted R² of variable 0 on the next ones, and the last one's slope, for each of the resamples."""
+    among, toward = products[:, 1 : predictors + 1, 1 : predictors + 1], products[:, 1 : predictors + 1, 0]
+    slopes = (np.linalg.pinv(among, rcond=1e-10, hermitian=True) @ toward[:, :, None])[:, :, 0]
+    total = products[:, 0, 0]
+    plain = np.divide((slopes * toward).sum(1), total, out=np.full_like(total, np.nan), where=total > 0)
+    left = freedom - predictors
+    return (1 - (1 - plain) * freedom / left if left > 0 else np.full_like(plain, np.nan)), slopes[:, -1]
+
+
+def _correlation(products: np.ndarray) -> np.ndarray:
+    scale = np.sqrt(products[:, 0, 0] * products[:, 1, 1])
+    # Where a resample holds one value only, rounding is all that is left of the sums.
+    return np.divide(products[:, 0, 1], scale, out=np.full_like(scale, np.nan), where=scale > 1e-12)
+
+
+def _pairs(support: np.ndarray, matched: np.ndarray) -> list[np.ndarray]:
+    """Places ``[2]`` of a channel of much and one of little support, for each pair of a layer."""
+    much, little = np.flatnonzero(support > np.median(support)), np.flatnonzero(support < np.median(support))
+    apart = np.abs(matched[much][:, None] - matched[little])
+    limit = max(CALIPER, 1.5 / len(support))
+    near = apart <= limit
+    first, second = linear_sum_assignment(np.minimum(apart, limit))  # no pair is stretched to make room for another
+    return [np.array([much[i], little[j]]) for i, j in zip(first, second, strict=True) if near[i, j]]
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def _interval(draws: np.ndarray, prefix: str = "") -> dict[str, float]:
+    kept = draws[np.isfinite(draws)]
+    low, high = np.quantile(kept, [0.025, 0.975]) if len(kept) else (np.nan, np.nan)
+    return {f"{prefix}low": float(low), f"{prefix}high": float(high)}

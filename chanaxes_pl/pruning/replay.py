@@ -1,0 +1,251 @@
+"""Run a network again from where something in it changed, with everything upstream taken from the last whole run."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from chanaxes_pl.layers import CONVOLUTIONS
+
+#: What a module's output is replaced by.
+Edit = Callable[[Tensor], Tensor]
+
+# Run as one, so that their hooks fire, also where torchvision or others derive from them.
+_LEAVES = (*CONVOLUTIONS, nn.Linear, nn.LayerNorm)
+# What a model's own code raises when it meets torch.fx's stand-ins for tensors. An error of the model itself comes
+# up again in its forward pass.
+_UNTRACEABLE = (ValueError, TypeError, RuntimeError, AttributeError, NameError, LookupError)
+_OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
+# Logits of the graph and of the model differ by no more than a GPU's choice of algorithm.
+_TOLERANCE = 1e-4
+
+
+@contextmanager
+def edited(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
+    """A model some of whose modules put out something else meanwhile.
+
+    Args:
+        model: any module.
+        edits: name of a submodule → what is made of its output.
+    """
+    handles = []
+    try:
+        for name, edit in edits.items():
+            hook = model.get_submodule(name).register_forward_hook
+            handles.append(hook(lambda _module, _inputs, output, edit=edit: edit(output)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Replay:
+    """Logits of one batch, over and over, as modules of the network change.
+
+    :meth:`run` keeps what every operation of the network gave for a batch, and :meth:`rerun` repeats only what lies
+    downstream of a change. A network that torch.fx cannot trace (its control flow depends on the data, say), or that
+    is found to compute something else than its trace, runs as a whole every time: the numbers are the same.
+
+    Memory is that of all the activations of a batch. Everything has to happen inside
+    :func:`~chanaxes_pl.probe.observed`, beginning with the constructor: a trace is of one mode, and hooks have to fire.
+
+    Args:
+        model: ``model(images)`` gives logits.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1)).eval()
+        >>> replay = Replay(model)
+        >>> logits = replay.run(torch.ones(3, 2))
+        >>> replay.rerun(edits={"0": torch.zeros_like}).equal(model[2].bias.expand(3, 1))
+        True
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._root: nn.Module = getattr(model, "_orig_mod", model)  # inside torch.compile's wrapper
+        self._graph = _trace(self._root)
+        self._modules: dict[fx.Node, nn.Module] = {}
+        if self._graph is not None:
+            calls = (node for node in self._graph.nodes if node.op == "call_module")
+            self._modules = {node: self._root.get_submodule(node.target) for node in calls}
+        self._plans: dict[tuple[str, ...], list[tuple[fx.Node, list[fx.Node]]]] = {}
+        self._images: Tensor | None = None
+        self._values: dict[fx.Node, Any] | None = None
+
+    @property
+    def partial(self) -> bool:
+        """Whether the last batch can be run again in part."""
+        return self._values is not None
+
+    def run(self, images: Tensor, logits: Tensor | None = None) -> Tensor:
+        """Logits of a batch, whose values are kept for :meth:`rerun`.
+
+        Args:
+            images: ``[B, …]``, what the model takes.
+            logits: ``[B, K]``, what it gives for them, where that is known already.
+        """
+        self._images, self._values = images, None
+        whole = self._model(images) if logits is None else logits
+        if self._graph is not None:
+            value, values = None, {}
+            with self._pure():
+                for node in self._graph.nodes:
+                    values[node] = value = images if node.op == "placeholder" else self._compute(node, values)
+            if _same(value, whole):
+                self._values = values
+        return whole
+
+    def rerun(self, changed: Iterable[str] = (), edits: Mapping[str, Edit] | None = None) -> Tensor:
+        """Logits of the last batch now that some modules have changed; a change has to be named while it lasts.
+
+        Args:
+            changed: names of submodules whose hooks or parameters are not as they were: they run again.
+            edits: name of a submodule → what is made of its output: it runs again only if its input changed.
+
+        Raises:
+            AttributeError: if the model has no submodule of such a name.
+            RuntimeError: before the first :meth:`run`.
+        """
+        edits = edits or {}
+        if self._images is None:
+            raise RuntimeError("Replay.rerun() before Replay.run(images): there is no batch to run again")
+        if self._values is None:
+            with edited(self._model, edits):
+                return self._model(self._images)
+        repeat = {self._model.get_submodule(name) for name in changed}
+        rewrite = {self._model.get_submodule(name): edit for name, edit in edits.items()}
+        fresh: dict[fx.Node, Any] = {}
+        value = next(reversed(self._values.values()))  # the network's output
+        with self._pure():
+            for node, finished in self._plan((*changed, *edits)):
+                module = self._modules.get(node)
+                kept = module in rewrite and module not in repeat and fresh.keys().isdisjoint(node.all_input_nodes)
+                value = self._values[node] if kept else self._compute(node, self._values, fresh)
+                fresh[node] = value = rewrite[module](value) if module in rewrite else value
+                for used in finished:
+                    fresh.pop(used, None)
+        return value
+
+    def _plan(self, names: tuple[str, ...]) -> list[tuple[fx.Node, list[fx.Node]]]:
+        """What lies downstream of some modules, each with the values that nothing after it reads."""
+        assert self._graph is not None
+        if names not in self._plans:
+            sources = {self._model.get_submodule(name) for name in names}
+            nodes: dict[fx.Node, None] = {}
+            for node in self._graph.nodes:
+                if self._modules.get(node) in sources or not nodes.keys().isdisjoint(node.all_input_nodes):
+                    nodes[node] = None
+            last = {used: node for node in nodes for used in node.all_input_nodes}
+            self._plans[names] = [
+                (node, [used for used in node.all_input_nodes if last[used] is node]) for node in nodes
+            ]
+        return self._plans[names]
+
+    def _compute(self, node: fx.Node, values: dict[fx.Node, Any], fresh: Mapping[fx.Node, Any] | None = None) -> Any:
+        def value(used: fx.Node) -> Any:
+            return fresh[used] if fresh and used in fresh else values[used]
+
+        if node.op == "get_attr":
+            return reduce(getattr, str(node.target).split("."), self._root)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+        if node.op == "output":
+            return args[0]
+        if node.op == "call_module":
+            return self._modules[node](*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+
+    @contextmanager
+    def _pure(self) -> Iterator[None]:
+        """No module overwrites its input, which may be a value that is kept."""
+        busy = [module for module in self._modules.values() if getattr(module, "inplace", False) is True]
+        try:
+            for module in busy:
+                module.inplace = False  # type: ignore[assignment]
+            yield
+        finally:
+            for module in busy:
+                module.inplace = True  # type: ignore[assignment]
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, _LEAVES) or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        inside = getattr(m, "_orig_mod", None)  # torch.compile's wrapper does not let itself be traced
+        return super().call_module(m, forward, args, kwargs) if inside is None else inside(*args, **kwargs)
+
+
+def _trace(root: nn.Module) -> fx.Graph | None:
+    """The graph of a model of one input, free of operations that overwrite an input; ``None`` where there is none."""
+    try:
+        graph = _Tracer().trace(root)
+    except _UNTRACEABLE:
+        return None
+    if sum(node.op == "placeholder" for node in graph.nodes) != 1:
+        return None
+    seen: set[fx.Node] = set()
+    for node in graph.nodes:
+        seen.add(node)
+        if _overwrites(node, root):
+            if not _rewrite(node):
+                return None
+            # Whatever reads the input from here on reads what has become of it.
+            node.all_input_nodes[0].replace_all_uses_with(node, delete_user_cb=lambda user: user not in seen)
+    return graph
+
+
+def _overwrites(node: fx.Node, root: nn.Module) -> bool:
+    if not node.all_input_nodes:
+        return False
+    if node.op == "call_module":
+        return getattr(root.get_submodule(str(node.target)), "inplace", False) is True
+    if node.op not in ("call_method", "call_function"):
+        return False
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    private = name.startswith("_") or node.target in (operator.and_, operator.or_, operator.is_, operator.not_)
+    return node.target in _OUT_OF_PLACE or bool(node.kwargs.get("inplace")) or (name.endswith("_") and not private)
+
+
+def _rewrite(node: fx.Node) -> bool:
+    """Make an operation give a new tensor; whether that is possible."""
+    if node.op == "call_module":
+        return True  # its flag is switched off while it runs
+    if node.kwargs.get("inplace"):
+        node.kwargs = {**node.kwargs, "inplace": False}
+    elif node.op == "call_method":
+        node.target = str(node.target).removesuffix("_")
+        return hasattr(Tensor, node.target)
+    elif node.target in _OUT_OF_PLACE:
+        node.target = _OUT_OF_PLACE[node.target]
+    else:
+        name = getattr(node.target, "__name__", "").removesuffix("_")
+        twin = getattr(torch, name, None) or getattr(F, name, None)
+        if twin is None:
+            return False
+        node.target = twin
+    return True
+
+
+def _same(found: Any, logits: Tensor) -> bool:
+    if not isinstance(found, Tensor) or found.shape != logits.shape:
+        return False
+    largest = float(logits.detach().abs().nan_to_num(0.0, 0.0, 0.0).amax()) if logits.numel() else 0.0
+    return torch.allclose(found, logits, rtol=_TOLERANCE, atol=_TOLERANCE * largest, equal_nan=True)

@@ -1,0 +1,286 @@
+"""Which channels go first: every score of every channel, and of units of coupled channels; low = remove."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from scipy.stats import rankdata
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from chanaxes_pl.accumulators import LayerMoments
+from chanaxes_pl.axes import Settings, record
+from chanaxes_pl.layers import channel_count
+from chanaxes_pl.moments import Moments
+from chanaxes_pl.probe import Probe, Step, images_and_labels
+from chanaxes_pl.pruning.baselines import library_scores
+from chanaxes_pl.pruning.feature_maps import MAP_IMAGES, MAP_SCORES, map_scores
+from chanaxes_pl.pruning.units import LIBRARY_SCORES, Group, Units
+from chanaxes_pl.tables import measure
+
+#: Score → which axis it stands for.
+SCORES = {
+    "input_capture": "local",
+    "peer_overlap": "local",
+    "peer_r2": "local",
+    "local_axis": "local",
+    "task_information": "target",
+    "target_excess": "target",
+    "target_axis": "target",
+    "two_axis": "both",
+    "random": "baseline",
+    "l1": "baseline",
+    "l2": "baseline",
+    "bn_scale": "baseline",
+    "fpgm": "baseline",
+    "lamp": "baseline",
+    "taylor": "baseline",
+    "activation_rms": "baseline",
+    "hrank": "baseline",
+    "chip": "baseline",
+}
+#: Before the name of one of our own scores: its control, in the opposite order.
+REVERSE = "reverse_"
+_OWN = tuple(name for name, family in SCORES.items() if family != "baseline")
+_HIGH_GOES = ("peer_overlap", "peer_r2")
+#: What a forward pass of the probe is needed for.
+_RECORDED = {*_OWN, "activation_rms"}
+
+
+def score_family(score: str, caller: str = "score_family") -> str:
+    """Which axis a score stands for: ``"local"``, ``"target"``, ``"both"``, or ``"baseline"``.
+
+    Args:
+        score: a key of :data:`SCORES`, one of our own (no baseline) after ``"reverse_"``, or ``"random_1"``,
+            ``"random_2"`` and so on for further draws.
+        caller: how an error names the call.
+
+    Raises:
+        ValueError: for any other name.
+
+    Example:
+        >>> score_family("reverse_peer_r2"), score_family("random_3")
+        ('local', 'baseline')
+    """
+    base = _base(score)
+    if base in SCORES and (score == base or base == "random" or base in _OWN):
+        return SCORES[base]
+    near = get_close_matches(score, [*SCORES, *(REVERSE + name for name in _OWN)], n=2)
+    raise ValueError(
+        f"{caller}(score={score!r}): no such score{'; did you mean ' + ' or '.join(map(repr, near)) if near else ''}? "
+        f"Expected one of {', '.join(SCORES)}; random_1, random_2, … for further draws; {REVERSE}NAME for the "
+        f"opposite of {', '.join(_OWN)}"
+    )
+
+
+def _base(score: str) -> str:
+    kind, _, draw = score.rpartition("_")
+    return "random" if kind == "random" and draw.isdecimal() else score.removeprefix(REVERSE)
+
+
+def channel_scores(
+    model: nn.Module,
+    source: DataLoader | Dataset,
+    units: Units,
+    scores: Sequence[str],
+    *,
+    step: Step | None = None,
+    probe_size: int = 5000,
+    positions: int | str = 16,
+    seed: int = 0,
+    to_device: Callable[[Any], Any] | None = None,
+    caller: str = "channel_scores",
+    rank: int = 0,
+    world: int = 1,
+) -> dict[str, dict[str, Tensor]]:
+    """Some scores of every channel that could be removed. The model is left as it was.
+
+    High-is-redundant metrics (peer overlap, peer R²) are subtracted from their layer's maximum, and so is a score that
+    is reversed. Composites are means of within-layer z-scores, shifted to a layer minimum of 0. Channels that our own
+    metrics call dead come first in those, reversed or not.
+
+    Args:
+        model: what the units were found in.
+        source: the probe, see :class:`Probe`; read only for scores that need images.
+        units: the removable units.
+        scores: names as in :func:`score_family`.
+        step: ``(model, batch) → (logits, labels)`` for batches or outputs other than ``(images, labels)`` and logits.
+        probe_size: images at the most.
+        positions: local samples an image, or ``"all"``.
+        seed: of the random scores.
+        to_device: moves a batch to the model, by default to where its first parameter is.
+        caller: how an error names the call.
+        rank: of this process; several share the pass for our own metrics and each do the rest alone.
+        world: number of processes.
+
+    Returns:
+        Score → layer → ``[C]`` float64 on the host; low = remove; −inf where not finite.
+
+    Raises:
+        ValueError: for an unknown score, a probe that does not fit, a target that does not vary, or ``bn_scale`` of a
+            network in which a removable layer has no BatchNorm behind it.
+    """
+    for score in scores:
+        score_family(score, caller)
+    device = next(model.parameters()).device
+    to_device = to_device or (lambda batch: move_data_to_device(batch, device))
+    run = step or images_and_labels
+    layers = {name: model.get_submodule(name) for group in units.groups.values() for name in group.producers}
+    asked = {_base(score) for score in scores}
+
+    def batches() -> Iterator[Any]:
+        return (to_device(batch) for _, batch in Probe(source, probe_size, caller).batches())
+
+    # Before the long passes: these may refuse.
+    found = {
+        score: library_scores(score, model, units, batches, run, caller) for score in LIBRARY_SCORES if score in asked
+    }
+    for score in scores:
+        if _base(score) == "random":
+            found[score] = _random(model, layers, seed, draw=int(score.removeprefix("random").strip("_") or 0))
+    if asked & _RECORDED:
+        probe = Probe(source, probe_size, caller)
+        names = {layer: name for name, layer in layers.items()}  # those of compiled layers are spelt otherwise there
+        settings = Settings(
+            lambda _, layer: layer in names,
+            positions,
+            reliability=False,
+            step=step,
+            probe_size=probe_size,
+            caller=caller,
+        )
+        recorder = record(model, probe, settings, to_device=to_device, rank=rank, world=world)
+        measured = ((names[recorder.layers[name]], moments) for name, moments in recorder.moments())
+        found |= _recorded(measured, asked, caller)
+    if asked & set(MAP_SCORES):
+        images = {score: MAP_IMAGES[score] for score in MAP_SCORES if score in asked}
+        of_units = map_scores(model, units.groups.values(), batches, lambda batch: run(model, batch), images)
+        found |= {score: _of_channels(values, units, layers) for score, values in of_units.items()}
+    return {score: {name: _directed(score, found, name) for name in layers} for score in scores}
+
+
+def _directed(score: str, found: Mapping[str, Mapping[str, Tensor]], layer: str) -> Tensor:
+    values = found[score if score in found else _base(score)][layer].detach().double().cpu()
+    finite = values.isfinite()
+    if score.startswith(REVERSE):
+        values = _from_maximum(values, finite)
+    return torch.where(finite, values, -torch.inf)
+
+
+def _from_maximum(values: Tensor, finite: Tensor) -> Tensor:
+    return values[finite].max() - values if finite.any() else values
+
+
+def _recorded(
+    layers: Iterable[tuple[str, LayerMoments | None]], asked: set[str], caller: str
+) -> dict[str, dict[str, Tensor]]:
+    """Our own scores and the activations' root mean square, by score and layer."""
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in _RECORDED}
+    needs_target = sorted(name for name in asked if SCORES[name] in ("target", "both"))
+    for layer, moments in layers:
+        if moments is None:
+            raise ValueError(f"{caller}: the forward pass did not reach layer {layer!r}; leave it out with protect=")
+        columns = measure(moments)
+        reasons = set(columns["reason"][~columns["dead"]]) - {""}
+        if reasons and needs_target:
+            raise ValueError(
+                f"{caller}(score={needs_target[0]!r}): undefined on this probe, {reasons.pop()} (at layer {layer!r}); "
+                "expected a probe on which the margin of the logits varies"
+            )
+        for name, values in own_scores(columns).items():
+            found[name][layer] = values
+        local = Moments.merge_all(moments.local)
+        found["activation_rms"][layer] = (local.variance + local.mean.square()).sqrt()
+    return found
+
+
+def own_scores(columns: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """Our own scores of one layer; low = remove.
+
+    Args:
+        columns: a layer's columns of the table of channels, ``[C]`` each.
+
+    Returns:
+        ``[C]`` each: nats for metrics, unitless for ``peer_r2`` and the composites; −inf for dead channels. A metric
+        that needs peers ties all live channels at 0 where there are too few of them.
+    """
+    live = torch.from_numpy(~columns["dead"])
+    names = [name for name in _OWN if name in columns]
+    values = {name: torch.from_numpy(columns[name])[live].nan_to_num(0.0) for name in names}
+    for name in _HIGH_GOES:
+        values[name] = _from_maximum(values[name], values[name].isfinite())
+    local = (_z_scores(values["input_capture"]) + _z_scores(values["peer_overlap"])) / 2
+    target = (_z_scores(values["task_information"]) + _z_scores(values["target_excess"])) / 2
+    for name, axis in {"local_axis": local, "target_axis": target, "two_axis": (local + target) / 2}.items():
+        values[name] = axis - axis.min() if len(axis) else axis
+    whole = torch.full((len(live),), -torch.inf, dtype=torch.float64)
+    return {name: whole.masked_scatter(live, found) for name, found in values.items()}
+
+
+def _z_scores(values: Tensor) -> Tensor:
+    """0 throughout where all values are the same: such a metric prefers no channel."""
+    spread = values.std(correction=0) if len(values) else values
+    return (values - values.mean()) / torch.where(spread > 0, spread, 1.0)
+
+
+def _of_channels(values: Mapping[str, Tensor], units: Units, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Every channel's value from its unit's."""
+    found = {}
+    for name, group in units.groups.items():
+        for layer, indices in group.producers.items():
+            channels = torch.zeros(channel_count(layers[layer]), dtype=torch.float64)
+            channels[indices] = values[name][:, None].expand(indices.shape)
+            found[layer] = channels
+    return found
+
+
+def _random(model: nn.Module, layers: Mapping[str, nn.Module], seed: int, draw: int) -> dict[str, Tensor]:
+    # A layer's number does not depend on which layers are protected, nor its scores.
+    numbers = {name: number for number, (name, _) in enumerate(model.named_modules())}
+    return {
+        name: torch.from_numpy(np.random.default_rng([seed, draw, numbers[name]]).random(channel_count(layer)))
+        for name, layer in layers.items()
+    }
+
+
+def unit_ranks(group: Group, values: Mapping[str, Tensor]) -> Tensor:
+    """Score of every unit by order within layers alone, so that wide and narrow layers count alike.
+
+    Args:
+        group: the units.
+        values: layer → ``[C]``, one score of its channels.
+
+    Returns:
+        ``[U]`` float64 in [0, 1]: the mean over a unit's channels of rank / (C − 1), ties sharing their mean rank.
+    """
+    ranks = []
+    for layer, indices in group.producers.items():
+        order = (rankdata(values[layer].numpy()) - 1) / max(1, len(values[layer]) - 1)
+        ranks.append(torch.from_numpy(order)[indices])
+    return torch.cat(ranks, 1).mean(1)
+
+
+def unit_values(group: Group, values: Mapping[str, Tensor]) -> Tensor:
+    """Score of every unit on a scale that layers share, for one threshold over all of them.
+
+    Args:
+        group: the units.
+        values: layer → ``[C]``, one score of its channels; −inf for dead ones.
+
+    Returns:
+        ``[U]`` float64: the mean over a unit's channels of the value divided by the mean of its layer's finite values
+        (1 in a layer that is 0 throughout). A dead channel counts as 0, and a unit of dead channels only is −inf.
+    """
+    shares = []
+    for layer, indices in group.producers.items():
+        channels = values[layer].double()
+        mean = channels[channels.isfinite()].mean()
+        shares.append(torch.where(channels.isfinite() & (mean == 0), 1.0, channels / mean)[indices])
+    members = torch.cat(shares, 1)
+    dead = ~members.isfinite()
+    return torch.where(dead.all(1), -torch.inf, torch.where(dead, 0.0, members).mean(1))

@@ -1,0 +1,247 @@
+"""Running again what lies downstream of a change gives what running everything gives."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from chanaxes_pl.models import BACKBONES, Classifier, build_backbone
+from chanaxes_pl.probe import observed
+from chanaxes_pl.pruning.replay import Replay, edited
+from tests import small
+
+
+def lived_in(model: nn.Module) -> nn.Module:
+    """A random network whose norms have seen images and whose weights are of some use: no channel is like another."""
+    generator = torch.Generator().manual_seed(7)
+    norms = [module for module in model.modules() if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm))]
+    for norm in norms:
+        norm.weight.data.uniform_(0.5, 1.5, generator=generator)
+        norm.bias.data.uniform_(-0.2, 0.5, generator=generator)
+        norm.momentum = 1.0
+    for name, parameter in model.named_parameters():
+        if name.endswith("layer_scale"):
+            parameter.data.uniform_(0.2, 1.0, generator=generator)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model.double().train()(batch(16))
+    for norm in norms:
+        norm.momentum = 0.1
+    return model
+
+
+def backbone(name: str) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return lived_in(build_backbone(name, 10, 0.25, 32))
+
+
+def batch(n: int = 4, side: int = 32) -> torch.Tensor:
+    return torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+class Branching(nn.Module):
+    """Which convolution comes second depends on the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.yes, self.no = nn.Conv2d(3, 5, 3), nn.Conv2d(5, 6, 3), nn.Conv2d(5, 6, 3)
+        self.out = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.first(x))
+        x = self.yes(x) if x.mean() > 0 else self.no(x)
+        return self.out(F.relu(x).mean((2, 3)))
+
+
+class Overwriting(nn.Module):
+    """Overwrites its activations in every way that there is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 5, 3), nn.Conv2d(5, 5, 3, padding=1)
+        self.relu, self.out = nn.ReLU(inplace=True), nn.Linear(5, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        x.mul_(2.0)
+        torch.sigmoid_(x)
+        y = self.second(x)
+        self.relu(y)
+        y += x
+        F.relu(y, inplace=True)
+        F.elu(input=y, inplace=True)
+        return self.out(torch.abs_(y).mean((2, 3)))
+
+
+class Alias(nn.Module):
+    """Overwrites an activation through a view of it, which its graph does not show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out = nn.Conv2d(3, 5, 3), nn.Linear(5, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        x.flatten(2).mul_(3.0)
+        return self.out(x.mean((2, 3)))
+
+
+class Standardized(nn.Conv2d):
+    """A convolution of a class of its own: hooks on it have to fire."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x, self.weight - self.weight.mean(), self.bias)
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.again, self.out = Standardized(3, 5, 1), nn.Conv2d(5, 5, 3), nn.Linear(5, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.again(F.relu(self.again(self.first(x)))).mean((2, 3)))
+
+
+def build(module: type[nn.Module]) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return module().double()
+
+
+def swapped(output: torch.Tensor, dim: int = 1) -> torch.Tensor:
+    return output.flip(dim) + 0.5
+
+
+def agree(model: nn.Module, images: torch.Tensor, replay: Replay, name: str) -> None:
+    """An edited output, and a hooked module, give the same in part and as a whole; and it makes a difference."""
+    dim = -1 if isinstance(model.get_submodule(name), nn.Linear) else 1
+    edit = partial(swapped, dim=dim)
+    with edited(model, {name: edit}):
+        whole = model(images)
+        torch.testing.assert_close(replay.rerun([name]), whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(replay.rerun(edits={name: edit}), whole, rtol=1e-12, atol=1e-12)
+    assert not whole.allclose(model(images))
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_backbones_run_again_in_part(name):
+    model, images = backbone(name), batch()
+    layers = [n for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear, nn.LayerNorm))]
+    with observed(model):
+        replay = Replay(model)
+        assert replay.run(images).equal(model(images))
+        assert replay.partial
+        before = replay.rerun()
+        for layer in [*layers[:3], *layers[3::4], layers[-1]]:
+            agree(model, images, replay, layer)
+        assert replay.rerun().equal(before)
+        assert replay.rerun([layers[0]]).equal(before)  # from the beginning: nothing kept has been overwritten
+
+
+@pytest.mark.parametrize(
+    ("module", "partial"), [(Branching, False), (Overwriting, True), (Alias, False), (Twice, True), (small.Small, True)]
+)
+def test_other_networks_run_again_in_part_or_as_a_whole(module, partial):
+    model, images = build(module), batch(side=8)
+    with observed(model):
+        replay = Replay(model)
+        assert replay.run(images).equal(model(images))
+        assert replay.partial == partial
+        for name, layer in model.named_modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)) and name != "no":
+                agree(model, images, replay, name)
+
+
+def test_an_earlier_and_a_later_edit_both_count():
+    model, images = build(Twice), batch(side=8)
+    edits = {"first": swapped, "again": torch.sin}
+    with observed(model), edited(model, edits):
+        whole = model(images)
+    with observed(model):
+        replay = Replay(model)
+        replay.run(images)
+        torch.testing.assert_close(replay.rerun(edits=edits), whole, rtol=1e-12, atol=1e-12)
+
+
+def test_only_what_lies_downstream_runs():
+    model, images = backbone("resnet18"), batch(2)
+    ran = []
+    with observed(model):
+        replay = Replay(model)
+        replay.run(images)
+        handles = [
+            module.register_forward_hook(lambda *_, name=name: ran.append(name))
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Conv2d)
+        ]
+        replay.rerun(edits={"layer4.0.conv1": swapped})
+        assert ran == ["layer4.0.conv2", "layer4.1.conv1", "layer4.1.conv2"]
+        ran.clear()
+        replay.rerun(["layer4.0.conv2"])
+        assert ran == ["layer4.0.conv2", "layer4.1.conv1", "layer4.1.conv2"]
+    for handle in handles:
+        handle.remove()
+
+
+def test_the_next_batch_takes_the_place_of_the_last():
+    model = backbone("mobilenet_v2")
+    with observed(model):
+        replay = Replay(model)
+        replay.run(batch(4))
+        images = batch(3, side=48)
+        replay.run(images)
+        agree(model, images, replay, "features.3.conv.0.0")
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_compiled_networks_run_again_in_part(whole):
+    model, images = backbone("resnet18"), batch(2)
+    if whole:
+        model, name = torch.compile(model, backend="eager"), "_orig_mod.layer2.0.conv1"
+    else:
+        model.layer2 = torch.compile(model.layer2, backend="eager")
+        name = "layer2._orig_mod.0.conv1"
+    with observed(model):
+        replay = Replay(model)
+        replay.run(images)
+        assert replay.partial
+        agree(model, images, replay, name)
+
+
+def test_a_lightning_module_runs_again_in_part():
+    model, images = lived_in(Classifier("resnet18", 10, width=0.25)), batch(2)
+    with observed(model):
+        replay = Replay(model)
+        replay.run(images)
+        assert replay.partial
+        agree(model, images, replay, "network.layer1.0.conv1")
+
+
+def broken(output: torch.Tensor) -> torch.Tensor:
+    raise ZeroDivisionError("on purpose")
+
+
+@pytest.mark.parametrize("module", [Branching, Overwriting])
+def test_flags_and_hooks_are_as_before_after_an_error(module):
+    model, images = build(module), batch(side=8)
+    hooks = {name: len(m._forward_hooks) for name, m in model.named_modules()}
+    with observed(model):
+        replay = Replay(model)
+        replay.run(images)
+        with pytest.raises(ZeroDivisionError):
+            replay.rerun(edits={"first": broken})
+        with pytest.raises(ZeroDivisionError), edited(model, {"first": broken}):
+            replay.rerun(["first"])
+        with pytest.raises(AttributeError, match="nowhere"), edited(model, {"first": broken, "nowhere": broken}):
+            pass
+    assert {name: len(m._forward_hooks) for name, m in model.named_modules()} == hooks
+    assert all(m.inplace for m in model.modules() if isinstance(m, nn.ReLU))
+    assert model.training
+
+
+def test_rerun_before_run_says_so():
+    with pytest.raises(RuntimeError, match=r"before Replay\.run\(images\): there is no batch"):
+        Replay(nn.Linear(2, 2)).rerun()
