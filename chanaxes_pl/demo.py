@@ -9,12 +9,14 @@ from lightning.pytorch.loggers import CSVLogger
 
 from chanaxes_pl.data import DigitsDataModule
 from chanaxes_pl.models import Classifier
+from chanaxes_pl.pruning.describe import describe_lesions, describe_pruning
+from chanaxes_pl.pruning.module import PruneModule
 from chanaxes_pl.summary import summary
 from chanaxes_pl.tracker import AxisTracker
 
 
 def demo(epochs: int = 8, out: str = "runs", seed: int = 0) -> None:
-    """Train a quarter-width ResNet-18 on handwritten digits and watch its axes come apart.
+    """Train a quarter-width ResNet-18 on handwritten digits, watch its axes come apart, then lesion and prune it.
 
     Args:
         epochs: to train for.
@@ -38,4 +40,21 @@ def demo(epochs: int = 8, out: str = "runs", seed: int = 0) -> None:
     accuracy = trainer.test(model, data, verbose=False)[0]["test/top1"]
     print(f"\nResNet-18 at quarter width on 8×8 digits, {epochs} epochs, test accuracy {accuracy:.1%}\n")
     summary(str(tracker.folder))
-    print(f"scalars: {Path(str(trainer.log_dir)) / 'metrics.csv'}")
+    folder = Path(str(trainer.log_dir))
+    print(f"scalars: {folder / 'metrics.csv'}\n")
+    lesions = PruneModule(model, "lesion", out=folder, operations=("zero", "mean", "peer"), channels=6, seed=seed)
+    trainer.test(lesions, data, verbose=False)
+    print(describe_lesions(lesions.table))
+    print(f"figure: {folder / 'lesions.png'}\ntable:  {folder / 'lesions.parquet'}\n")
+    pruning = PruneModule(
+        model,
+        out=folder,
+        scores=("input_capture", "l1", "random"),
+        allocations=("uniform",),
+        budgets=(0.8, 0.5, 0.2),
+        compensate=(False, "refit"),
+        seed=seed,
+    )
+    trainer.test(pruning, data, verbose=False)
+    print(describe_pruning(pruning.table))
+    print(f"figure: {folder / 'pruning.png'}\ntable:  {folder / 'pruning.parquet'}")

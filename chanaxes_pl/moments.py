@@ -76,7 +76,7 @@ class Moments:
             rest = centred.mean(0)
             centred -= rest
             step = max(_ROWS, 2 * centred.shape[1]) if centred.dtype == torch.float32 else len(centred)
-            products = (_accumulated(_symmetric_product(rows.T, rows)) for rows in centred.split(step))
+            products = (_accumulated(symmetric_product(rows.T, rows)) for rows in centred.split(step))
             scatter = reduce(torch.Tensor.add_, products)
         return cls(scatter.new_tensor(float(len(samples))), _accumulated(shift) + _accumulated(rest), scatter)
 
@@ -105,7 +105,7 @@ class Moments:
         """
         weight = weight.to(self.mean)
         mean = weight @ self.mean + bias.to(self.mean)
-        scatter = _symmetric_product(weight @ self.scatter, weight.T)
+        scatter = symmetric_product(weight @ self.scatter, weight.T)
         if not mean.isfinite().all():  # a bias does not enter the scatter: it has to make it NaN all the same
             scatter += 0.0 * torch.outer(mean, mean)
         return Moments(self.count, mean, scatter)
@@ -171,7 +171,7 @@ def _accumulated(values: Tensor) -> Tensor:
     return values.to(accumulation_device(values.device)).double()
 
 
-def _symmetric_product(left: Tensor, right: Tensor) -> Tensor:
+def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
     """``left @ right`` where that is symmetric; of a wide one only the upper block triangle, 9/16 of the work."""
     width = len(left)
     if width < _BLOCKED_WIDTH:

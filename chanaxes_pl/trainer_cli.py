@@ -17,6 +17,7 @@ import chanaxes_pl.data
 import chanaxes_pl.tracker  # noqa: F401  so that --data DigitsDataModule and the like need no module names
 from chanaxes_pl.pruning.budgets import ALLOCATIONS, GRID
 from chanaxes_pl.pruning.checkpoints import load_weights
+from chanaxes_pl.pruning.describe import describe_lesions, describe_pruning
 from chanaxes_pl.pruning.lesions import OPERATIONS
 from chanaxes_pl.pruning.module import PruneModule
 from chanaxes_pl.pruning.scores import SCORES
@@ -138,7 +139,8 @@ class PruningTrainer(Trainer):
         except ValueError as error:
             _fail(str(error))
         if self.is_global_zero:
-            stem = {"lesion": "lesions", "prune": "pruning"}[name]
+            stem, describe = {"lesion": ("lesions", describe_lesions), "prune": ("pruning", describe_pruning)}[name]
+            print(describe(module.table))
             print(f"table:  {module.folder / stem}.parquet\nfigure: {module.folder / stem}.png")
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from chanaxes_pl.layers import CONVOLUTIONS, by_position, local_samples, sample_positions
-from chanaxes_pl.moments import accumulation_device, true_float32
+from chanaxes_pl.moments import accumulation_device, symmetric_product, true_float32
 from chanaxes_pl.probe import observed
 from chanaxes_pl.pruning.lockstep import Signals, lockstep
 from chanaxes_pl.pruning.plans import add_bias
@@ -240,7 +240,8 @@ class _Sums:
             rows = rows - self.about
             self.count += rows.shape[1]
             self.total += rows.sum(1).to(home)
-            self.products += (rows.mT @ rows).to(home)
+            product = symmetric_product(rows[0].T, rows[0])[None] if len(rows) == 1 else rows.mT @ rows
+            self.products += product.to(home)
 
     @property
     def mean(self) -> Tensor:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as L
 import pandas as pd
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+from torchmetrics import Metric
 
 from chanaxes_pl.axes import Settings, measure_axes
 from chanaxes_pl.metrics import METRICS
@@ -102,7 +105,8 @@ class PruneModule(ImageClassifier):
         self_plan = model.plan if isinstance(model, Slim) else None
         source = Path(model) if isinstance(model, (str, Path)) else None
         network = _network(model)
-        super().__init__(network, num_classes or _outputs(network))
+        classes = num_classes or _outputs(network)
+        super().__init__(network, classes)
         self.save_hyperparameters("lr", "momentum", "weight_decay")
         self.experiment = experiment
         self.plan = self_plan
@@ -111,6 +115,7 @@ class PruneModule(ImageClassifier):
         self.grid_options |= {"compensate": compensate, "protect": protect, "latency": latency}
         self.lesion_options = {"layers": layers, "operations": operations, "channels": channels}
         self._finetune_epochs = finetune_epochs
+        self._num_classes = classes
         self._probe = probe
         self._probe_size = probe_size
         self._seed = seed
@@ -220,7 +225,10 @@ class PruneModule(ImageClassifier):
         datamodule = getattr(self.trainer, "datamodule", None)
         if datamodule is None:
             raise ValueError("PruneModule(finetune_epochs=…): expected a datamodule, whose training images to use")
-        module = PruneModule(slim, num_classes=_outputs(slim), **{key: self.hparams[key] for key in self.hparams})
+        module = PruneModule(slim, num_classes=self._num_classes, **{key: self.hparams[key] for key in self.hparams})
+        for metric in module.modules():
+            if isinstance(metric, Metric):  # the others are training other networks, and not as many
+                metric.sync_on_compute = False
         trainer = L.Trainer(
             max_epochs=self._finetune_epochs,
             accelerator=self.device.type,
@@ -233,7 +241,8 @@ class PruneModule(ImageClassifier):
             enable_model_summary=False,
         )
         try:
-            trainer.fit(module, datamodule=datamodule)
+            with isolate_rng():  # every network trains on the same draws, whichever process has its turn
+                trainer.fit(module, datamodule=datamodule)
         finally:
             datamodule.trainer = self.trainer
         slim.to(self.device)
@@ -264,19 +273,18 @@ def _outputs(network: nn.Module) -> int:
     return linear[-1].out_features
 
 
-def _whole(trainer: L.Trainer) -> DataLoader | list[Any]:
+def _whole(trainer: L.Trainer) -> Iterable[Any]:
     """All test images, not this process's share of them: processes share out networks and channels instead."""
-    loaders = trainer.test_dataloaders
-    loader = loaders[0] if isinstance(loaders, (list, tuple)) else loaders
-    assert isinstance(loader, DataLoader)
+    loaders, limit = trainer.test_dataloaders, trainer.limit_test_batches
+    loader: Any = loaders[0] if isinstance(loaders, (list, tuple)) else loaders
     if trainer.world_size > 1:
         loader = DataLoader(
             loader.dataset, loader.batch_size, collate_fn=loader.collate_fn, num_workers=loader.num_workers
         )
-    limit = trainer.num_test_batches[0]
-    if limit >= len(loader):
+    if isinstance(limit, float) and limit == 1.0:
         return loader
-    return [batch for _, batch in zip(range(int(limit)), loader, strict=False)]
+    # Of the whole, not of this process's share, so that any number of processes evaluates on the same batches.
+    return list(islice(loader, limit if isinstance(limit, int) else int(limit * len(loader))))
 
 
 def _gathered(share: pd.DataFrame, trainer: L.Trainer) -> list[pd.DataFrame]:
