@@ -53,6 +53,7 @@ class PruningTrainer(Trainer):
         operations: Sequence[str] = OPERATIONS,
         channels: int | str = "all",
         probe_size: int = 5000,
+        evaluation_size: int | None = None,
         seed: int = 0,
         out: str | None = None,
     ) -> None:
@@ -67,11 +68,13 @@ class PruningTrainer(Trainer):
             operations: some of zero, mean, peer, hull.
             channels: "all", or how many to draw from each layer.
             probe_size: images for axes, means and coefficients.
+            evaluation_size: test images for the damage, a fixed random choice; default all.
             seed: of the channels drawn.
             out: folder for lesions.parquet and lesions.png; default the checkpoint's run folder.
         """
-        options = {"layers": layers, "operations": operations, "channels": channels}
-        self._experiment("lesion", model, datamodule, ckpt_path, out, probe_size=probe_size, seed=seed, **options)
+        options = {"layers": layers, "operations": operations, "channels": channels, "seed": seed}
+        options |= {"probe_size": probe_size, "evaluation_size": evaluation_size}
+        self._experiment("lesion", model, datamodule, ckpt_path, out, **options)
 
     def prune(
         self,
@@ -88,6 +91,7 @@ class PruningTrainer(Trainer):
         lr: float = 0.01,
         latency: bool = False,
         probe_size: int = IMAGES,
+        evaluation_size: int | None = None,
         seed: int = 0,
         out: str | None = None,
     ) -> None:
@@ -107,12 +111,14 @@ class PruningTrainer(Trainer):
             lr: of fine-tuning.
             latency: time the slim networks.
             probe_size: images for scores and compensation.
+            evaluation_size: test images for the accuracies, a fixed random choice; default all.
             seed: of random scores.
             out: folder for pruning.parquet and pruning.png; default the checkpoint's run folder.
         """
         options = {"budgets": budgets, "scores": scores, "allocations": allocations, "compensate": compensate}
         options |= {"protect": protect, "finetune_epochs": finetune_epochs, "lr": lr, "latency": latency}
-        self._experiment("prune", model, datamodule, ckpt_path, out, probe_size=probe_size, seed=seed, **options)
+        options |= {"probe_size": probe_size, "evaluation_size": evaluation_size, "seed": seed}
+        self._experiment("prune", model, datamodule, ckpt_path, out, **options)
 
     def _experiment(
         self,

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as L
+import numpy as np
 import pandas as pd
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchmetrics import Metric
 
 from chanaxes_pl.axes import Settings, measure_axes
@@ -51,6 +52,7 @@ class PruneModule(ImageClassifier):
         experiment: ``"prune"`` or ``"lesion"``.
         probe: training images under the evaluation transform; default the datamodule's ``probe_dataloader()``.
         probe_size: of its images, at the most.
+        evaluation_size: test images that the experiment uses, a fixed random choice; default all.
         out: folder for the results; default the run folder of the checkpoint, else the Trainer's.
         budgets: MACs that remain, as shares of the dense network's.
         scores: which channels go first, see :func:`score_family`.
@@ -83,6 +85,7 @@ class PruneModule(ImageClassifier):
         *,
         probe: Dataset | DataLoader | None = None,
         probe_size: int = IMAGES,
+        evaluation_size: int | None = None,
         out: str | Path | None = None,
         budgets: Sequence[float] = GRID,
         scores: Sequence[str] = tuple(SCORES),
@@ -118,6 +121,7 @@ class PruneModule(ImageClassifier):
         self._num_classes = classes
         self._probe = probe
         self._probe_size = probe_size
+        self._evaluation_size = evaluation_size
         self._seed = seed
         self._out = run_folder_of(source) if out is None and source else out
 
@@ -179,7 +183,7 @@ class PruneModule(ImageClassifier):
         return pruning_grid(
             self.network,
             self.probe_images(),
-            _whole(self.trainer),
+            _evaluation(self.trainer, self._evaluation_size),
             **self.grid_options,
             images=self._probe_size,
             finetune=self._finetune if self._finetune_epochs else None,
@@ -203,7 +207,7 @@ class PruneModule(ImageClassifier):
         )
         share = lesion_table(
             self.network,
-            _whole(self.trainer),
+            _evaluation(self.trainer, self._evaluation_size),
             probe,
             **self.lesion_options,
             probe_size=self._probe_size,
@@ -273,14 +277,15 @@ def _outputs(network: nn.Module) -> int:
     return linear[-1].out_features
 
 
-def _whole(trainer: L.Trainer) -> Iterable[Any]:
-    """All test images, not this process's share of them: processes share out networks and channels instead."""
+def _evaluation(trainer: L.Trainer, size: int | None) -> Iterable[Any]:
+    """The test images, all or a fixed random choice, but not this process's share: processes share out the variants."""
     loaders, limit = trainer.test_dataloaders, trainer.limit_test_batches
     loader: Any = loaders[0] if isinstance(loaders, (list, tuple)) else loaders
-    if trainer.world_size > 1:
-        loader = DataLoader(
-            loader.dataset, loader.batch_size, collate_fn=loader.collate_fn, num_workers=loader.num_workers
-        )
+    images = loader.dataset
+    if size is not None and size < len(images):
+        images = Subset(images, np.sort(np.random.default_rng(0).permutation(len(images))[:size]).tolist())
+    if trainer.world_size > 1 or images is not loader.dataset:
+        loader = DataLoader(images, loader.batch_size, collate_fn=loader.collate_fn, num_workers=loader.num_workers)
     if isinstance(limit, float) and limit == 1.0:
         return loader
     # Of the whole, not of this process's share, so that any number of processes evaluates on the same batches.
