@@ -128,12 +128,15 @@ def task_masses(table: pd.DataFrame) -> pd.DataFrame:
     return masses.groupby(keys, sort=False)[["duplicate", "nonreplaceable"]].sum(min_count=1).reset_index()
 
 
+_GROUPED = ("epoch", "step", "layer", "local", "target", "metric", "score", "allocation", "compensate", "budget")
+
+
 def over_runs(frame: pd.DataFrame, value: str = "rho", resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
     """Mean over runs (seeds) of one column of a result table, with a 95 % percentile bootstrap over runs.
 
     Args:
-        frame: rows of several runs, told apart by ``run``; the other text columns, ``epoch`` and ``step`` say
-            what belongs together.
+        frame: rows of several runs, told apart by ``run``; checkpoint, layer, metrics, and what tells the networks of
+            a pruning grid apart say what belongs together.
         value: the column.
         resamples: bootstrap resamples over runs.
         seed: of the resamples.
@@ -141,7 +144,7 @@ def over_runs(frame: pd.DataFrame, value: str = "rho", resamples: int = 1000, se
     Returns:
         The keys, ``mean, std, low, high, runs``.
     """
-    by = [c for c in ("epoch", "step", "layer", "local", "target", "metric") if c in frame]
+    by = [column for column in _GROUPED if column in frame]
 
     def summary(values: pd.Series) -> pd.Series:
         data = values.dropna().to_numpy()

@@ -14,7 +14,6 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from chanaxes_pl.models.classifier import crashes_channels_last
 from chanaxes_pl.probe import Probe, observed
 from chanaxes_pl.pruning.budgets import (
     ALLOCATIONS,
@@ -27,7 +26,7 @@ from chanaxes_pl.pruning.budgets import (
     uniform_order,
 )
 from chanaxes_pl.pruning.compensate import RIDGE, compensate, reestimate_norms
-from chanaxes_pl.pruning.plans import Plan, save_slim
+from chanaxes_pl.pruning.plans import Plan, save_slim, settle_memory_format
 from chanaxes_pl.pruning.scores import channel_scores, unit_ranks, unit_values
 from chanaxes_pl.pruning.units import find_units, masked, remove, twin
 
@@ -137,10 +136,7 @@ class Pruner:
         """A slim copy of the model, in eval mode."""
         slim = twin(self.model).eval()
         remove(slim, self.groups, kept)
-        if crashes_channels_last(slim):
-            slim.to(memory_format=torch.contiguous_format)
-            if hasattr(slim, "memory_format"):  # a Classifier lays its images out by it
-                slim.memory_format = torch.contiguous_format  # type: ignore[assignment]
+        settle_memory_format(slim)
         return slim
 
     def check(self, slim: nn.Module, kept: Mapping[str, Tensor], images: Tensor) -> None:
