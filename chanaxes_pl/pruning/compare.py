@@ -24,7 +24,7 @@ def compare(tables: str, value: str = "accuracy", against: str = "l1", figure: s
     """
     grid = read_grids(tables)
     if value not in grid:
-        raise SystemExit(f"error: no column {value!r} in {tables}; there are {', '.join(grid)}")
+        raise SystemExit(f"error: no column {value!r} in {tables}; there are {', '.join(map(str, grid.columns))}")
     areas = area_under_curve(grid, value)
     print(describe_runs(grid, areas, value, against))
     if figure:
