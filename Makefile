@@ -20,6 +20,8 @@ lint: .venv/.ready
 bench: .venv/.ready
 	$(BIN)/python -m tests.benchmarks.checkpoint
 	$(BIN)/python -m tests.benchmarks.reconstruction
+	$(BIN)/python -m tests.benchmarks.lesions
+	$(BIN)/python -m tests.benchmarks.pruning
 
 clean:
 	rm -rf .venv

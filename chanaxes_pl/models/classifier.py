@@ -188,6 +188,7 @@ class Classifier(ImageClassifier):
             _check_channels_last(network)
         super().__init__(network, num_classes, channels_last)
         self.save_hyperparameters()
+        self.backbone_arguments = dict(self.hparams)  # what a pruned copy is built from again
 
 
 def crashes_channels_last(network: nn.Module) -> str:

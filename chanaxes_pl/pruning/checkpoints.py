@@ -60,7 +60,7 @@ def _read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no such checkpoint; expected a file such as RUN/checkpoints/last.ckpt")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError) as error:
+    except (UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(
             f"{path}: not a checkpoint of tensors and plain values ({str(error).splitlines()[0]}); it was cut off, or "
             "holds objects, which are never unpickled here"

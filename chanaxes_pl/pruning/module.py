@@ -125,6 +125,10 @@ class PruneModule(ImageClassifier):
         self._seed = seed
         self._out = run_folder_of(source) if out is None and source else out
 
+    def on_fit_start(self) -> None:
+        """Train all of it: what comes out of pruning is in eval mode, in which Lightning would leave it."""
+        self.train()
+
     def on_test_epoch_end(self) -> None:
         """Run the experiment, and write what it found."""
         # Pruning traces the network by its gradients; under inference mode there are none.
@@ -226,13 +230,13 @@ class PruneModule(ImageClassifier):
 
     def _finetune(self, slim: nn.Module) -> None:
         """Train one network of the grid, on this process alone, with the recipe of this module."""
-        datamodule = getattr(self.trainer, "datamodule", None)
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
         if datamodule is None:
             raise ValueError("PruneModule(finetune_epochs=…): expected a datamodule, whose training images to use")
         module = PruneModule(slim, num_classes=self._num_classes, **{key: self.hparams[key] for key in self.hparams})
         for metric in module.modules():
-            if isinstance(metric, Metric):  # the others are training other networks, and not as many
-                metric.sync_on_compute = False
+            if isinstance(metric, Metric):  # the other processes train other networks, and not as many
+                metric.distributed_available_fn = _alone
         trainer = L.Trainer(
             max_epochs=self._finetune_epochs,
             accelerator=self.device.type,
@@ -244,10 +248,13 @@ class PruneModule(ImageClassifier):
             enable_progress_bar=False,
             enable_model_summary=False,
         )
+        # It was prepared for the test; Lightning would have this process wait for the others to do so too.
+        datamodule.prepare_data = None
         try:
             with isolate_rng():  # every network trains on the same draws, whichever process has its turn
                 trainer.fit(module, datamodule=datamodule)
         finally:
+            del datamodule.prepare_data
             datamodule.trainer = self.trainer
         slim.to(self.device)
 
@@ -290,6 +297,10 @@ def _evaluation(trainer: L.Trainer, size: int | None) -> Iterable[Any]:
         return loader
     # Of the whole, not of this process's share, so that any number of processes evaluates on the same batches.
     return list(islice(loader, limit if isinstance(limit, int) else int(limit * len(loader))))
+
+
+def _alone() -> bool:
+    return False
 
 
 def _gathered(share: pd.DataFrame, trainer: L.Trainer) -> list[pd.DataFrame]:

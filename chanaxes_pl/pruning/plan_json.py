@@ -24,7 +24,7 @@ class Plan:
         input_shape: ``[C, H, W]`` of one image.
         shapes: of the dense network's parameters and buffers, by name.
         biases: names of the layers that compensation gave a bias.
-        backbone: arguments of ``build_backbone``, ``None`` where the dense network did not come from there.
+        backbone: arguments of ``build_backbone`` or ``Classifier``; ``None`` where the dense network came from neither.
         macs: multiply–accumulates of one image after pruning.
         dense_macs: the same before.
         notes: anything that JSON can hold: budget, score, allocation, …
@@ -193,8 +193,9 @@ def _backbone_of(dense: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dic
 
 
 def build_from(arguments: dict[str, Any]) -> nn.Module:
-    """A backbone from the arguments that a plan holds, without a step of the global random numbers."""
-    from chanaxes_pl.models import build_backbone  # torchvision and Lightning, only for those who need them
+    """A backbone or Classifier from the arguments that a plan holds, without a step of the global random numbers."""
+    from chanaxes_pl.models import Classifier, build_backbone  # torchvision and Lightning, only for who needs them
 
+    build = Classifier if "backbone" in arguments else build_backbone
     with torch.random.fork_rng(devices=[]):
-        return build_backbone(**arguments)
+        return build(**arguments)

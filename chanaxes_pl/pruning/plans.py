@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 from chanaxes_pl.files import replacing
 from chanaxes_pl.layers import CONVOLUTIONS, channel_count
-from chanaxes_pl.models.classifier import crashes_channels_last
 from chanaxes_pl.pruning.plan_json import Plan, build_from, check_kept, nearest, short, tensors_of
 from chanaxes_pl.pruning.units import Group, find_units, remove
 
-__all__ = ["Plan", "add_bias", "apply_plan", "load_slim", "save_slim", "settle_memory_format"]
+__all__ = ["Plan", "add_bias", "apply_plan", "load_slim", "save_slim"]
 
 #: Of the JSON file; a reader refuses any other.
 VERSION = 1
@@ -83,17 +82,8 @@ def _check_fit(model: nn.Module, plan: Plan, caller: str) -> list[Group]:
     return [groups[name] for name in plan.sizes]
 
 
-def settle_memory_format(model: nn.Module) -> None:
-    """Lay a pruned network out contiguously, in place, where channels last would crash: it may be too narrow now."""
-    if crashes_channels_last(model):
-        model.to(memory_format=torch.contiguous_format)
-        if hasattr(model, "memory_format"):  # a Classifier lays its images out by it
-            model.memory_format = torch.contiguous_format  # type: ignore[assignment]
-
-
 def _cut(model: nn.Module, groups: Iterable[Group], plan: Plan) -> None:
     remove(model, groups, {name: torch.tensor(units) for name, units in plan.kept.items()})
-    settle_memory_format(model)
     for name in plan.biases:
         add_bias(model.get_submodule(name))
 
@@ -172,7 +162,7 @@ def load_slim(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         path: of both files, without a suffix or with one of theirs.
         model: a freshly built dense network of the same class and settings, on any device; it is pruned in place and
             returned, and is unchanged after an error. Without it the network is built by
-            :func:`~chanaxes_pl.models.build_backbone` on the CPU, if that is where it came from.
+            :func:`~chanaxes_pl.models.build_backbone` or as a ``Classifier`` on the CPU, if it came from there.
 
     Raises:
         FileNotFoundError: if one of the files is not there.

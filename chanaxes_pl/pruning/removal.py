@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from chanaxes_pl.models.classifier import crashes_channels_last
+
 
 @dataclass(frozen=True, eq=False)
 class Cut:
@@ -81,10 +83,19 @@ def remove(model: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor]
         keep = [index for index in range(parameter.shape[cut.dimension]) if index not in set(indices)]
         slim = parameter.detach().index_select(cut.dimension, torch.tensor(keep, device=parameter.device))
         setattr(model.get_submodule(home), leaf, nn.Parameter(slim))
-    for name, parameter in model.named_parameters(
-        remove_duplicate=False
-    ):  # new ones, which torch-pruning makes trainable
-        parameter.requires_grad_(trained[name])
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        parameter.requires_grad_(trained[name])  # torch-pruning makes the new ones trainable
+    _avoid_crash(model)
+
+
+def _avoid_crash(model: nn.Module) -> None:
+    """Give up NHWC order in networks that have become too narrow for it on a CPU."""
+    if not crashes_channels_last(model):
+        return
+    model.to(memory_format=torch.contiguous_format)
+    for module in model.modules():
+        if getattr(module, "memory_format", None) is torch.channels_last:  # a classifier lays its images out by it
+            module.memory_format = torch.contiguous_format  # type: ignore[assignment]
 
 
 @contextmanager

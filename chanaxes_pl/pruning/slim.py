@@ -26,7 +26,7 @@ from chanaxes_pl.pruning.budgets import (
     uniform_order,
 )
 from chanaxes_pl.pruning.compensate import RIDGE, compensate, reestimate_norms
-from chanaxes_pl.pruning.plans import Plan, save_slim, settle_memory_format
+from chanaxes_pl.pruning.plans import Plan, save_slim
 from chanaxes_pl.pruning.scores import channel_scores, unit_ranks, unit_values
 from chanaxes_pl.pruning.units import find_units, masked, remove, twin
 
@@ -136,7 +136,6 @@ class Pruner:
         """A slim copy of the model, in eval mode."""
         slim = twin(self.model).eval()
         remove(slim, self.groups, kept)
-        settle_memory_format(slim)
         return slim
 
     def check(self, slim: nn.Module, kept: Mapping[str, Tensor], images: Tensor) -> None:
