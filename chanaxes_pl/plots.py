@@ -179,7 +179,7 @@ def plot_lesions(table: pd.DataFrame, correlations: pd.DataFrame, damage: str = 
         for axes in panels[:, 0]:
             axes.set_ylabel(f"damage, {damage} (nats)")
         if dots is not None:
-            bar = figure.colorbar(dots, ax=panels, shrink=0.8, label="layer")
+            bar = figure.colorbar(dots, ax=panels, shrink=0.8, aspect=40, label="layer")
             ticks = sorted({0, len(layers) // 2, len(layers) - 1})
             bar.set_ticks(ticks, labels=[_short(layers[tick], layers) for tick in ticks])
         figure.suptitle(title)

@@ -174,10 +174,12 @@ def executed_layers(model: nn.Module, example: Tensor) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, _LAYERS)
     ]
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        model(example)
-    for handle in handles:
-        handle.remove()
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            model(example)
+    finally:
+        for handle in handles:
+            handle.remove()
     return names
 
 
