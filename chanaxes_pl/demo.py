@@ -42,7 +42,9 @@ def demo(epochs: int = 8, out: str = "runs", seed: int = 0) -> None:
     summary(str(tracker.folder))
     folder = Path(str(trainer.log_dir))
     print(f"scalars: {folder / 'metrics.csv'}\n")
-    lesions = PruneModule(model, "lesion", out=folder, operations=("zero", "mean", "peer"), channels=6, seed=seed)
+    lesions = PruneModule(
+        model, "lesion", out=folder, operations=("zero", "mean", "peer"), channels=6, scores=("l1",), seed=seed
+    )
     trainer.test(lesions, data, verbose=False)
     print(describe_lesions(lesions.table))
     print(f"figure: {folder / 'lesions.png'}\ntable:  {folder / 'lesions.parquet'}\n")

@@ -16,11 +16,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 import chanaxes_pl.data
 import chanaxes_pl.tracker  # noqa: F401  so that --data DigitsDataModule and the like need no module names
 from chanaxes_pl.pruning.budgets import ALLOCATIONS, GRID
-from chanaxes_pl.pruning.checkpoints import load_weights
+from chanaxes_pl.pruning.checkpoints import load_weights, read_checkpoint
 from chanaxes_pl.pruning.describe import describe_lesions, describe_pruning
 from chanaxes_pl.pruning.lesions import OPERATIONS
 from chanaxes_pl.pruning.module import PruneModule
-from chanaxes_pl.pruning.scores import SCORES
 from chanaxes_pl.pruning.slim import IMAGES
 
 # What `fabric run` tells its processes, and the Trainer argument that means the same.
@@ -52,6 +51,7 @@ class PruningTrainer(Trainer):
         layers: str | list[str] = "conv",
         operations: Sequence[str] = OPERATIONS,
         channels: int | str = "all",
+        scores: Sequence[str] | None = None,
         probe_size: int = 5000,
         evaluation_size: int | None = None,
         seed: int = 0,
@@ -67,13 +67,14 @@ class PruningTrainer(Trainer):
             layers: "conv", "conv+linear", or globs over names.
             operations: some of zero, mean, peer, hull.
             channels: "all", or how many to draw from each layer.
+            scores: set beside the damage too; default all that the network has.
             probe_size: images for axes, means and coefficients.
             evaluation_size: test images for the damage, a fixed random choice; default all.
             seed: of the channels drawn.
             out: folder for lesions.parquet and lesions.png; default the checkpoint's run folder.
         """
         options = {"layers": layers, "operations": operations, "channels": channels, "seed": seed}
-        options |= {"probe_size": probe_size, "evaluation_size": evaluation_size}
+        options |= {"scores": scores, "probe_size": probe_size, "evaluation_size": evaluation_size}
         self._experiment("lesion", model, datamodule, ckpt_path, out, **options)
 
     def prune(
@@ -83,7 +84,7 @@ class PruningTrainer(Trainer):
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
         budgets: Sequence[float] = GRID,
-        scores: Sequence[str] = tuple(SCORES),
+        scores: Sequence[str] | None = None,
         allocations: Sequence[str] = ALLOCATIONS,
         compensate: Sequence[bool | str] = (False, "refit"),
         protect: Sequence[str] = (),
@@ -103,7 +104,7 @@ class PruningTrainer(Trainer):
             ckpt_path: the checkpoint.
             weights_only: accepted for configs that ``fit`` saved; checkpoints are never unpickled here.
             budgets: MACs that remain, as shares of the dense network's.
-            scores: which channels go first.
+            scores: which channels go first; default all that the network has.
             allocations: some of uniform, shared, own.
             compensate: some of false, fold, refit.
             protect: globs over names of layers whose channels all stay.
@@ -194,6 +195,16 @@ class TrainerCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Make ``--model.backbone`` and the like mean :class:`Classifier` where no class is named."""
         parser.set_defaults({"model": {"class_path": "chanaxes_pl.models.Classifier"}})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Refuse a damaged checkpoint before Lightning takes the model's settings from it."""
+        super().parse_arguments(parser, args)
+        verb = self.config["subcommand"]
+        if verb in ("lesion", "prune") and self.config[verb].ckpt_path is not None:
+            try:
+                read_checkpoint(self.config[verb].ckpt_path)
+            except (ValueError, FileNotFoundError) as error:
+                _fail(str(error))
 
     def after_instantiate_classes(self) -> None:
         """Refuse, before anything trains or is written, to run as one of several strangers."""

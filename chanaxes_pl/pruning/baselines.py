@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from typing import Any
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 from chanaxes_pl.layers import CONVOLUTIONS, channel_count
 from chanaxes_pl.probe import Step, observed
 from chanaxes_pl.pruning.feature_maps import before_layers
-from chanaxes_pl.pruning.units import Units, library_importance
+from chanaxes_pl.pruning.units import Units, library_importance, twin
 
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
@@ -92,15 +91,15 @@ def _with_gradients(
     model: nn.Module, names: Iterable[str], batches: Iterable[Any], step: Step, caller: str
 ) -> dict[str, nn.Module]:
     """Copies of layers whose weights hold the gradient of the mean cross-entropy over the probe, in eval mode."""
-    twin = copy.deepcopy(model).requires_grad_(False)
-    layers = {name: twin.get_submodule(name) for name in names}
+    copied = twin(model).requires_grad_(False)
+    layers = {name: copied.get_submodule(name) for name in names}
     weights: list[Tensor] = [layer.weight for layer in layers.values()]  # type: ignore[misc]
     for weight in weights:
         weight.requires_grad_(True).grad = torch.zeros_like(weight)
     images, total = 0, 0.0
-    with observed(twin), torch.enable_grad():
+    with observed(copied), torch.enable_grad():
         for batch in batches:
-            logits, labels = step(twin, batch)
+            logits, labels = step(copied, batch)
             loss = F.cross_entropy(logits, labels, reduction="sum")
             loss.backward()
             images, total = images + len(labels), total + loss.item()

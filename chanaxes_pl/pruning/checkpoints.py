@@ -20,7 +20,7 @@ def load_classifier(path: str | Path) -> Classifier:
         FileNotFoundError: if there is no such file.
         ValueError: if it is no checkpoint of a :class:`Classifier`.
     """
-    settings = _read_checkpoint(path).get("hyper_parameters", {})
+    settings = read_checkpoint(path).get("hyper_parameters", {})
     advice = "for another class pass the network itself: PruneModule(network with its weights loaded)"
     if "backbone" not in settings:
         raise ValueError(f"{path}: no checkpoint of a Classifier (it names no backbone); {advice}")
@@ -39,7 +39,7 @@ def load_weights(model: nn.Module, path: str | Path) -> Path:
         FileNotFoundError: if there is no such file.
         ValueError: if it is no checkpoint, or another model's; the model is then as it was.
     """
-    weights, own = _read_checkpoint(path)["state_dict"], model.state_dict()
+    weights, own = read_checkpoint(path)["state_dict"], model.state_dict()
     unlike = [name for name in {**own, **weights} if _shape(own, name) != _shape(weights, name)]
     if unlike:
         first = ", ".join(f"{name} is {_shape(weights, name)}, here {_shape(own, name)}" for name in unlike[:3])
@@ -55,7 +55,13 @@ def _shape(weights: Mapping[str, Any], name: str) -> str:
     return str(list(weights[name].shape)) if name in weights else "missing"
 
 
-def _read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint holds, on the CPU.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it holds anything but tensors and plain values, or no ``state_dict``.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; expected a file such as RUN/checkpoints/last.ckpt")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 
 from chanaxes_pl.correlations import NETWORK
@@ -27,13 +28,14 @@ def describe_lesions(table: pd.DataFrame) -> str:
     operations = [operation for operation in OPERATIONS if f"{operation}_loss" in table]
     means = [f"{_DOES[operation]} {table[f'{operation}_loss'].mean():+.4f}" for operation in operations]
     damage = f"{operations[0]}_loss"
-    correlations = score_damage_correlation(table, [*METRICS, "peer_r2"], damage)
+    scores = [str(column) for column in table if str(column).startswith("score_")]
+    correlations = score_damage_correlation(table.replace(-np.inf, np.nan), [*METRICS, "peer_r2", *scores], damage)
     lines = [
         f"{len(table)} lesioned channels; mean change of cross-entropy in nats: {', '.join(means)}",
-        f"Spearman ρ with {damage} within layers, mean over layers [95 % over units]:",
+        f"Spearman ρ with {damage} within layers, mean over layers [95 % over units]; score_…: low = remove",
     ]
     lines += [
-        f"  {row['score']:18}{row['rho']:6.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+        f"  {row['score']:24}{row['rho']:6.2f} [{row['low']:.2f}, {row['high']:.2f}]"
         for row in correlations[correlations["layer"] == NETWORK].to_dict("records")
     ]
     fit = rank_regression(table, damage).to_dict("records")[0]

@@ -28,8 +28,9 @@ from chanaxes_pl.pruning.plan_json import Plan
 from chanaxes_pl.pruning.plans import apply_plan
 from chanaxes_pl.pruning.protocol import pruning_grid
 from chanaxes_pl.pruning.removability import join_axes, score_damage_correlation
-from chanaxes_pl.pruning.scores import SCORES
-from chanaxes_pl.pruning.slim import IMAGES, Slim
+from chanaxes_pl.pruning.scores import channel_scores, default_scores
+from chanaxes_pl.pruning.slim import IMAGES, Slim, image_batches
+from chanaxes_pl.pruning.units import find_units
 from chanaxes_pl.tables import write_parquet
 
 _PLAN = "chanaxes_plan"  # its key in a checkpoint
@@ -55,7 +56,8 @@ class PruneModule(ImageClassifier):
         evaluation_size: test images that the experiment uses, a fixed random choice; default all.
         out: folder for the results; default the run folder of the checkpoint, else the Trainer's.
         budgets: MACs that remain, as shares of the dense network's.
-        scores: which channels go first, see :func:`score_family`.
+        scores: which channels go first, see :func:`score_family`; default all that the network has. Lesions are set
+            beside them too.
         allocations: how much each layer loses: some of ``"uniform"``, ``"shared"``, ``"own"``.
         compensate: some of ``False``, ``"fold"``, ``"refit"``.
         protect: globs over names of layers whose channels all stay.
@@ -88,7 +90,7 @@ class PruneModule(ImageClassifier):
         evaluation_size: int | None = None,
         out: str | Path | None = None,
         budgets: Sequence[float] = GRID,
-        scores: Sequence[str] = tuple(SCORES),
+        scores: Sequence[str] | None = None,
         allocations: Sequence[str] = ALLOCATIONS,
         compensate: Sequence[bool | str] = (False,),
         protect: Sequence[str] = (),
@@ -196,29 +198,34 @@ class PruneModule(ImageClassifier):
         )
 
     def _lesion(self) -> pd.DataFrame:
-        """This process's lesions, beside the axes of their channels."""
-        probe, surroundings = self.probe_images(), self._surroundings()
-        settings = Settings(
-            self.lesion_options["layers"], reliability=False, probe_size=self._probe_size, caller="PruneModule"
-        )
-        place = {"rank": surroundings["rank"], "world": surroundings["world"]}
-        axes = measure_axes(
-            self.network,
-            Probe(probe, self._probe_size, "PruneModule"),
-            settings,
-            to_device=surroundings["to_device"],
-            **place,
-        )
+        """This process's lesions, beside the axes and scores of their channels."""
+        probe, around = self.probe_images(), self._surroundings()
+        place = {key: around[key] for key in ("to_device", "rank", "world")}
+        size, seed, caller = self._probe_size, self._seed, "PruneModule"
+        example = image_batches(probe, 1, around["to_device"], caller)[0]
+        units = find_units(self.network, example, caller)
+        settings = Settings(self.lesion_options["layers"], reliability=False, probe_size=size, caller=caller)
+        axes = measure_axes(self.network, Probe(probe, size, caller), settings, **place)
+        names = self.grid_options["scores"]
+        names = default_scores(self.network, units, example) if names is None else names
+        scores = channel_scores(self.network, probe, units, names, probe_size=size, seed=seed, caller=caller, **place)
         share = lesion_table(
             self.network,
             _evaluation(self.trainer, self._evaluation_size),
             probe,
             **self.lesion_options,
-            probe_size=self._probe_size,
-            seed=self._seed,
-            **surroundings,
+            units=units,
+            probe_size=size,
+            seed=seed,
+            **around,
         )
-        return join_axes(axes, share)
+        table = join_axes(axes, share)
+        for score, values in scores.items():
+            table[f"score_{score}"] = [
+                float(values[layer][channel]) if layer in values else float("nan")
+                for layer, channel in zip(table["layer"], table["channel"], strict=True)
+            ]
+        return table
 
     def _surroundings(self) -> dict[str, Any]:
         return {

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from chanaxes_pl.probe import images_and_labels, observed
 from chanaxes_pl.pruning.budgets import ALLOCATIONS, GRID, check_budget
-from chanaxes_pl.pruning.scores import SCORES, channel_scores, score_family
+from chanaxes_pl.pruning.scores import channel_scores, default_scores, score_family
 from chanaxes_pl.pruning.slim import IMAGES, REFERENCE, Pruner, fit_back, image_batches, strength_of
 from chanaxes_pl.targets import log_probability, logit_margin
 
@@ -39,7 +39,7 @@ def pruning_grid(
     evaluation: Iterable[Any],
     *,
     budgets: Sequence[float] = GRID,
-    scores: Sequence[str] = tuple(SCORES),
+    scores: Sequence[str] | None = None,
     allocations: Sequence[str] = ALLOCATIONS,
     compensate: Sequence[bool | str] = (False,),
     protect: Sequence[str] = (),
@@ -59,7 +59,7 @@ def pruning_grid(
         probe: training images under the evaluation transform, for scores and compensation.
         evaluation: batches of ``(images, labels)`` that nothing was chosen on; read once a variant.
         budgets: MACs that remain, as shares of the dense network's.
-        scores: see :func:`score_family`.
+        scores: see :func:`score_family`; default all that the network has.
         allocations: some of :data:`ALLOCATIONS`. Scores can be set against each other under ``"uniform"`` and
             ``"shared"``; ``"own"`` mixes score and allocation.
         compensate: some of ``False``, ``"fold"`` and ``"refit"``.
@@ -84,7 +84,7 @@ def pruning_grid(
     caller = "pruning_grid"
     for budget in budgets:
         check_budget(budget, caller)
-    for score in scores:
+    for score in scores or ():
         score_family(score, caller)
     strengths = [strength_of(choice, caller) for choice in compensate]
     device = next(model.parameters(), torch.empty(0)).device
@@ -93,6 +93,7 @@ def pruning_grid(
     pruner = Pruner(model, batches[0], protect, caller)
     for allocation, budget in product(allocations, budgets):
         pruner.check_reachable(allocation, budget)
+    scores = default_scores(model, pruner.units, batches[0]) if scores is None else scores
     needed = [*scores, REFERENCE] if "shared" in allocations else scores
     values = channel_scores(
         model, probe, pruner.units, needed, probe_size=images, seed=seed, to_device=to_device, caller=caller

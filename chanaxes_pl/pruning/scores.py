@@ -18,7 +18,7 @@ from chanaxes_pl.axes import Settings, record
 from chanaxes_pl.layers import channel_count
 from chanaxes_pl.moments import Moments
 from chanaxes_pl.probe import Probe, Step, images_and_labels
-from chanaxes_pl.pruning.baselines import library_scores
+from chanaxes_pl.pruning.baselines import library_scores, norms_behind
 from chanaxes_pl.pruning.feature_maps import MAP_IMAGES, MAP_SCORES, map_scores
 from chanaxes_pl.pruning.units import LIBRARY_SCORES, Group, Units
 from chanaxes_pl.tables import measure
@@ -76,6 +76,19 @@ def score_family(score: str, caller: str = "score_family") -> str:
         f"Expected one of {', '.join(SCORES)}; random_1, random_2, … for further draws; {REVERSE}NAME for the "
         f"opposite of {', '.join(_OWN)}"
     )
+
+
+def default_scores(model: nn.Module, units: Units, images: Tensor) -> list[str]:
+    """All scores that a network has: ``bn_scale`` only where every removable layer has a BatchNorm behind it.
+
+    Args:
+        model: left as it is.
+        units: of the model.
+        images: ``[B, …]``, on its device.
+    """
+    producers = {name for group in units.groups.values() for name in group.producers}
+    behind = norms_behind(model, units, lambda: model(images[:1]))
+    return [score for score in SCORES if score != "bn_scale" or behind.keys() == producers]
 
 
 def _base(score: str) -> str:

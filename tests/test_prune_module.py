@@ -1,0 +1,260 @@
+"""``PruneModule``: experiments under ``trainer.test``, fine-tuning under ``trainer.fit``, and checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+
+import lightning.pytorch as L
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from chanaxes_pl.models import Classifier
+from chanaxes_pl.pruning.checkpoints import load_classifier, load_weights, run_folder_of
+from chanaxes_pl.pruning.lesions import lesion_table
+from chanaxes_pl.pruning.module import PruneModule
+from chanaxes_pl.pruning.plan_json import Plan
+from chanaxes_pl.pruning.protocol import evaluate, pruning_grid
+from chanaxes_pl.pruning.slim import prune
+from tests.small import QUIET, RecordingLogger, build, images, trainer
+
+pytestmark = [
+    *(pytest.mark.filterwarnings(line) for line in QUIET),
+    pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with the dataloaders"),
+    # Said where one process of several fine-tunes a network by itself, as it should.
+    pytest.mark.filterwarnings("ignore:It is recommended to use `self.log"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+]
+
+GRID = {"budgets": (0.6,), "scores": ("l1", "taylor", "random"), "allocations": ("uniform",)}
+VALUES = ["loss", "accuracy", "margin"]
+
+
+class Data(L.LightningDataModule):
+    """Overrides ``prepare_data``, for which Lightning makes all processes meet."""
+
+    def prepare_data(self) -> None:
+        """Nothing to fetch."""
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(images(32, 1), batch_size=8, shuffle=True)
+
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(images(28, 3), batch_size=8)
+
+    def probe_dataloader(self) -> DataLoader:
+        return DataLoader(images(32, 1), batch_size=16)
+
+
+def network() -> nn.Module:
+    return build(dropout=0.0).net.eval()
+
+
+def ran(root: Path, experiment: str = "prune", settings: dict | None = None, **options) -> PruneModule:
+    options = (GRID if experiment == "prune" else {"operations": ("zero", "mean")}) | options
+    module = PruneModule(network(), experiment, **options)
+    trainer(root, **settings or {}).test(module, datamodule=Data(), verbose=False)
+    return module
+
+
+def same(batch):
+    return batch
+
+
+def test_pruning_is_the_grids_table_on_disk(tmp_path):
+    module = ran(tmp_path, compensate=(False, "fold"))
+    data = Data()
+    wanted = pruning_grid(
+        network(), data.probe_dataloader(), data.test_dataloader(), **GRID, compensate=(False, "fold"), progress=False
+    )
+    pd.testing.assert_frame_equal(module.table, wanted, check_exact=True)
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "pruning.parquet"), wanted, check_exact=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pruning.parquet", "pruning.png"]
+
+
+def test_lesions_are_the_tables_of_lesions_and_axes(tmp_path):
+    module = ran(tmp_path, "lesion", channels=5)
+    data = Data()
+    wanted = lesion_table(
+        network(),
+        data.test_dataloader(),
+        data.probe_dataloader(),
+        operations=("zero", "mean"),
+        channels=5,
+        progress=False,
+    )
+    pd.testing.assert_frame_equal(module.table[list(wanted)], wanted, check_exact=True)
+    assert {"input_capture", "peer_r2", "task_information"} <= set(module.table)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lesions.parquet", "lesions.png"]
+
+
+@pytest.mark.parametrize("experiment", ["prune", "lesion"])
+def test_the_network_stays_and_its_figures_are_logged(tmp_path, experiment):
+    logger = RecordingLogger()
+    dense, before = network(), network().state_dict()
+    module = PruneModule(dense, experiment, out=tmp_path / "out", **(GRID if experiment == "prune" else {}))
+    tester = trainer(tmp_path, logger=logger)
+    tester.test(module, datamodule=Data(), verbose=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
+    assert module.network is dense
+    own = evaluate(network(), Data().test_dataloader(), same)
+    assert float(tester.callback_metrics["test/loss"]) == pytest.approx(own["loss"], rel=1e-5)
+    assert float(tester.callback_metrics["test/top1"]) == pytest.approx(own["accuracy"])
+    assert {key for _, row in logger.rows for key in row} == {"test/loss", "test/top1", "epoch"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_fast_dev_run_writes_nothing(tmp_path):
+    module = ran(tmp_path, settings={"fast_dev_run": True})
+    assert len(module.table) == 4
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("limit", "batches"), [(2, 2), (0.5, 2), (1.0, 4)])
+def test_limited_test_batches(tmp_path, limit, batches):
+    module = ran(tmp_path, settings={"limit_test_batches": limit})
+    first = [batch for _, batch in zip(range(batches), Data().test_dataloader(), strict=False)]
+    assert module.table.loc[0, VALUES].to_dict() == evaluate(network(), first, same)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "options", "limit"),
+    [("prune", {"finetune_epochs": 1}, 1.0), ("lesion", {}, 1.0), ("prune", {}, 3)],
+)
+@pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks")
+def test_two_processes_get_the_table_of_one(tmp_path, experiment, options, limit):
+    """Also where they train different numbers of networks."""
+    tables = []
+    for settings in ({}, {"devices": 2, "strategy": "ddp_fork"}):
+        torch.manual_seed(0)
+        folder = tmp_path / str(len(tables))
+        ran(tmp_path, experiment, settings | {"limit_test_batches": limit}, out=folder, **options)
+        (file,) = folder.glob("*.parquet")
+        tables.append(pd.read_parquet(file))
+    pd.testing.assert_frame_equal(*tables, rtol=1e-6)
+
+
+def test_finetuned_networks_of_the_grid(tmp_path):
+    data = Data()
+    module = PruneModule(network(), **GRID, finetune_epochs=2, lr=0.05)
+    tester = trainer(tmp_path)
+    tester.test(module, datamodule=data, verbose=False)
+    assert module.table["tuned_loss"].isna().tolist() == [True, False, False, False]
+    assert (module.table["tuned_loss"] != module.table["loss"])[1:].all()
+    assert data.trainer is tester
+    assert "prepare_data" not in vars(data)
+
+
+def slim(budget: float = 0.6):
+    return prune(network(), images(32, 1), budget=budget)
+
+
+def test_a_slim_network_is_fine_tuned(tmp_path):
+    small = slim()
+    before, shapes = copy.deepcopy(small.model), [p.shape for p in small.model.parameters()]
+    module = PruneModule(small, lr=0.05)
+    trainer(tmp_path, max_epochs=6).fit(module, datamodule=Data())
+    assert [p.shape for p in module.network.parameters()] == shapes
+    assert any(not torch.equal(a, b) for a, b in zip(module.network.parameters(), before.parameters(), strict=True))
+    data = DataLoader(images(32, 1), batch_size=8)
+    assert evaluate(module.network, data, same)["loss"] < evaluate(before, data, same)["loss"]
+
+
+def fitted(root: Path, module: PruneModule, epochs: int, ckpt_path: Path | None = None) -> Path:
+    """The last checkpoint; the learning rate is that of two epochs throughout."""
+    saver = L.callbacks.ModelCheckpoint(root, filename="{epoch}", save_top_k=-1)
+    fitter = trainer(root, saver, max_epochs=2, enable_checkpointing=True)
+    fitter.fit(module, train_dataloaders=DataLoader(images(32, 1), batch_size=8), ckpt_path=ckpt_path)
+    return root / f"epoch={epochs - 1}.ckpt"
+
+
+@pytest.mark.parametrize("from_dense", [False, True])
+def test_resumed_is_as_if_never_interrupted(tmp_path, from_dense):
+    whole = PruneModule(slim())
+    first = fitted(tmp_path / "a", whole, 1)
+    kept = torch.load(first, weights_only=True)["chanaxes_plan"]
+    assert Plan.from_json(kept, "test") == whole.plan
+    resumed = PruneModule(network() if from_dense else slim())
+    fitted(tmp_path / "b", resumed, 2, first)
+    assert resumed.plan == whole.plan
+    for (name, a), b in zip(resumed.state_dict().items(), whole.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_checkpoint_pruned_otherwise_is_refused(tmp_path):
+    first = fitted(tmp_path / "a", PruneModule(slim()), 1)
+    with pytest.raises(ValueError, match="pruned otherwise than this one"):
+        fitted(tmp_path / "b", PruneModule(slim(0.4)), 2, first)
+
+
+def test_errors_say_what_was_expected(tmp_path):
+    with pytest.raises(ValueError, match=r"experiment='prun'\): expected 'prune' or 'lesion'"):
+        PruneModule(network(), "prun")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="has no Linear layer; pass num_classes="):
+        PruneModule(nn.Conv2d(3, 4, 1))
+    with pytest.raises(ValueError, match="found no probe images: pass PruneModule"):
+        trainer(tmp_path).test(PruneModule(network()), DataLoader(images(), batch_size=8), verbose=False)
+    module = PruneModule(network(), probe=images(), finetune_epochs=1, **GRID)
+    with pytest.raises(ValueError, match="expected a datamodule, whose training images"):
+        trainer(tmp_path).test(module, DataLoader(images(), batch_size=8), verbose=False)
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    """Of an untrained Classifier, in a run folder."""
+    torch.manual_seed(0)
+    classifier = Classifier("resnet18", 10, width=0.25)
+    fitter = trainer(tmp_path)
+    fitter.strategy.connect(classifier)
+    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    fitter.save_checkpoint(path)
+    return path
+
+
+def test_a_classifier_comes_back_from_its_checkpoint(checkpoint):
+    torch.manual_seed(0)
+    wanted = Classifier("resnet18", 10, width=0.25).state_dict()
+    loaded = load_classifier(checkpoint)
+    assert not loaded.training
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in loaded.state_dict().items())
+    assert run_folder_of(checkpoint) == checkpoint.parents[1]
+    assert PruneModule(checkpoint).folder == checkpoint.parents[1]
+    assert PruneModule(checkpoint, out="else").folder == Path("else")
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path, checkpoint, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    evil, cut, plain, other = (tmp_path / f"{name}.ckpt" for name in ("evil", "cut", "plain", "other"))
+    torch.save({"state_dict": {}, "x": Evil()}, evil)
+    cut.write_bytes(checkpoint.read_bytes()[:5000])
+    torch.save([1, 2], plain)
+    torch.save({"state_dict": {}, "hyper_parameters": {"lr": 1}}, other)
+    for path, message in {
+        evil: "not a checkpoint of tensors and plain values",
+        cut: "it was cut off",
+        plain: "holds no state_dict",
+        other: "no checkpoint of a Classifier .* pass the network itself",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            load_classifier(path)
+    assert not Path("executed").exists()
+    with pytest.raises(FileNotFoundError, match=r"gone.ckpt: no such checkpoint; expected a file such as"):
+        load_classifier("gone.ckpt")
+
+
+def test_weights_of_another_width_leave_the_model_as_it_was(checkpoint):
+    narrow = Classifier("resnet18", 10, width=0.125)
+    before = copy.deepcopy(narrow.state_dict())
+    with pytest.raises(ValueError, match=r"network.conv1.weight is \[16, 3, 3, 3\], here \[8, 3, 3, 3\]"):
+        load_weights(narrow, checkpoint)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in narrow.state_dict().items())
+    assert load_weights(Classifier("resnet18", 10, width=0.25), checkpoint) == checkpoint.parents[1]
