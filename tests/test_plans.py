@@ -121,8 +121,12 @@ def test_a_lightning_module_loads_into_a_fresh_one(tmp_path):
     loaded = load_slim(tmp_path / "slim", Classifier("resnet18", **SETTINGS))
     assert isinstance(loaded, Classifier)
     assert logits(loaded).equal(logits(slim))
+    assert logits(load_slim(tmp_path / "slim")).equal(logits(slim))
+
+
+def test_a_network_of_ones_own_has_to_be_built(grouped):
     with pytest.raises(ValueError, match=r"pass a freshly built model: load_slim\(path, MyNet\(\)\)"):
-        load_slim(tmp_path / "slim")
+        load_slim(grouped[0] / "slim")
 
 
 @pytest.mark.parametrize("suffix", ["", ".safetensors", ".json"])

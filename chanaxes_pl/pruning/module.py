@@ -20,7 +20,7 @@ from chanaxes_pl.axes import Settings, measure_axes
 from chanaxes_pl.metrics import METRICS
 from chanaxes_pl.models import ImageClassifier
 from chanaxes_pl.plots import plot_lesions, plot_pruning
-from chanaxes_pl.probe import Probe
+from chanaxes_pl.probe import MIN_IMAGES, Probe
 from chanaxes_pl.pruning.budgets import ALLOCATIONS, GRID
 from chanaxes_pl.pruning.checkpoints import load_classifier, run_folder_of
 from chanaxes_pl.pruning.lesions import OPERATIONS, join_shares, lesion_table
@@ -202,7 +202,7 @@ class PruneModule(ImageClassifier):
         probe, around = self.probe_images(), self._surroundings()
         place = {key: around[key] for key in ("to_device", "rank", "world")}
         size, seed, caller = self._probe_size, self._seed, "PruneModule"
-        example = image_batches(probe, 1, around["to_device"], caller)[0]
+        example = image_batches(probe, MIN_IMAGES, around["to_device"], caller)[0]
         units = find_units(self.network, example, caller)
         settings = Settings(self.lesion_options["layers"], reliability=False, probe_size=size, caller=caller)
         axes = measure_axes(self.network, Probe(probe, size, caller), settings, **place)
