@@ -60,7 +60,8 @@ def describe_runs(grid: pd.DataFrame, areas: pd.DataFrame, value: str, against: 
         means = over_runs(part[["run", *VARIANT, value]], value)
         budgets = sorted(means["budget"].unique(), reverse=True)
         head = "".join(f"{f'{100 * budget:g} %':>19}" for budget in budgets)
-        lines += ["", f"{'':26}{head}"]
+        title = f"{allocation}, {'no compensation' if strength == 'none' else strength}"
+        lines += ["", title, f"{'':26}{head}"]
         for score, rows in means.groupby("score", sort=False):
             cells = [_interval(rows[rows["budget"] == budget], scale) for budget in budgets]
             lines.append(f"{score:26}" + "".join(f"{cell:>19}" for cell in cells))
