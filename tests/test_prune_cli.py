@@ -8,6 +8,7 @@ import lightning.pytorch as L
 import pandas as pd
 import pytest
 import torch
+import wandb
 import yaml
 
 from chanaxes_pl import cli
@@ -27,14 +28,17 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec"
 def chanaxes(monkeypatch, tmp_path):
     """Run the command, in a folder of its own."""
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # raised by LightningCLI's own calls
-    monkeypatch.setenv("WANDB_MODE", "offline")  # written by WandbLogger: monkeypatch puts it back
+    for variable, value in {"WANDB_MODE": "offline", "PL_GLOBAL_SEED": "0"}.items():
+        monkeypatch.setenv(variable, value)  # written by WandbLogger and the command: monkeypatch puts them back
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> None:
         monkeypatch.setattr("sys.argv", ["chanaxes", *arguments, "--trainer.accelerator=cpu"])
         cli.main()
 
-    return run
+    yield run
+    wandb.finish()
+    wandb.teardown()
 
 
 def save(folder: Path) -> str:

@@ -259,6 +259,7 @@ class PruneModule(ImageClassifier):
         datamodule.prepare_data = None
         try:
             with isolate_rng():  # every network trains on the same draws, whichever process has its turn
+                torch.manual_seed(self._seed)
                 trainer.fit(module, datamodule=datamodule)
         finally:
             del datamodule.prepare_data
