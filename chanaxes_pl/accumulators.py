@@ -42,8 +42,11 @@ class MomentsMetric(Metric):
         super().__init__()
         empty = Moments.empty(width)
         for name in ("count", "mean", "scatter"):
+            state: Tensor = getattr(empty, name)
             # No reduction: a sync stacks the processes' states, and compute() merges them.
-            self.add_state(name, getattr(empty, name), dist_reduce_fx=None)
+            self.add_state(name, state, dist_reduce_fx=None)
+            # What reset() copies: one zero seen in every place. torchmetrics would keep a second square matrix.
+            self._defaults[name] = state.new_zeros(()).expand(state.shape)
 
     def update(self, samples: Tensor) -> None:
         """Merge in a batch of samples."""
