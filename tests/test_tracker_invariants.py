@@ -349,7 +349,7 @@ class WritesWhatItHolds(L.Callback):
 
 
 class Stays(Small):
-    """Learns nothing: AdamW would make a full step of a gradient that is only rounding, such as a bias before a norm."""
+    """Learns nothing: AdamW makes a full step of a gradient that is only rounding, such as of a bias before a norm."""
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.0)
