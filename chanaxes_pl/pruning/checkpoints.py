@@ -20,7 +20,8 @@ def load_classifier(path: str | Path) -> Classifier:
         FileNotFoundError: if there is no such file.
         ValueError: if it is no checkpoint of a :class:`Classifier`.
     """
-    settings = read_checkpoint(path).get("hyper_parameters", {})
+    checkpoint = read_checkpoint(path)
+    settings = checkpoint.get("hyper_parameters", {})
     advice = "for another class pass the network itself: PruneModule(network with its weights loaded)"
     if "backbone" not in settings:
         raise ValueError(f"{path}: no checkpoint of a Classifier (it names no backbone); {advice}")
@@ -28,7 +29,7 @@ def load_classifier(path: str | Path) -> Classifier:
         classifier = Classifier(**{name: value for name, value in settings.items() if not name.startswith("_")})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: its settings make no Classifier ({error}); {advice}") from error
-    load_weights(classifier, path)
+    _fill(classifier, checkpoint["state_dict"], path)
     return classifier.eval()
 
 
@@ -39,7 +40,12 @@ def load_weights(model: nn.Module, path: str | Path) -> Path:
         FileNotFoundError: if there is no such file.
         ValueError: if it is no checkpoint, or another model's; the model is then as it was.
     """
-    weights, own = read_checkpoint(path)["state_dict"], model.state_dict()
+    _fill(model, read_checkpoint(path)["state_dict"], path)
+    return run_folder_of(Path(path))
+
+
+def _fill(model: nn.Module, weights: Mapping[str, Any], path: str | Path) -> None:
+    own = model.state_dict()
     unlike = [name for name in {**own, **weights} if _shape(own, name) != _shape(weights, name)]
     if unlike:
         first = ", ".join(f"{name} is {_shape(weights, name)}, here {_shape(own, name)}" for name in unlike[:3])
@@ -48,7 +54,6 @@ def load_weights(model: nn.Module, path: str | Path) -> Path:
             f"{first}); expected the model's own config and checkpoint"
         )
     model.load_state_dict(weights)
-    return run_folder_of(Path(path))
 
 
 def _shape(weights: Mapping[str, Any], name: str) -> str:

@@ -25,7 +25,7 @@ from chanaxes_pl.pruning.replay import Replay
 from chanaxes_pl.pruning.units import Units, find_units
 from chanaxes_pl.targets import log_probability, logit_margin, task_variable
 
-__all__ = ["CLEAR", "OPERATIONS", "join_shares", "lesion", "lesion_table"]
+__all__ = ["CLEAR", "OPERATIONS", "image_scores", "join_shares", "lesion", "lesion_table"]
 
 #: A recovery is given where the damage that it is a share of exceeds 0 by this many standard errors.
 CLEAR = 2.0
@@ -149,7 +149,7 @@ def _units_of_first(
     return find_units(model, moved[0][:1], caller)
 
 
-def _scores(logits: Tensor, labels: Tensor) -> Tensor:
+def image_scores(logits: Tensor, labels: Tensor) -> Tensor:
     """``[B, 3]``: cross-entropy in nats, whether the label comes first, logit margin."""
     correct = (logits.argmax(1) == labels).to(logits.dtype)
     return torch.stack([-log_probability(logits, labels), correct, logit_margin(logits, labels)], 1)
@@ -171,14 +171,14 @@ class _Damage:
     def add(self, batch: Any, advance: Callable[[], Any]) -> None:
         """Take in a batch."""
         logits, labels = self._step(self._model, batch)
-        intact = task_variable(_scores, logits, labels)
+        intact = task_variable(image_scores, logits, labels)
         if self._replay is not None:
             self._replay.run(batch[0], logits)
         home = accumulation_device(logits.device)
         differences = []
         for change in self._changes:
             hurt = self._logits(change, batch).to(home).double()
-            difference = _scores(hurt, labels.to(home).long()) - intact
+            difference = image_scores(hurt, labels.to(home).long()) - intact
             differences.append(torch.stack([difference.sum(0), difference.square().sum(0)]))
             advance()
         both = torch.stack(differences) if differences else intact.new_zeros(0, 2, 3)

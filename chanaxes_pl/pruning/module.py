@@ -107,14 +107,13 @@ class PruneModule(ImageClassifier):
     ) -> None:
         if experiment not in ("prune", "lesion"):
             raise ValueError(f"PruneModule(experiment={experiment!r}): expected 'prune' or 'lesion'")
-        self_plan = model.plan if isinstance(model, Slim) else None
         source = Path(model) if isinstance(model, (str, Path)) else None
         network = _network(model)
         classes = num_classes or _outputs(network)
         super().__init__(network, classes)
         self.save_hyperparameters("lr", "momentum", "weight_decay")
         self.experiment = experiment
-        self.plan = self_plan
+        self.plan = model.plan if isinstance(model, Slim) else None
         self.table = pd.DataFrame()
         self.grid_options = {"budgets": budgets, "scores": scores, "allocations": allocations}
         self.grid_options |= {"compensate": compensate, "protect": protect, "latency": latency}

@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from chanaxes_pl.probe import images_and_labels, observed
 from chanaxes_pl.pruning.budgets import ALLOCATIONS, GRID, check_budget
+from chanaxes_pl.pruning.lesions import image_scores
 from chanaxes_pl.pruning.scores import channel_scores, default_scores, score_family
 from chanaxes_pl.pruning.slim import IMAGES, REFERENCE, Pruner, fit_back, image_batches, strength_of
-from chanaxes_pl.targets import log_probability, logit_margin
 
 #: The name of the unpruned network in the column ``score``.
 DENSE = "dense"
@@ -128,10 +128,7 @@ def evaluate(model: nn.Module, batches: Iterable[Any], to_device: Callable[[Any]
     with observed(model):
         for batch in batches:
             logits, labels = images_and_labels(model, to_device(batch))
-            logits, labels = logits.cpu().double(), labels.cpu().long()
-            correct = (logits.argmax(1) == labels).double()
-            parts = (-log_probability(logits, labels), correct, logit_margin(logits, labels))
-            total += torch.stack([part.sum() for part in parts])
+            total += image_scores(logits.cpu().double(), labels.cpu().long()).sum(0)
             count += len(labels)
     return dict(zip(("loss", "accuracy", "margin"), (total / max(count, 1)).tolist(), strict=True))
 
