@@ -12,6 +12,7 @@ ROOMS = [
     "moments",
     "gaussian",
     "metrics",
+    "gradients",
     "layers",
     "targets",
     "probe",
@@ -27,15 +28,21 @@ ROOMS = [
     "data",
     "models",
     "plots",
+    "simulate",
     "pruning",
+    "structure",
+    "prediction",
+    "runs",
     "summary",
+    "report",
+    "wandb_dashboard",
     "trainer_cli",
     "demo",
     "cli",
     "__main__",
 ]
 #: What is pure mathematics, and may import neither a framework around torch nor a table.
-PURE = ("moments", "gaussian", "metrics", "layers", "targets")
+PURE = ("moments", "gaussian", "metrics", "gradients", "layers", "targets")
 FRAMEWORKS = {"lightning", "pytorch_lightning", "torchmetrics", "torchvision", "wandb", "pandas", "matplotlib"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 

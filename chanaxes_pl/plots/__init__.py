@@ -1,0 +1,6 @@
+"""Tables as pictures."""
+
+from chanaxes_pl.plots.correlations import plot_correlations
+from chanaxes_pl.plots.pruning import plot_lesions, plot_pruning
+
+__all__ = ["plot_correlations", "plot_lesions", "plot_pruning"]

@@ -1,0 +1,80 @@
+"""Axis correlation over epochs, as a picture."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from chanaxes_pl.correlations import HEADLINE, NETWORK, headline
+from chanaxes_pl.plots.style import BLUE, GREY, ORANGE, RHO, short, styled
+
+_TICKS = 9
+
+
+def plot_correlations(correlations: pd.DataFrame, title: str = "") -> Figure:
+    """Axis correlation over epochs: the mean over layers on the left, every layer on the right.
+
+    Args:
+        correlations: of all checkpoints of one run, from :func:`axis_correlations`; with resamples, the 95 %
+            interval over channels is drawn as a band.
+        title: above the figure.
+
+    Returns:
+        A figure of 10 × 4.5 inches; ``figure.savefig(path)`` writes it.
+    """
+    with styled():
+        figure = Figure(figsize=(10, 4.5), layout="constrained")
+        mean, layers = figure.subplots(1, 2, width_ratios=(1, 1.25))
+        _draw_mean(mean, headline(correlations))
+        _draw_layers(layers, correlations)
+        figure.legend(*mean.get_legend_handles_labels(), loc="outside lower left", ncols=3, frameon=False)
+        figure.suptitle(title)
+    return figure
+
+
+def _draw_mean(axes: Axes, rows: pd.DataFrame) -> None:
+    at = np.arange(len(rows))
+    ceiling = np.sqrt(rows["reliability_local"] * rows["reliability_target"])
+    axes.plot(at, ceiling, color=GREY, linestyle="--", label="ceiling set by reliability")
+    axes.plot(at, rows["null"], color=ORANGE, marker=".", label="null target")
+    if rows["low"].notna().any():
+        axes.fill_between(at, rows["low"], rows["high"], color=BLUE, alpha=0.25, linewidth=0)
+    axes.plot(at, rows["rho"], color=BLUE, marker="o", markersize=4, label="measured, 95 % over channels")
+    axes.axhline(0, color="black", linewidth=0.6)
+    lowest = min(0.0, rows[["rho", "low", "null"]].min().min())
+    axes.set(ylim=(lowest - 0.08, 1.08), ylabel=RHO, title="mean over layers")
+    label_checkpoints(axes, rows)
+    sns.despine(ax=axes)
+
+
+def _draw_layers(axes: Axes, correlations: pd.DataFrame) -> None:
+    pairs = pd.Series(list(zip(correlations["local"], correlations["target"], strict=True)), index=correlations.index)
+    rows = correlations[(pairs == HEADLINE) & (correlations["layer"] != NETWORK)]
+    names = list(dict.fromkeys(rows["layer"]))
+    grid = rows.pivot_table(index="layer", columns="step", values="rho", dropna=False).reindex(names)
+    axes.set_facecolor("0.85")  # shows where a layer has no correlation
+    image = axes.imshow(grid, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
+    skip = -(-len(names) // 25)
+    axes.set_yticks(range(0, len(names), skip), [short(name, names) for name in names[::skip]], fontsize=7)
+    axes.set_title("every layer")
+    axes.figure.colorbar(image, ax=axes, label=RHO, shrink=0.9)
+    label_checkpoints(axes, rows.drop_duplicates("step"))
+
+
+def label_checkpoints(axes: Axes, rows: pd.DataFrame) -> None:
+    """One place a checkpoint, labelled with its epoch: early steps would vanish on a true scale."""
+    epochs = rows["epoch"].to_numpy()
+
+    def label(place: float, _position: int) -> str:
+        near = round(place)
+        if not 0 <= near < len(epochs) or abs(place - near) > 0.01:
+            return ""
+        return f"{epochs[near]:.1g}" if epochs[near] < 1 else f"{epochs[near]:g}"
+
+    axes.xaxis.set_major_locator(MaxNLocator(_TICKS, integer=True, steps=[1, 2, 3, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(label))
+    axes.set_xlabel("epochs trained (one place a checkpoint)")

@@ -1,0 +1,48 @@
+"""How every figure looks: sizes, type, and the same colour for the same thing everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import seaborn as sns
+
+from chanaxes_pl.correlations import HEADLINE
+
+#: Label of the headline correlation.
+RHO = f"ρ({', '.join(name.replace('_', ' ') for name in HEADLINE)})"
+
+# Wong's palette (Nature Methods 8, 441; 2011), which colour-blind readers can tell apart.
+BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, PINK, GREY, YELLOW, SKY = sns.color_palette("colorblind")
+#: The colour of a metric, an axis, or a family of scores.
+COLOURS = {
+    "input_capture": BLUE,
+    "peer_overlap": SKY,
+    "peer_r2": PURPLE,
+    "task_information": ORANGE,
+    "target_excess": RED,
+    "local_axis": BLUE,
+    "target_axis": ORANGE,
+    "two_axis": GREEN,
+    "alignment": BROWN,
+    "local": BLUE,
+    "target": ORANGE,
+    "both": GREEN,
+    "baseline": GREY,
+}
+#: Marks of lines of one colour.
+DASHES = ("-", "--", ":", "-.")
+MARKERS = "osD^v<>PX*"
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """The look that all figures are drawn in."""
+    with sns.axes_style("ticks"), sns.plotting_context("paper", font_scale=1.1):
+        yield
+
+
+def short(name: str, names: Sequence[str]) -> str:
+    """A layer's name without the module that all of them are in."""
+    head = name.split(".")[0] + "."
+    return name.removeprefix(head) if all(other.startswith(head) for other in names) else name
