@@ -24,6 +24,7 @@ from chanaxes_pl.layers import (
     widens_pointwise,
 )
 from chanaxes_pl.moments import Moments, accumulation_device
+from chanaxes_pl.patch_moments import PatchMoments, PatchRecorder
 from chanaxes_pl.targets import task_variable
 
 # Numbers that a buffer holds at least: an eighth of a megabyte of float32.
@@ -80,11 +81,13 @@ class LayerMoments:
         channels: C.
         local: moments of the channels over local samples, one a part of the probe (even and odd images).
         joint: moments of ``[ȳ (C), T (D), null target (D)]`` over images, likewise.
+        patches: of the layer's input, where they were asked for.
     """
 
     channels: int
     local: tuple[Moments, ...]
     joint: tuple[Moments, ...]
+    patches: PatchMoments | None = None
 
     @property
     def targets(self) -> int:
@@ -143,6 +146,7 @@ class Recorder:
         target: ``(logits, labels) → [B]`` or ``[B, D]``.
         positions: local samples an image, or ``"all"``.
         halves: keep even and odd images apart.
+        alignment: collect what the gradients of both informations need, too.
     """
 
     def __init__(
@@ -151,6 +155,7 @@ class Recorder:
         target: Callable[[Tensor, Tensor], Tensor],
         positions: int | str = 16,
         halves: bool = True,
+        alignment: bool = False,
     ) -> None:
         self.layers = layers
         self.images = 0
@@ -160,6 +165,7 @@ class Recorder:
         self._local: dict[str, _Parts] = {}
         self._joint: dict[str, _Parts] = {}
         self._maps: dict[str, tuple[Tensor, Tensor]] = {}
+        self._patches = {name: PatchRecorder(layer) for name, layer in layers.items()} if alignment else {}
         self._batch = _Batch(np.arange(0), self._parts)
 
     @contextmanager
@@ -183,12 +189,19 @@ class Recorder:
         values = task_variable(self._target, logits, labels)
         if len(values) != len(indices):
             raise ValueError(f"the probe step gave {len(values)} labels for a batch of {len(indices)} images")
+        if self._patches and values.shape[1] > 1:
+            raise ValueError(
+                f"alignment=True with a target of {values.shape[1]} numbers an image: expected one, for there is one "
+                "gradient; use target='logit_margin' or 'log_probability', or a function that gives [B]"
+            )
         null = torch.from_numpy(_null_target(indices, values.shape[1])).to(values.device)
         for name, means in batch.means.items():
             rows = torch.cat([means, values, null], 1)
             if name not in self._joint:
                 self._joint[name] = _Parts(self._parts, rows.shape[1], rows.device)
             self._joint[name].update(rows[part] for part in batch.parts(rows.device))
+            if self._patches:
+                self._patches[name].learn(values)
         self.images += len(indices)
 
     def moments(self) -> Iterator[tuple[str, LayerMoments | None]]:
@@ -208,7 +221,7 @@ class Recorder:
             extra = len(joint[0].mean) - weight.shape[1]
             weight = torch.block_diag(weight, torch.eye(extra).to(weight))
             joint = tuple(part.mapped(weight, torch.cat([bias, bias.new_zeros(extra)])) for part in joint)
-        return LayerMoments(channels, local, joint)
+        return LayerMoments(channels, local, joint, self._patches[name].moments if self._patches else None)
 
     def _listen(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         batch = self._batch
@@ -218,6 +231,9 @@ class Recorder:
                 "leave the layer out with layers=[…]"
             )
         seen = by_position(layer, output, len(batch.indices), name)
+        if self._patches:
+            places = self._positions_of(seen.shape[2], seen.device)
+            self._patches[name].read(inputs[0], output, seen, places, name)
         # In lower precision an output is not quite the affine map of its input: then it is looked at itself.
         if widens_pointwise(layer) and output.dtype == inputs[0].dtype in (torch.float32, torch.float64):
             seen = by_position(layer, inputs[0], len(batch.indices), name)

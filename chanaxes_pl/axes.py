@@ -40,6 +40,7 @@ class Settings:
     step: Step | None = None
     probe_size: int = 5000
     caller: str = "compute_axes"
+    alignment: bool = False
 
     def __post_init__(self) -> None:
         whole = isinstance(self.positions, int) and self.positions > 0
@@ -48,6 +49,11 @@ class Settings:
         if self.probe_size < MIN_IMAGES:
             raise ValueError(f"{self.caller}(probe_size={self.probe_size}): expected at least {MIN_IMAGES} images")
         target_function(self.target, self.caller)
+        if self.alignment and self.target == "label":
+            raise ValueError(
+                f"{self.caller}(alignment=True, target='label'): the label is K − 1 numbers an image, expected one, "
+                "for there is one gradient; use 'logit_margin' or 'log_probability'"
+            )
         try:
             check_noise(self.noise)
         except ValueError as error:
@@ -101,9 +107,8 @@ def record(
     """
     layers = select_layers(model, settings.layers, settings.caller)
     step = settings.step or images_and_labels
-    recorder = Recorder(
-        layers, target_function(settings.target, settings.caller), settings.positions, settings.reliability
-    )
+    target = target_function(settings.target, settings.caller)
+    recorder = Recorder(layers, target, settings.positions, settings.reliability, settings.alignment)
     with observed(model), recorder.attached():
         for indices, batch in probe.batches(rank, world):
             moved = to_device(batch)
@@ -156,6 +161,7 @@ def compute_axes(
     target: TargetSpec = "logit_margin",
     noise: str | float = "median",
     reliability: bool = True,
+    alignment: bool = False,
     probe_size: int = 5000,
     step: Step | None = None,
     resamples: int = 1000,
@@ -172,6 +178,7 @@ def compute_axes(
             negative, hence the same), ``"label"``, or ``(logits, labels) → [B]`` or ``[B, D]``.
         noise: σ₀² of input capture: ``"median"``, ``"mean"``, a quantile such as ``"q0.25"``, a number.
         reliability: keep the probe's two halves apart, for reliabilities.
+        alignment: add :data:`~chanaxes_pl.tables.ALIGNMENT`, the angle between the gradients of both informations.
         probe_size: images at the most.
         step: ``(model, batch) → (logits, labels)`` for other batches or outputs.
         resamples: bootstrap resamples for the intervals of the correlations.
@@ -193,7 +200,7 @@ def compute_axes(
         0     0        0          0.291
         1     0        1          0.360
     """
-    settings = Settings(layers, positions, target, noise, reliability, step, probe_size)
+    settings = Settings(layers, positions, target, noise, reliability, step, probe_size, alignment=alignment)
     parameter = next(model.parameters(), torch.empty(0))
     table = measure_axes(
         model,

@@ -7,10 +7,12 @@ import math
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from itertools import product
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 # Numbers summed in double at a time on a CPU.
 _CACHED = 1 << 17
@@ -145,6 +147,66 @@ def local_samples(output: Tensor, images: Tensor, positions: Tensor | None) -> T
     if positions is None:
         return output.transpose(1, 2)[images].flatten(0, 1)
     return output[images[:, None], :, positions].flatten(0, 1)
+
+
+def patches(
+    layer: nn.Conv1d | nn.Conv2d | nn.Conv3d,
+    inputs: Tensor,
+    images: Tensor,
+    places: Tensor,
+    output_size: Sequence[int],
+) -> Tensor:
+    """What a convolution reads at some positions of its output.
+
+    Args:
+        layer: the convolution.
+        inputs: ``[B, C, *spatial]``.
+        images: ``[b]``, rows of the batch.
+        places: ``[b, p]``, positions of the flattened output map of each.
+        output_size: of the output map.
+
+    Returns:
+        ``[b·p, C, k]``, in the order of the flattened kernel.
+    """
+    padded = _padded(layer, inputs)
+    size = padded.shape[2:]
+    corner = np.stack(np.unravel_index(places.cpu().numpy(), tuple(output_size)), -1) * np.array(layer.stride)
+    steps = zip(layer.kernel_size, layer.dilation, strict=True)
+    kernel = np.array(list(product(*(range(0, extent * step, step) for extent, step in steps))))
+    reached = np.moveaxis(corner[:, :, None] + kernel, -1, 0)
+    at = torch.from_numpy(np.ravel_multi_index(tuple(reached), tuple(size))).to(inputs.device)
+    rows = local_samples(padded.flatten(2), images, at.flatten(1))
+    return rows.reshape(-1, len(kernel), inputs.shape[1]).transpose(1, 2)
+
+
+def patch_means(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor, output_size: Sequence[int]) -> Tensor:
+    """What a convolution reads on average over all positions of its output.
+
+    Args:
+        layer: the convolution.
+        inputs: ``[B, C, *spatial]``.
+        output_size: of the output map.
+
+    Returns:
+        ``[B, C, k]``, in the order of the flattened kernel; float64 where the device has it.
+    """
+    means, precision = _padded(layer, inputs), torch.float32 if inputs.device.type == "mps" else torch.float64
+    # One dimension at a time: after the first, what is left to read is a line instead of a map, and may be float64.
+    for dimension in reversed(range(len(output_size))):
+        axis, count = 2 + dimension, output_size[dimension]
+        extent = layer.stride[dimension] * (count - 1) + 1
+        lines = [
+            means.narrow(axis, place * layer.dilation[dimension], extent)
+            for place in range(layer.kernel_size[dimension])
+        ]
+        index = (slice(None),) * axis + (slice(None, None, layer.stride[dimension]),)
+        means = torch.stack([line[index].mean(axis) for line in lines], axis).to(precision)
+    return means.flatten(2)
+
+
+def _padded(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor) -> Tensor:
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)  # handles padding="same" too
 
 
 def sample_positions(indices: np.ndarray, total: int, count: int) -> Tensor | None:

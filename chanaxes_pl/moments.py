@@ -148,6 +148,72 @@ class Moments:
         return live_mask(self.variance)
 
 
+@dataclass(frozen=True, eq=False)
+class CrossMoments:
+    """Count, means and centred cross products of two sets of variables, in float64; several blocks side by side.
+
+    Merging follows the same law as :class:`Moments`.
+
+    Attributes:
+        count: scalar, the number of samples.
+        left: ``[G, F]``, means of the first set.
+        right: ``[G, R]``, means of the second.
+        scatter: ``[G, F, R]``, the sum over samples of centred outer products of left with right.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([[[0.0]], [[1.0]], [[2.0]], [[3.0]]])
+        >>> CrossMoments.of(x, 2 * x).covariance
+        tensor([[[2.5000]]], dtype=torch.float64)
+    """
+
+    count: Tensor
+    left: Tensor
+    right: Tensor
+    scatter: Tensor
+
+    @classmethod
+    def empty(cls, blocks: int, left: int, right: int, device: torch.device | str = "cpu") -> CrossMoments:
+        """The neutral element of :meth:`merge_`."""
+        scatter = torch.zeros(blocks, left, right, dtype=torch.float64, device=device)
+        return cls(scatter.new_zeros(()), scatter.new_zeros(blocks, left), scatter.new_zeros(blocks, right), scatter)
+
+    @classmethod
+    def of(cls, left: Tensor, right: Tensor) -> CrossMoments:
+        """Moments of one batch of ``[n, G, F]`` and ``[n, G, R]``, n ≥ 1, centred on itself.
+
+        Products run in float64 where both come in it or there are few right ones, in float32 otherwise.
+        """
+        narrow = right.shape[2] <= _NARROW and left.device.type != "mps"
+        precise = narrow or left.dtype == right.dtype == torch.float64
+        with true_float32(left.device):
+            means, centred = [], []
+            for samples in (left, right):
+                blocks = samples.transpose(0, 1).to(torch.float64 if precise else torch.float32)
+                shift = blocks.mean(1, keepdim=True)
+                rows = blocks - shift
+                rest = rows.mean(1, keepdim=True)  # what rounding a large mean left behind
+                centred.append(rows - rest)
+                means.append(_accumulated(shift[:, 0]) + _accumulated(rest[:, 0]))
+            scatter = _accumulated(centred[0].mT @ centred[1])
+        return cls(scatter.new_tensor(float(len(left))), means[0], means[1], scatter)
+
+    def merge_(self, other: CrossMoments) -> CrossMoments:
+        """Moments of both sets of samples together, in the tensors of ``self``."""
+        share = other.count / (self.count + other.count).clamp(min=1)
+        left, right = other.left - self.left, other.right - self.right
+        self.scatter.baddbmm_(left[:, :, None], right[:, None] * (self.count * share)).add_(other.scatter)
+        self.left.add_(left * share)
+        self.right.add_(right * share)
+        self.count.add_(other.count)
+        return self
+
+    @property
+    def covariance(self) -> Tensor:
+        """``[G, F, R]`` population covariance of left with right; NaN without samples."""
+        return self.scatter / self.count
+
+
 def live_mask(variance: Tensor) -> Tensor:
     """``[F]`` mask: variance finite and above ``DEAD_SHARE`` of the finite variances' median."""
     finite = variance.isfinite()

@@ -11,7 +11,7 @@ MAX_LAYERS = 100
 
 
 def checkpoint_scalars(table: pd.DataFrame, correlations: pd.DataFrame, prefix: str = "axis") -> dict[str, float]:
-    """Scalars by key: a fixed number for the network and three for each layer.
+    """Scalars by key: a fixed number for the network and three or four for each layer.
 
     Args:
         table: one checkpoint's table of channels.
@@ -19,8 +19,8 @@ def checkpoint_scalars(table: pd.DataFrame, correlations: pd.DataFrame, prefix: 
         prefix: first part of every key.
 
     Returns:
-        ``<prefix>/rho`` is the headline, ρ(input capture, task information), the mean over layers.
-        Undefined ones are NaN.
+        ``<prefix>/rho`` is the headline, ρ(input capture, task information), the mean over layers;
+        ``<prefix>/alignment``, where the table has it, the mean of |cos(Σw, g)|. Undefined ones are NaN.
     """
     main = headline(correlations).iloc[0]
     values = {
@@ -37,6 +37,10 @@ def checkpoint_scalars(table: pd.DataFrame, correlations: pd.DataFrame, prefix: 
     values |= {f"reliability/{local}": network[local, target]["reliability_local"] for local, target in PAIRS[:-1]}
     values |= {f"reliability/{target}": network[local, target]["reliability_target"] for local, target in PAIRS[:-1]}
     values["reliability/peer_r2"] = reliabilities(table, ["peer_r2"])["reliability"].iloc[-1]
+    if "alignment" in table:
+        alignment = table["alignment"].abs().groupby(table["layer"], sort=False).mean()
+        values["alignment"] = alignment.mean()
+        values |= {f"layer/{layer}/alignment": value for layer, value in alignment.iloc[:MAX_LAYERS].items()}
     values |= _per_layer(table, correlations)
     return {f"{prefix}/{key}": float(value) for key, value in values.items()}
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from chanaxes_pl.accumulators import LayerMoments
 from chanaxes_pl.files import replacing
 from chanaxes_pl.gaussian import MAX_CORRELATION, Association
+from chanaxes_pl.gradients import alignment
 from chanaxes_pl.metrics import (
     METRICS,
     TARGET_METRICS,
@@ -33,6 +34,8 @@ HALVED = (*METRICS, "peer_r2")
 HALVES = ("even", "odd")
 #: The target metrics against a target that knows nothing, as ``<name>_null``.
 NULLED = tuple(TARGET_METRICS)
+#: The columns that ``alignment=True`` adds: see :func:`~chanaxes_pl.gradients.alignment`.
+ALIGNMENT = ("alignment", "signal_power", "task_covariance", "capture_norm", "task_norm", "residual_norm")
 #: Which checkpoint a row belongs to.
 KEYS = ("run", "epoch", "step")
 
@@ -49,8 +52,9 @@ def axes_table(
 
     Returns:
         ``layer, channel``, :data:`COLUMNS`, ``dead`` (bool), ``at_ceiling`` (bool: a correlation of this channel
-        with a peer or with the target was clipped), the halves', the nulls', and ``reason``, which says why a
-        row holds NaN and is empty elsewhere. The half columns are NaN where the halves were not kept apart.
+        with a peer or with the target was clipped), the halves', the nulls', :data:`ALIGNMENT` where patches were
+        recorded, and ``reason``, which says why a row holds NaN and is empty elsewhere. The half columns are NaN where
+        the halves were not kept apart.
     """
     frames = [_layer_frame(name, moments, widths[name], noise) for name, moments in layers]
     return pd.concat(frames, ignore_index=True)
@@ -64,7 +68,8 @@ def _layer_frame(name: str, moments: LayerMoments | None, width: int, noise: str
     else:
         columns = measure(moments, noise)
     frame = pd.DataFrame({"layer": name, "channel": np.arange(width), **columns})
-    return frame[["layer", "channel", *COLUMNS, "dead", "at_ceiling", *_columns()[len(COLUMNS) :], "reason"]]
+    others = [*_columns()[len(COLUMNS) :], *(column for column in ALIGNMENT if column in frame)]
+    return frame[["layer", "channel", *COLUMNS, "dead", "at_ceiling", *others, "reason"]]
 
 
 def _columns() -> list[str]:
@@ -82,6 +87,10 @@ def measure(moments: LayerMoments, noise: str | float = "median") -> dict[str, n
     values = _axes(channels, association, noise) | {"peer_r2": peers.r2}
     values |= {"hull_size": peers.hull_size, "hull_score": peers.hull_score}
     values |= {f"{name}_null": metric(null) for name, metric in TARGET_METRICS.items()}
+    if moments.patches is not None:
+        shared = joint.covariance[: moments.channels, moments.channels]
+        gradients = alignment(moments.patches.outputs, local.variance, moments.patches.target, shared)
+        values |= {name: column[live] for name, column in gradients.items()}
     columns = dict.fromkeys(_columns(), np.full(moments.channels, np.nan)) | _spread(values, live)
     if len(moments.local) == len(HALVES):
         for half, part_local, part_joint in zip(HALVES, moments.local, moments.joint, strict=True):

@@ -49,6 +49,8 @@ class AxisTracker(L.Callback):
         positions: local samples an image, or ``"all"``.
         noise: σ₀² of input capture: ``"median"``, ``"mean"``, a quantile such as ``"q0.25"``, a number.
         reliability: keep the probe's two halves apart, for reliabilities.
+        alignment: add the angle between the gradients of both informations, column ``alignment`` (see
+            :func:`~chanaxes_pl.gradients.alignment`); costs more than all the rest.
         save: write the tables.
         name: first part of the logged keys and name of the folder; two trackers in one Trainer need two names.
         step: ``(module, batch) → (logits, labels)`` where a batch is not ``(images, labels)`` or
@@ -75,13 +77,14 @@ class AxisTracker(L.Callback):
         positions: int | str = 16,
         noise: str | float = "median",
         reliability: bool = True,
+        alignment: bool = False,
         save: bool = True,
         name: str = "axis",
         step: Step | None = None,
     ) -> None:
         super().__init__()
         caller = type(self).__name__
-        self.settings = Settings(layers, positions, target, noise, reliability, step, probe_size, caller)
+        self.settings = Settings(layers, positions, target, noise, reliability, step, probe_size, caller, alignment)
         self.schedule = Schedule.parse(schedule, caller)
         self.name = name
         self.table = pd.DataFrame()

@@ -16,6 +16,7 @@ ROOMS = [
     "layers",
     "targets",
     "probe",
+    "patch_moments",
     "accumulators",
     "tables",
     "correlations",

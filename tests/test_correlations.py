@@ -336,3 +336,11 @@ def test_axes_carry_the_results_of_their_table():
     pd.testing.assert_frame_equal(axes.correlations, axis_correlations(axes.table, 50))
     pd.testing.assert_frame_equal(axes.reliabilities, reliabilities(axes.table))
     pd.testing.assert_frame_equal(axes.groupings, groupings(axes.table))
+
+
+def test_alignment_becomes_scalars_where_the_table_has_it():
+    table = pd.DataFrame(zoo.synthetic_layer(0, 4)).assign(alignment=[0.5, -0.1, np.nan, 0.3])
+    scalars = checkpoint_scalars(table, axis_correlations(table))
+    assert scalars["axis/alignment"] == scalars["axis/layer/a/alignment"] == pytest.approx(0.3)
+    plain = table.drop(columns="alignment")
+    assert not any("alignment" in key for key in checkpoint_scalars(plain, axis_correlations(plain)))

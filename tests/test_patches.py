@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from chanaxes_pl.pruning.compensate import patches
+from chanaxes_pl.layers import patches
 
 
 def all_places(layer: nn.Module, inputs: Tensor) -> tuple[Tensor, torch.Size]:

@@ -362,7 +362,7 @@ def test_one_process_and_two_give_the_same_table(tmp_path, count):
     for world, settings in {1: {}, 2: {"devices": 2, "strategy": "ddp_fork"}}.items():
         folder = tmp_path / str(world)
         folder.mkdir()
-        tracker = AxisTracker(probe=images(count))
+        tracker = AxisTracker(probe=images(count), alignment=True)
         told = WritesWhatItHolds(tracker, folder)
         torch.manual_seed(0)
         model = Stays(dropout=0.0)

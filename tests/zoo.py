@@ -207,9 +207,11 @@ def recorded(
     positions: int | str = 5,
     target: str = "logit_margin",
     halves: bool = True,
+    alignment: bool = False,
 ) -> dict[str, LayerMoments]:
     """What one of ``world`` processes would hold after its share of the probe."""
-    recorder = Recorder(select_layers(model, "conv+linear"), target_function(target, "test"), positions, halves)
+    layers, function = select_layers(model, "conv+linear"), target_function(target, "test")
+    recorder = Recorder(layers, function, positions, halves, alignment)
     with observed(model), recorder.attached():
         for indices, batch in Probe(loader).batches(rank, world):
             recorder.record(indices, lambda batch=batch: images_and_labels(model, batch))

@@ -13,15 +13,13 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from chanaxes_pl.layers import CONVOLUTIONS, by_position, local_samples, sample_positions
+from chanaxes_pl.layers import CONVOLUTIONS, by_position, local_samples, patches, sample_positions
 from chanaxes_pl.moments import accumulation_device, symmetric_product, true_float32
 from chanaxes_pl.probe import observed
 from chanaxes_pl.pruning.lockstep import Signals, lockstep
@@ -253,37 +251,6 @@ class _Sums:
         """``[g, w, w]``."""
         off = self.total / self.count
         return self.products / self.count - off[:, :, None] * off[:, None, :]
-
-
-def patches(
-    layer: nn.Conv1d | nn.Conv2d | nn.Conv3d,
-    inputs: Tensor,
-    images: Tensor,
-    places: Tensor,
-    output_size: Sequence[int],
-) -> Tensor:
-    """What a convolution reads at some positions of its output.
-
-    Args:
-        layer: the convolution.
-        inputs: ``[B, C, *spatial]``.
-        images: ``[b]``, rows of the batch.
-        places: ``[b, p]``, positions of the flattened output map of each.
-        output_size: of the output map.
-
-    Returns:
-        ``[b·p, C, k]``, in the order of the flattened kernel.
-    """
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padded = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)  # handles padding="same" too
-    size = padded.shape[2:]
-    corner = np.stack(np.unravel_index(places.cpu().numpy(), tuple(output_size)), -1) * np.array(layer.stride)
-    steps = zip(layer.kernel_size, layer.dilation, strict=True)
-    kernel = np.array(list(product(*(range(0, extent * step, step) for extent, step in steps))))
-    reached = np.moveaxis(corner[:, :, None] + kernel, -1, 0)
-    at = torch.from_numpy(np.ravel_multi_index(tuple(reached), tuple(size))).to(inputs.device)
-    rows = local_samples(padded.flatten(2), images, at.flatten(1))
-    return rows.reshape(-1, len(kernel), inputs.shape[1]).transpose(1, 2)
 
 
 def _numbered(signals: Iterable[Signals]) -> Iterator[tuple[int, Signals]]:

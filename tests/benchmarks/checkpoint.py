@@ -46,7 +46,9 @@ MODELS = {
 class Bench:
     """One model with one batch of its probe."""
 
-    def __init__(self, name: str, device: str, precision: str, compiled: bool, channels_last: bool) -> None:
+    def __init__(
+        self, name: str, device: str, precision: str, compiled: bool, channels_last: bool, alignment: bool = False
+    ) -> None:
         backbone, width, size, self.budget = MODELS[name]
         torch.manual_seed(0)
         self.model = build_backbone(backbone, 100, width, size).to(device).eval()
@@ -56,7 +58,7 @@ class Bench:
             self.images = self.images.to(memory_format=torch.channels_last)
         self.labels = torch.arange(BATCH, device=device) % 100
         self.layers = select_layers(self.model)
-        self.recorder = Recorder(self.layers, TARGETS["logit_margin"])
+        self.recorder = Recorder(self.layers, TARGETS["logit_margin"], alignment=alignment)
         self.forward = torch.compile(self.model) if compiled else self.model
         self.device = device
         self.context: Callable[[], Any] = (
@@ -116,11 +118,12 @@ def main() -> None:
     parser.add_argument("--precision", choices=["float32", "bf16"], default="float32")
     parser.add_argument("--compiled", action="store_true", help="compile the bare pass")
     parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--alignment", action="store_true", help="with the gradients' alignment")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    options = (args.device, args.precision, args.compiled, args.channels_last)
+    options = (args.device, args.precision, args.compiled, args.channels_last, args.alignment)
     if args.peak:
         bench = Bench(args.models[0], *options)
         for number in range(int(args.peak[1])):
