@@ -200,7 +200,8 @@ def patch_means(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor, output
             for place in range(layer.kernel_size[dimension])
         ]
         index = (slice(None),) * axis + (slice(None, None, layer.stride[dimension]),)
-        means = torch.stack([line[index].mean(axis) for line in lines], axis).to(precision)
+        sums_in = torch.promote_types(means.dtype, torch.float32)
+        means = torch.stack([line[index].mean(axis, dtype=sums_in) for line in lines], axis).to(precision)
     return means.flatten(2)
 
 

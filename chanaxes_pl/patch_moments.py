@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from chanaxes_pl.layers import CONVOLUTIONS, by_position, local_samples, patch_means, patches
+from chanaxes_pl.layers import CONVOLUTIONS, by_position, image_means, local_samples, patch_means, patches
 from chanaxes_pl.moments import CrossMoments, accumulation_device
 
 # Numbers of patches looked at at a time: a map's patches, kernel size times the map, need not exist as a whole.
@@ -89,7 +89,7 @@ class PatchRecorder:
             self._means = self._by_block(patch_means(layer, inputs, output.shape[2:]).flatten(1))
         else:
             inputs = by_position(layer, inputs, images, name)
-            self._means = self._by_block(inputs.mean(2))
+            self._means = self._by_block(image_means(inputs))
         if places is None:
             places = torch.arange(seen.shape[2], device=seen.device).expand(images, -1)
         width = self._means[0].numel()

@@ -133,6 +133,14 @@ def test_float32_keeps_six_digits_far_from_zero():
     assert_allclose(found["alignment"], expected, atol=2e-4)
 
 
+def test_bfloat16_keeps_what_bfloat16_has():
+    model, loader = zoo.case("plain")
+    expected = compute_axes(model, loader, positions="all", alignment=True).table["alignment"]
+    images = loader.dataset.tensors[0].bfloat16()
+    found = compute_axes(model.bfloat16(), zoo.loader_of(images), positions="all", alignment=True).table["alignment"]
+    assert_allclose(found, expected, atol=0.03)
+
+
 def test_the_other_columns_do_not_notice():
     model, loader = zoo.case("plain")
     plain, more = (compute_axes(model, loader, alignment=asked).table for asked in (False, True))
