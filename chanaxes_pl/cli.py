@@ -1,8 +1,10 @@
 """The ``chanaxes`` command: finds the verb, and imports only what that verb needs."""
 
+import json
 import sys
 from difflib import get_close_matches
 from importlib import import_module
+from itertools import takewhile
 from typing import NamedTuple
 
 TRAINER_VERBS = {
@@ -19,12 +21,14 @@ class Verb(NamedTuple):
 
     target: str  # module:function; the function's parameters are the verb's flags
     summary: str
+    many: bool = False  # its first parameter takes all arguments before the first flag, as a list
 
 
 VERBS = {
     "demo": Verb("chanaxes_pl.demo:demo", "train on scikit-learn's digits for a few epochs and plot the axes"),
     "compare": Verb("chanaxes_pl.pruning.compare:compare", "set the pruning grids of several runs against each other"),
     "summary": Verb("chanaxes_pl.summary:summary", "print and plot the axis correlations of a run"),
+    "report": Verb("chanaxes_pl.report:report", "one page about a run, or about several of a network", many=True),
 }
 
 
@@ -45,11 +49,18 @@ def main() -> None:
         from jsonargparse import auto_cli
 
         module, function = VERBS[verb].target.split(":")
-        auto_cli(getattr(import_module(module), function), args=sys.argv[2:], prog=f"chanaxes {verb}")
+        arguments = _listed(sys.argv[2:]) if VERBS[verb].many else sys.argv[2:]
+        auto_cli(getattr(import_module(module), function), args=arguments, prog=f"chanaxes {verb}")
     else:
         (nearest,) = get_close_matches(verb, _summaries(), n=1, cutoff=0)
         print(f"error: unknown verb {verb!r}; did you mean {nearest!r}?\n\n{_overview()}", file=sys.stderr)
         raise SystemExit(2)
+
+
+def _listed(arguments: list[str]) -> list[str]:
+    """The arguments before the first flag as one, which the parser reads as a list."""
+    first = list(takewhile(lambda argument: not argument.startswith("-"), arguments))
+    return [json.dumps(first), *arguments[len(first) :]] if first else arguments
 
 
 def _summaries() -> dict[str, str]:

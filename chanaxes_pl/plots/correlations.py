@@ -9,8 +9,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from chanaxes_pl.correlations import HEADLINE, NETWORK, headline
-from chanaxes_pl.plots.style import BLUE, GREY, ORANGE, RHO, short, styled
+from chanaxes_pl.correlations import HEADLINE, NETWORK, PAIRS, headline
+from chanaxes_pl.plots.style import (
+    BLUE,
+    COLOURS,
+    DASHES,
+    GREY,
+    MARKERS,
+    ORANGE,
+    RHO,
+    WIDTH,
+    short,
+    styled,
+)
+from chanaxes_pl.tables import HALVED
 
 _TICKS = 9
 
@@ -19,8 +31,9 @@ def plot_correlations(correlations: pd.DataFrame, title: str = "") -> Figure:
     """Axis correlation over epochs: the mean over layers on the left, every layer on the right.
 
     Args:
-        correlations: of all checkpoints of one run, from :func:`axis_correlations`; with resamples, the 95 %
-            interval over channels is drawn as a band.
+        correlations: of all checkpoints of one run or of several, from :func:`axis_correlations`. Of one run, with
+            resamples, the 95 % interval over channels is drawn as a band; of several their mean, and each as a thin
+            line.
         title: above the figure.
 
     Returns:
@@ -37,17 +50,24 @@ def plot_correlations(correlations: pd.DataFrame, title: str = "") -> Figure:
 
 
 def _draw_mean(axes: Axes, rows: pd.DataFrame) -> None:
-    at = np.arange(len(rows))
-    ceiling = np.sqrt(rows["reliability_local"] * rows["reliability_target"])
-    axes.plot(at, ceiling, color=GREY, linestyle="--", label="ceiling set by reliability")
-    axes.plot(at, rows["null"], color=ORANGE, marker=".", label="null target")
-    if rows["low"].notna().any():
-        axes.fill_between(at, rows["low"], rows["high"], color=BLUE, alpha=0.25, linewidth=0)
-    axes.plot(at, rows["rho"], color=BLUE, marker="o", markersize=4, label="measured, 95 % over channels")
+    rows = rows.assign(ceiling=np.sqrt(rows["reliability_local"] * rows["reliability_target"]))
+    runs = [run for _, run in rows.groupby("run", sort=False)] if "run" in rows else [rows]
+    shown = rows.groupby("step", as_index=False)[["epoch", "rho", "null", "ceiling", "low", "high"]].mean()
+    at = np.arange(len(shown))
+    axes.plot(at, shown["ceiling"], color=GREY, linestyle="--", label="ceiling set by reliability")
+    axes.plot(at, shown["null"], color=ORANGE, marker=".", label="null target")
+    label = "measured, 95 % over channels"
+    if len(runs) > 1:
+        label = f"measured, mean and each of {len(runs)} runs"
+        for run in runs:
+            axes.plot(np.searchsorted(shown["step"], run["step"]), run["rho"], color=BLUE, linewidth=0.8, alpha=0.5)
+    elif shown["low"].notna().any():
+        axes.fill_between(at, shown["low"], shown["high"], color=BLUE, alpha=0.25, linewidth=0)
+    axes.plot(at, shown["rho"], color=BLUE, marker="o", markersize=4, label=label)
     axes.axhline(0, color="black", linewidth=0.6)
     lowest = min(0.0, rows[["rho", "low", "null"]].min().min())
     axes.set(ylim=(lowest - 0.08, 1.08), ylabel=RHO, title="mean over layers")
-    label_checkpoints(axes, rows)
+    label_checkpoints(axes, shown)
     sns.despine(ax=axes)
 
 
@@ -63,6 +83,42 @@ def _draw_layers(axes: Axes, correlations: pd.DataFrame) -> None:
     axes.set_title("every layer")
     axes.figure.colorbar(image, ax=axes, label=RHO, shrink=0.9)
     label_checkpoints(axes, rows.drop_duplicates("step"))
+
+
+def plot_pairs(correlations: pd.DataFrame, reliabilities: pd.DataFrame, title: str = "") -> Figure:
+    """All pairs of metrics over the checkpoints, mean over layers, and how reliable each metric is.
+
+    Args:
+        correlations: from :func:`axis_correlations`; of several runs the mean is drawn.
+        reliabilities: from :func:`~chanaxes_pl.correlations.reliabilities`; the same.
+        title: above the figure.
+
+    Returns:
+        A figure; ``figure.savefig(path)`` writes it.
+    """
+    with styled():
+        figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True)
+        rows = correlations[correlations["layer"] == NETWORK]
+        for (local, target), marker, dashes in zip(PAIRS, MARKERS, (*DASHES, "-"), strict=False):
+            pair = rows[(rows["local"] == local) & (rows["target"] == target)].groupby("step")["rho"].mean()
+            look = {"color": COLOURS["two_axis" if local == "local_axis" else local], "linestyle": dashes}
+            name = f"{local}, {target}".replace("_", " ")
+            left.plot(range(len(pair)), pair, marker=marker, markersize=4, linewidth=1, label=name, **look)
+        for metric in HALVED:
+            values = reliabilities[(reliabilities["layer"] == NETWORK) & (reliabilities["metric"] == metric)]
+            mean = values.groupby("step")["reliability"].mean()
+            look = {"color": COLOURS[metric], "label": metric.replace("_", " ")}
+            right.plot(range(len(mean)), mean, marker="o", markersize=3, linewidth=1, **look)
+        left.set(title="ρ, mean over layers", ylabel="ρ or reliability")
+        right.set_title("split-half reliability")
+        for axes in (left, right):
+            axes.axhline(0, color="black", linewidth=0.6)
+            label_checkpoints(axes, rows.drop_duplicates("step"))
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False, fontsize=8)
+            sns.despine(ax=axes)
+        figure.suptitle(title)
+    return figure
 
 
 def label_checkpoints(axes: Axes, rows: pd.DataFrame) -> None:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from chanaxes_pl.correlations import NETWORK
-from chanaxes_pl.plots.style import COLOURS, DASHES, MARKERS, short, styled
+from chanaxes_pl.plots.style import COLOURS, DASHES, MARKERS, layer_bar, styled
 
 
 def plot_pruning(grid: pd.DataFrame, title: str = "") -> Figure:
@@ -99,8 +99,6 @@ def plot_lesions(table: pd.DataFrame, correlations: pd.DataFrame, damage: str = 
         for axes in panels[:, 0]:
             axes.set_ylabel(f"damage, {damage} (nats)")
         if dots is not None:
-            bar = figure.colorbar(dots, ax=panels, shrink=0.8, aspect=40, label="layer")
-            ticks = sorted({0, len(layers) // 2, len(layers) - 1})
-            bar.set_ticks(ticks, labels=[short(layers[tick], layers) for tick in ticks])
+            layer_bar(figure, dots, panels, layers)
         figure.suptitle(title)
     return figure

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import seaborn as sns
+from matplotlib.figure import Figure
 
 from chanaxes_pl.correlations import HEADLINE
 
+#: Width in inches of a figure over both columns of a paper.
+WIDTH = 7.2
 #: Label of the headline correlation.
 RHO = f"ρ({', '.join(name.replace('_', ' ') for name in HEADLINE)})"
 
@@ -46,3 +50,10 @@ def short(name: str, names: Sequence[str]) -> str:
     """A layer's name without the module that all of them are in."""
     head = name.split(".")[0] + "."
     return name.removeprefix(head) if all(other.startswith(head) for other in names) else name
+
+
+def layer_bar(figure: Figure, dots: Any, axes: Any, layers: Sequence[str]) -> None:
+    """A colour bar of depth beside ``axes``, for points whose colour is their layer's place in ``layers``."""
+    bar = figure.colorbar(dots, ax=axes, shrink=0.8, aspect=40, label="layer")
+    ticks = sorted({0, len(layers) // 2, len(layers) - 1})
+    bar.set_ticks(ticks, labels=[short(layers[tick], layers) for tick in ticks])

@@ -1,0 +1,108 @@
+"""The report's sections on what was done to the trained networks: lesions and pruning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from chanaxes_pl.correlations import NETWORK, over_runs
+from chanaxes_pl.metrics import METRICS
+from chanaxes_pl.plots import plot_lesions, plot_pruning
+from chanaxes_pl.pruning.lesions import OPERATIONS
+from chanaxes_pl.pruning.protocol import DENSE, VARIANT
+from chanaxes_pl.pruning.removability import score_damage_correlation
+from chanaxes_pl.report.blocks import Missing, Picture, Section, Table, interval
+from chanaxes_pl.runs import Runs
+
+_POINT = ["run", "layer", "channel"]
+
+
+def lesions(runs: Runs) -> Section:
+    """What lesions cost, and what that goes with."""
+    about = "Damage to the test images of taking channels out one by one, and the metrics that it goes with."
+    found = [(run, place, table) for run in runs.each for place, table in run.lesions.items()]
+    if not found:
+        command = "chanaxes lesion --config CONFIG --ckpt_path RUN/checkpoints/last.ckpt"
+        return Section(
+            "Lesions", about, [Missing(f"No lesions.parquet in the run folder yet; it comes from `{command}`.")]
+        )
+    blocks: list[Any] = []
+    frames = []
+    for number, (run, place, table) in enumerate(found):
+        damage = _damage(table)
+        correlations = score_damage_correlation(table, [*METRICS, "peer_r2"], damage, runs.resamples)
+        frames.append(correlations.assign(run=f"{run.name}/{place}"))
+        means = [f"{op} {table[f'{op}_loss'].mean():+.4f}" for op in OPERATIONS if f"{op}_loss" in table]
+        panels = correlations.loc[correlations["layer"] == NETWORK, "score"]
+        blocks.append(
+            Picture(
+                f"lesions-{number}" if len(found) > 1 else "lesions",
+                plot_lesions(table, correlations, damage, title=run.name if len(runs.each) > 1 else ""),
+                table,
+                f"{len(table)} channels of {run.name}; mean change of cross-entropy in nats: {', '.join(means)}. "
+                f"ρ: {damage} with the metric within layers, mean over layers [95 % over units].",
+                [table[[*_POINT, score, damage]] for score in panels],
+            )
+        )
+    together = pd.concat(frames, ignore_index=True)
+    return Section("Lesions", about, [*blocks, *_over_runs(together, len(found), runs.resamples)])
+
+
+def _damage(table: pd.DataFrame) -> str:
+    return next(f"{operation}_loss" for operation in OPERATIONS if f"{operation}_loss" in table)
+
+
+def _over_runs(correlations: pd.DataFrame, count: int, resamples: int) -> list[Table]:
+    if count == 1:
+        return []
+    means = over_runs(correlations[correlations["layer"] == NETWORK], "rho", resamples)
+    rows = [[str(row["score"]).replace("_", " "), interval(row)] for _, row in means.iterrows()]
+    return [
+        Table("ρ with damage over runs: mean ± standard deviation [95 % bootstrap over runs].", ["metric", "ρ"], rows)
+    ]
+
+
+def pruning(runs: Runs) -> Section:
+    """Accuracy over MACs."""
+    about = "Test accuracy over the share of multiply–accumulates that is left, under each score of what goes first."
+    places = list(dict.fromkeys(place for run in runs.each for place in run.pruning))
+    if not places:
+        command = "chanaxes prune --config CONFIG --ckpt_path RUN/checkpoints/last.ckpt"
+        return Section(
+            "Pruning", about, [Missing(f"No pruning.parquet in the run folder yet; it comes from `{command}`.")]
+        )
+    blocks: list[Any] = []
+    for number, place in enumerate(places):
+        grids = [run.pruning[place] for run in runs.each if place in run.pruning]
+        grid = pd.concat(grids, ignore_index=True)
+        title = "" if place == "." else place
+        caption = f"{len(grids)} run{'s: mean, and the range as a band' if len(grids) > 1 else ''}; the line is the dense network."
+        name = f"pruning-{number}" if len(places) > 1 else "pruning"
+        blocks += [Picture(name, plot_pruning(grid, title), grid, caption), *_accuracies(grid, title, runs.resamples)]
+    return Section("Pruning", about, blocks)
+
+
+def _accuracies(grid: pd.DataFrame, title: str, resamples: int) -> list[Table]:
+    """A table for each allocation and compensation: accuracy by score and budget."""
+    pruned = grid[grid["score"] != DENSE]
+    pruned = pruned.assign(accuracy=100 * pruned["accuracy"])
+    tables = []
+    for (allocation, strength), part in pruned.groupby(["allocation", "compensate"], sort=False):
+        means = over_runs(part[["run", *VARIANT, "accuracy"]], "accuracy", resamples).set_index(["score", "budget"])
+        budgets = sorted(part["budget"].unique(), reverse=True)
+        rows = [
+            [
+                score,
+                *(
+                    interval(means.loc[(score, budget)], 1) if (score, budget) in means.index else "–"
+                    for budget in budgets
+                ),
+            ]
+            for score in part["score"].unique()
+        ]
+        kind = f"{title + ': ' if title else ''}{allocation}, {'no compensation' if strength == 'none' else strength}"
+        tables.append(
+            Table(f"{kind}. Accuracy in %.", ["score", *(f"{100 * budget:g} % of MACs" for budget in budgets)], rows)
+        )
+    return tables

@@ -1,0 +1,88 @@
+"""Sections as one HTML file that opens without a network, and their figures as files beside it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.collections import PathCollection
+from matplotlib.figure import Figure
+
+from chanaxes_pl.files import replacing
+from chanaxes_pl.report.blocks import Picture, Section
+from chanaxes_pl.runs import Runs
+
+# Text as text in PDF, as outlines in the page: a reader's machine need not have the font. The same run, the same bytes.
+_LOOK = {"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "chanaxes", "savefig.dpi": 200}
+
+
+def write_page(folder: Path, runs: Runs, sections: Sequence[Section]) -> Path:
+    """Write the page, the figures as PDF and their numbers as CSV.
+
+    Args:
+        folder: where; it exists.
+        runs: for the heading.
+        sections: in order.
+
+    Returns:
+        The page, ``<folder>/index.html``; it is there whole or as it was.
+
+    Raises:
+        OSError: if the folder cannot be written.
+    """
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.tests["picture"] = lambda block: isinstance(block, Picture)
+    environment.globals["embed"] = lambda picture: _embed(picture, folder)
+    environment.globals["kind"] = lambda block: type(block).__name__
+    template = environment.from_string((files("chanaxes_pl.report") / "page.html").read_text("utf-8"))
+    page = folder / "index.html"
+    text = template.render(runs=runs, sections=sections)
+    with replacing(page) as draft:
+        draft.write_text(text, "utf-8")
+    return page
+
+
+def _embed(picture: Picture, folder: Path) -> dict[str, Any]:
+    """A figure as the page holds it, once its files are written."""
+    svg = io.BytesIO()
+    with mpl.rc_context(_LOOK):
+        picture.figure.savefig(folder / f"{picture.name}.pdf", metadata={"CreationDate": None})
+        picture.figure.savefig(svg, format="svg", metadata={"Date": None})
+    with replacing(folder / f"{picture.name}.csv") as draft:
+        picture.numbers.to_csv(draft, index=False, float_format="%.6g")
+    width, height = picture.figure.get_size_inches()
+    return {
+        "source": "data:image/svg+xml;base64," + base64.b64encode(svg.getvalue()).decode(),
+        "width": round(96 * width),
+        "height": round(96 * height),
+        "rows": len(picture.numbers),
+        "points": json.dumps(_hover(picture.figure, picture.points)) if picture.points else "",
+    }
+
+
+def _hover(figure: Figure, panels: Sequence[pd.DataFrame]) -> list[dict[str, Any]]:
+    """Where the points of each scatter plot are, as shares of the figure's width and height, and what they are."""
+    scatters = [(axes, dots) for axes in figure.axes for dots in axes.collections if isinstance(dots, PathCollection)]
+    drawn = []
+    for (axes, dots), points in zip(scatters, panels, strict=True):
+        pixels = axes.transData.transform(np.ma.filled(dots.get_offsets(), np.nan))
+        places = figure.transFigure.inverted().transform(pixels)
+        fields = [str(column) for column in points if column not in ("run", "layer", "channel")]
+        names = {key: list(dict.fromkeys(points[key])) for key in ("layer", "run")}
+        columns = [places[:, 0].round(4), (1 - places[:, 1]).round(4)]
+        columns += [pd.Categorical(points["layer"], names["layer"]).codes, points["channel"]]
+        columns += [pd.Categorical(points["run"], names["run"]).codes]
+        columns += [points[field].map("{:.3g}".format) for field in fields]
+        rows = [list(row) for row in zip(*(np.asarray(column).tolist() for column in columns), strict=True)]
+        seen = [row for row in rows if row[0] == row[0] and row[1] == row[1]]
+        drawn.append({"layers": names["layer"], "runs": names["run"], "fields": fields, "points": seen})
+    return drawn

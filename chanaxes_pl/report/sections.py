@@ -1,0 +1,265 @@
+"""What the report shows, section by section: each takes the runs and returns what it found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from chanaxes_pl.correlations import HEADLINE, NETWORK, PAIRS, reliabilities, task_masses
+from chanaxes_pl.groupings import groupings
+from chanaxes_pl.plots import (
+    channel_panels,
+    distributions,
+    plot_accuracy,
+    plot_channels,
+    plot_correlations,
+    plot_cost,
+    plot_distributions,
+    plot_groupings,
+    plot_pairs,
+    plot_peer_support,
+)
+from chanaxes_pl.pruning.protocol import DENSE
+from chanaxes_pl.report.blocks import Folded, Missing, Picture, Section, Table, interval, number
+from chanaxes_pl.report.experiments import lesions, pruning
+from chanaxes_pl.runs import Run, Runs
+
+#: What a reader looks for first, by the end of its key in the configuration.
+_SHOWN = {
+    "network": "model.init_args.backbone",
+    "width": "model.init_args.width",
+    "data": "data.class_path",
+    "batch": "data.init_args.batch_size",
+    "learning rate": "model.init_args.lr",
+    "epochs": "trainer.max_epochs",
+    "precision": "trainer.precision",
+    "seed": "seed_everything",
+}
+
+
+def configuration(runs: Runs) -> Section:
+    """What was run, and what of it could not be read."""
+    shown = {name: [_setting(run.config, key) for run in runs.each] for name, key in _SHOWN.items()}
+    shown = {name: cells for name, cells in shown.items() if any(cells)}
+    rows = [
+        [run.name, *(cells[place] or "–" for cells in shown.values()), f"{len(run.steps)}, to step {run.steps[-1]}"]
+        for place, run in enumerate(runs.each)
+    ]
+    blocks: list[Any] = [Table("", ["run", *shown, "checkpoints"], rows)]
+    if len(runs.each) > 1:
+        left = sum(len(run.steps) for run in runs.each) - len(runs.each) * len(runs.steps)
+        if left:
+            blocks.append(Missing(f"Left out: {left} checkpoints at steps where not every run was measured."))
+    blocks += [Missing(note) for run in runs.each for note in run.notes]
+    saved = [run for run in runs.each if run.config]
+    blocks += [Folded(f"whole configuration of {run.name}", yaml.safe_dump(run.config)) for run in saved]
+    if len(saved) < len(runs.each):
+        blocks.append(Missing("No saved configuration: config.yaml is written by runs that `chanaxes fit` starts."))
+    return Section("Configuration", "What was trained, and how often it was measured.", blocks)
+
+
+def accuracy(runs: Runs) -> Section:
+    """How well the networks do."""
+    rows = [row for run in runs.each for row in _accuracies(run)]
+    about = "Top-1 accuracy while training."
+    if not rows:
+        reason = "No accuracy: metrics.csv in the run folder holds no top1. Train with a CSVLogger, and a Classifier."
+        return Section("Accuracy", about, [Missing(reason)])
+    table = pd.DataFrame(rows)
+    ends = table.groupby(["run", "split"], sort=False).last()["accuracy"].unstack()
+    splits = [split for split in ("train", "val", "test") if split in ends]
+    cells = [[str(run), *(number(100 * row[split], 1) for split in splits)] for run, row in ends.iterrows()]
+    if len(cells) > 1:
+        cells.append(["mean ± sd", *(f"{100 * ends[s].mean():.1f} ± {100 * ends[s].std():.1f}" for s in splits)])
+    caption = "Train: mean over the epoch while it was trained. Validation and test: images not trained on."
+    picture = Picture("accuracy", plot_accuracy(table), table, caption)
+    return Section("Accuracy", about, [picture, Table("Top-1 accuracy at the end, %.", ["run", *splits], cells)])
+
+
+def correlation(runs: Runs) -> Section:
+    """How the two axes come apart."""
+    several = len(runs.each) > 1
+    means, change = runs.mean(), runs.change(runs.steps[0], runs.steps[-1])
+    drawn = Picture(
+        "correlations",
+        plot_correlations(runs.correlations),
+        runs.correlations,
+        "Left: ρ(input capture, task information), mean over layers; the ceiling is the highest ρ that the metrics' "
+        "split-half reliability allows, the null the same for a target that knows nothing. Right: every layer"
+        + (", mean over runs." if several else "."),
+    )
+    reliable = reliabilities(runs.table)
+    pairs = Picture(
+        "pairs",
+        plot_pairs(runs.correlations, reliable),
+        reliable,
+        "Left: all pairs of a local and a target metric, and the two axes. Right: how far each metric, measured on one "
+        "half of the probe, agrees with the other half (Spearman–Brown).",
+    )
+    rows = []
+    for pair in PAIRS:
+        of_pair = means[(means["layer"] == NETWORK) & (means["local"] == pair[0]) & (means["target"] == pair[1])]
+        by_step = of_pair.set_index("step")
+        cells = [interval(by_step.loc[step]) for step in runs.landmarks.values()]
+        whole = change[(change["layer"] == NETWORK) & (change["local"] == pair[0]) & (change["target"] == pair[1])]
+        rows.append([" and ".join(name.replace("_", " ") for name in pair), *cells, interval(whole.iloc[0], sign=True)])
+    spread = " ± standard deviation over runs [95 % bootstrap over runs]" if several else ""
+    caption = f"Mean over layers{spread}. Change: last less first, of the same run."
+    table = Table(caption, ["pair", *_when(runs).values(), "change"], rows)
+    blocks: list[Any] = [drawn, table, pairs, *_against_headline(runs)]
+    if len(runs.steps) == 1:
+        blocks.insert(0, Missing('A single checkpoint: nothing to see over epochs. `schedule="log"` records more.'))
+    about = "Spearman's ρ between a channel's local and its target metrics, within layers, over training."
+    return Section("Axis correlation", about, blocks)
+
+
+def _against_headline(runs: Runs) -> list[Table]:
+    if len(runs.each) == 1:
+        return []
+    first, last = (runs.beyond_headline(step) for step in (runs.steps[0], runs.steps[-1]))
+    rows = [
+        [
+            " and ".join(name.replace("_", " ") for name in pair),
+            *(
+                interval(frame[(frame["local"] == pair[0]) & (frame["target"] == pair[1])].iloc[0], sign=True)
+                for frame in (first, last)
+            ),
+        ]
+        for pair in PAIRS
+        if pair != HEADLINE
+    ]
+    caption = "ρ less that of input capture and task information, on the same checkpoint of the same run."
+    return [Table(caption, ["pair", "first checkpoint", "last checkpoint"], rows)]
+
+
+def metrics(runs: Runs) -> Section:
+    """The four metrics over time."""
+    quantiles = distributions(runs.table)
+    dead = runs.table.groupby("step")["dead"].sum()
+    picture = Picture(
+        "distributions",
+        plot_distributions(quantiles),
+        quantiles,
+        "Over all live channels: median, the middle half and the middle 90 %. "
+        f"Dead channels: {dead.iloc[0]:g} at the first checkpoint, {dead.iloc[-1]:g} at the last.",
+    )
+    return Section("Metrics", "How the four metrics are distributed over channels.", [picture])
+
+
+def channels(runs: Runs) -> Section:
+    """Every channel."""
+    when = _when(runs)
+    steps = {when[key]: runs.landmarks[key] for key in ("first", "last")}
+    panels = channel_panels(runs.table, steps)
+    kept = ["run", "layer", "channel"]
+    points = [panel[[*kept, panel["local"].iloc[0], panel["target"].iloc[0]]] for panel in panels if len(panel)]
+    numbers = pd.concat(panels)[["run", "epoch", "step", "layer", "channel", "local", "target", "x", "y"]]
+    about = "Each point is a channel; rest the pointer on one to see which."
+    if len(points) < len(panels):
+        return Section("Channels", about, [Missing("No channel is live, or has its metrics defined.")])
+    picture = Picture(
+        "channels",
+        plot_channels(panels, list(runs.each[0].widths)),
+        numbers,
+        "Ranks within the layer. Coupled axes would lie along the diagonal.",
+        points,
+    )
+    return Section("Channels", about, [picture])
+
+
+def groups(runs: Runs) -> Section:
+    """Whether the axes sort channels alike."""
+    about = (
+        "k-means groups (k = 4) of a layer's channels by their local metrics, and by their target metrics; the adjusted "
+        "Rand index is 1 where both groupings are the same and 0 on average where they have nothing to do with each other."
+    )
+    frames = [groupings(runs.table[runs.table["step"] == step]).assign(when=when) for when, step in _distinct(runs)]
+    table = pd.concat(frames, ignore_index=True)
+    if table["ari"].isna().all():
+        return Section("Groupings", about, [Missing("No layer has 4 live channels, so none can be grouped.")])
+    caption = (
+        "Beside the agreement of the axes stands that of each axis with itself on the probe's other half: its ceiling."
+    )
+    return Section("Groupings", about, [Picture("groupings", plot_groupings(table), table, caption)])
+
+
+def peers(runs: Runs) -> Section:
+    """What peers could stand in for."""
+    last = runs.table[runs.table["step"] == runs.steps[-1]]
+    about = "How much of a channel's output ridge regression on its same-layer peers explains, at the last checkpoint."
+    quartiles = last.groupby(["run", "layer"], sort=False)["peer_r2"].quantile([0.25, 0.5, 0.75]).unstack()
+    support = quartiles.set_axis(["peer_r2_low", "peer_r2", "peer_r2_high"], axis=1).reset_index()
+    table = support.merge(task_masses(last), on=["run", "layer"])
+    caption = "Task information counts as duplicated by the share of the channel that its peers explain, Σ I·R²."
+    return Section("Peer support", about, [Picture("peers", plot_peer_support(table), table, caption)])
+
+
+def cost(runs: Runs) -> Section:
+    """What measuring took."""
+    about = "What the tracker took of the training's time, probe passes and all."
+    frames = []
+    for run in runs.each:
+        tracker = next((c.removesuffix("/seconds") for c in run.scalars if str(c).endswith("/seconds")), None)
+        if tracker is not None:
+            rows = run.scalars.dropna(subset=[f"{tracker}/seconds"])
+            taken = {name: rows[f"{tracker}/{name}"] for name in ("seconds", "time_share")}
+            frames.append(pd.DataFrame({"run": run.name, "epoch": rows["epoch"], "step": rows["step"], **taken}))
+    if not frames:
+        return Section("Cost", about, [Missing("metrics.csv in the run folder holds no …/seconds: no CSVLogger ran.")])
+    table = pd.concat(frames, ignore_index=True)
+    return Section("Cost", about, [Picture("cost", plot_cost(table), table, "Wall-clock time, a line a run.")])
+
+
+def _setting(config: dict[str, Any], key: str) -> str:
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    if value is None:  # what a CSVLogger keeps of a Classifier has no such levels
+        value = config.get(key.split(".")[-1])
+    return "" if value is None else str(value).split(".")[-1] if "class_path" in key else str(value)
+
+
+def _accuracies(run: Run) -> Iterator[dict[str, Any]]:
+    for split, later in (("train", 1), ("val", 1), ("test", 0)):
+        if f"{split}/top1" in run.scalars:
+            rows = run.scalars.dropna(subset=[f"{split}/top1"])
+            for row in (rows if later else rows.tail(1)).to_dict("records"):
+                yield {"run": run.name, "split": split, "epoch": row["epoch"] + later, "accuracy": row[f"{split}/top1"]}
+    if "test/top1" not in run.scalars:  # the pruning grid evaluates the dense network too
+        for grid in run.pruning.values():
+            dense = grid.loc[grid["score"] == DENSE, "accuracy"]
+            if len(dense):
+                end = run.table["epoch"].max()
+                yield {"run": run.name, "split": "test", "epoch": end, "accuracy": dense.iloc[0]}
+                return
+
+
+def _when(runs: Runs) -> dict[str, str]:
+    """What to call the landmarks."""
+    epochs = runs.table.drop_duplicates("step").set_index("step")["epoch"]
+    names = {"first": "first checkpoint", "highest": "highest", "last": "last checkpoint"}
+    return {key: f"{names[key]} (epoch {epochs[step]:.3g})" for key, step in runs.landmarks.items()}
+
+
+def _distinct(runs: Runs) -> list[tuple[str, int]]:
+    """The landmarks, each step once."""
+    when = _when(runs)
+    return [(when[key], step) for step, key in {step: key for key, step in runs.landmarks.items()}.items()]
+
+
+#: The page, from top to bottom.
+SECTIONS = (
+    configuration,
+    accuracy,
+    correlation,
+    metrics,
+    channels,
+    groups,
+    peers,
+    lesions,
+    pruning,
+    cost,
+)
