@@ -41,11 +41,13 @@ def demo(epochs: int = 8, out: str = "runs", seed: int = 0) -> None:
     print(f"\nResNet-18 at quarter width on 8×8 digits, {epochs} epochs, test accuracy {accuracy:.1%}\n")
     summary(str(tracker.folder))
     folder = Path(str(trainer.log_dir))
+    # without the logger: the run's own logs are of its training alone
+    tester = L.Trainer(accelerator="cpu", logger=False, enable_model_summary=False, enable_checkpointing=False)
     print(f"scalars: {folder / 'metrics.csv'}\n")
     lesions = PruneModule(
         model, "lesion", out=folder, operations=("zero", "mean", "peer"), channels=6, scores=("l1",), seed=seed
     )
-    trainer.test(lesions, data, verbose=False)
+    tester.test(lesions, data, verbose=False)
     print(describe_lesions(lesions.table))
     print(f"figure: {folder / 'lesions.png'}\ntable:  {folder / 'lesions.parquet'}\n")
     pruning = PruneModule(
@@ -57,6 +59,6 @@ def demo(epochs: int = 8, out: str = "runs", seed: int = 0) -> None:
         compensate=(False, "refit"),
         seed=seed,
     )
-    trainer.test(pruning, data, verbose=False)
+    tester.test(pruning, data, verbose=False)
     print(describe_pruning(pruning.table))
     print(f"figure: {folder / 'pruning.png'}\ntable:  {folder / 'pruning.parquet'}")

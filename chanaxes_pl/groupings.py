@@ -9,6 +9,7 @@ import pandas as pd
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import adjusted_rand_score
+from threadpoolctl import threadpool_limits
 
 from chanaxes_pl.correlations import AXES, checkpoints, coordinates
 from chanaxes_pl.tables import HALVES
@@ -50,7 +51,8 @@ def _clusters(values: np.ndarray, seed: int, starts: int) -> np.ndarray | None:
     if len(values) < GROUPS or not np.isfinite(values).all():
         return None
     points = (values - values.mean(0)) / np.where(values.std(0) > 0, values.std(0), 1.0)
-    with warnings.catch_warnings():
+    # On so few points threads only wait for each other: on a busy machine twenty times as long.
+    with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct points than groups: some stay empty
         model = KMeans(GROUPS, n_init=starts, random_state=seed)  # pyright: ignore[reportArgumentType]
         return model.fit(points).labels_

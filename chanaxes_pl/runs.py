@@ -90,8 +90,8 @@ class Runs:
     @cached_property
     def landmarks(self) -> dict[str, int]:
         """Steps of the first checkpoint, of that with the highest headline correlation (mean of runs), of the last."""
-        mean = headline(self.correlations).groupby("step")["rho"].mean()
-        highest = int(mean.idxmax()) if mean.notna().any() else self.steps[0]
+        mean = headline(self.correlations).groupby("step")["rho"].mean().fillna(-2.0)
+        highest = self.steps[int(mean.to_numpy().argmax())]
         return {"first": self.steps[0], "highest": highest, "last": self.steps[-1]}
 
     def mean(self, value: str = "rho") -> pd.DataFrame:
@@ -178,11 +178,10 @@ def _root(folder: Path) -> tuple[Path, Path]:
 
 def _names(roots: Sequence[Path]) -> list[str]:
     """The shortest ends of their paths that tell the runs apart, of two parts at the least."""
-    for length in range(2, max(len(root.parts) for root in roots) + 1):
-        names = ["/".join(root.parts[-length:]) for root in roots]
-        if len(set(names)) == len(names):
-            break
-    return names
+    length = 2
+    while len({root.parts[-length:] for root in roots}) < len(roots):
+        length += 1
+    return ["/".join(root.parts[-length:]) for root in roots]
 
 
 def _read(root: Path, tracker: Path, name: str) -> Run:

@@ -8,7 +8,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from chanaxes_pl.plots.style import WIDTH, layer_bar, styled
+from chanaxes_pl.plots.style import WIDTH, layer_bar, styled, words
 
 #: Metrics that are set against each other, each a row of panels.
 PAIRS = (("input_capture", "task_information"), ("peer_overlap", "target_excess"))
@@ -67,9 +67,9 @@ def plot_channels(panels: list[pd.DataFrame], layers: list[str], title: str = ""
                 rasterized=True,
             )
             names = {key: points[key].iloc[0] if len(points) else "" for key in ("when", "local", "target")}
-            axes.set_title(f"{names['when']}", fontsize=9)
-            axes.set_xlabel(f"{names['local'].replace('_', ' ')}\n(rank in its layer, %)", fontsize=8)
-            axes.set_ylabel(f"{names['target'].replace('_', ' ')}\n(rank in its layer, %)", fontsize=8)
+            axes.set_title(names["when"], fontsize=9)
+            axes.set_xlabel(f"{words(names['local'])}\n(rank in its layer, %)", fontsize=8)
+            axes.set_ylabel(f"{words(names['target'])}\n(rank in its layer, %)", fontsize=8)
             axes.tick_params(labelbottom=True)
             sns.despine(ax=axes)
         for axes in grid[:, 1:].flat:

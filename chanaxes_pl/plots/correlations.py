@@ -21,6 +21,7 @@ from chanaxes_pl.plots.style import (
     WIDTH,
     short,
     styled,
+    words,
 )
 from chanaxes_pl.tables import HALVED
 
@@ -103,12 +104,12 @@ def plot_pairs(correlations: pd.DataFrame, reliabilities: pd.DataFrame, title: s
         for (local, target), marker, dashes in zip(PAIRS, MARKERS, (*DASHES, "-"), strict=False):
             pair = rows[(rows["local"] == local) & (rows["target"] == target)].groupby("step")["rho"].mean()
             look = {"color": COLOURS["two_axis" if local == "local_axis" else local], "linestyle": dashes}
-            name = f"{local}, {target}".replace("_", " ")
-            left.plot(range(len(pair)), pair, marker=marker, markersize=4, linewidth=1, label=name, **look)
+            look |= {"marker": marker, "markersize": 4, "linewidth": 1, "label": f"{words(local)}, {words(target)}"}
+            left.plot(range(len(pair)), pair, **look)
         for metric in HALVED:
             values = reliabilities[(reliabilities["layer"] == NETWORK) & (reliabilities["metric"] == metric)]
             mean = values.groupby("step")["reliability"].mean()
-            look = {"color": COLOURS[metric], "label": metric.replace("_", " ")}
+            look = {"color": COLOURS[metric], "label": words(metric)}
             right.plot(range(len(mean)), mean, marker="o", markersize=3, linewidth=1, **look)
         left.set(title="ρ, mean over layers", ylabel="ρ or reliability")
         right.set_title("split-half reliability")

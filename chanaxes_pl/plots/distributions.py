@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from chanaxes_pl.metrics import METRICS
 from chanaxes_pl.plots.correlations import label_checkpoints
-from chanaxes_pl.plots.style import COLOURS, WIDTH, styled
+from chanaxes_pl.plots.style import COLOURS, WIDTH, styled, words
 
 #: Shares of the channels that lie below the edges of the bands and the line in their middle.
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -58,6 +58,6 @@ def _draw_bands(axes: Axes, quantiles: pd.DataFrame, metric: str) -> None:
     for low, high, alpha in ((0, 4, 0.18), (1, 3, 0.35)):
         axes.fill_between(at, edges[:, low], edges[:, high], color=COLOURS[metric], alpha=alpha, linewidth=0)
     axes.plot(at, edges[:, 2], color=COLOURS[metric], marker="o", markersize=3)
-    axes.set(title=metric.replace("_", " "), ylabel="nats")
+    axes.set(title=words(metric), ylabel="nats")
     label_checkpoints(axes, quantiles.drop_duplicates("step"))
     sns.despine(ax=axes)

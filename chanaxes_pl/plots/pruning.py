@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from chanaxes_pl.correlations import NETWORK
-from chanaxes_pl.plots.style import COLOURS, DASHES, MARKERS, layer_bar, styled
+from chanaxes_pl.plots.style import COLOURS, DASHES, MARKERS, layer_bar, styled, words
 
 
 def plot_pruning(grid: pd.DataFrame, title: str = "") -> Figure:
@@ -89,7 +89,9 @@ def plot_lesions(table: pd.DataFrame, correlations: pd.DataFrame, damage: str = 
             axes = panels.flat[place]
             ranks = table.groupby("layer")[row["score"]].rank(pct=True)
             dots = axes.scatter(100 * ranks, table[damage], c=depth, cmap="viridis", s=6, linewidths=0, alpha=0.7)
-            axes.set_title(f"{row['score']}: ρ = {row['rho']:.2f} [{row['low']:.2f}, {row['high']:.2f}]", fontsize=9)
+            axes.set_title(
+                f"{words(row['score'])}: ρ = {row['rho']:.2f} [{row['low']:.2f}, {row['high']:.2f}]", fontsize=9
+            )
             axes.axhline(0, color="black", linewidth=0.6)
             axes.set_yscale("symlog", linthresh=0.01)
             axes.set_xlabel("rank in its layer (%)")

@@ -46,6 +46,15 @@ def styled() -> Iterator[None]:
         yield
 
 
+def words(name: str) -> str:
+    """A column's name as text.
+
+    >>> words("input_capture"), words("peer_r2")
+    ('input capture', 'peer R²')
+    """
+    return name.replace("_r2", " R²").replace("_", " ")
+
+
 def short(name: str, names: Sequence[str]) -> str:
     """A layer's name without the module that all of them are in."""
     head = name.split(".")[0] + "."

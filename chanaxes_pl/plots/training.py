@@ -6,6 +6,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from chanaxes_pl.plots.style import BLUE, GREEN, GREY, ORANGE, WIDTH, styled
 
@@ -33,6 +34,7 @@ def plot_accuracy(accuracies: pd.DataFrame, title: str = "") -> Figure:
                 look = {"color": colour, "linestyle": line, "marker": marker, "markersize": 4, "linewidth": 1}
                 axes.plot(run["epoch"], 100 * run["accuracy"], label="" if number else label, **look)
         axes.set(xlabel="epochs trained", ylabel="top-1 accuracy (%)", ylim=(0, None))
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         sns.despine(ax=axes)
         figure.suptitle(title)
@@ -63,5 +65,6 @@ def plot_cost(costs: pd.DataFrame, title: str = "") -> Figure:
 
 
 def _finish(axes: Axes, label: str, top: float) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.set(xlabel="checkpoint", ylabel=label, ylim=(0, top))
     sns.despine(ax=axes)

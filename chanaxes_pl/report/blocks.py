@@ -72,6 +72,7 @@ class Section:
 
 def number(value: float, digits: int = 2, sign: bool = False) -> str:
     """A number as a cell shows it; a dash where it is undefined."""
+    value = round(float(value), digits) + 0.0  # no −0.00
     return "–" if value != value else f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
 
 

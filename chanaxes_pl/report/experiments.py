@@ -9,10 +9,11 @@ import pandas as pd
 from chanaxes_pl.correlations import NETWORK, over_runs
 from chanaxes_pl.metrics import METRICS
 from chanaxes_pl.plots import plot_lesions, plot_pruning
+from chanaxes_pl.plots.style import words
 from chanaxes_pl.pruning.lesions import OPERATIONS
 from chanaxes_pl.pruning.protocol import DENSE, VARIANT
 from chanaxes_pl.pruning.removability import score_damage_correlation
-from chanaxes_pl.report.blocks import Missing, Picture, Section, Table, interval
+from chanaxes_pl.report.blocks import Missing, Picture, Section, Table, interval, number
 from chanaxes_pl.runs import Runs
 
 _POINT = ["run", "layer", "channel"]
@@ -29,15 +30,15 @@ def lesions(runs: Runs) -> Section:
         )
     blocks: list[Any] = []
     frames = []
-    for number, (run, place, table) in enumerate(found):
+    for nth, (run, place, table) in enumerate(found):
         damage = _damage(table)
         correlations = score_damage_correlation(table, [*METRICS, "peer_r2"], damage, runs.resamples)
         frames.append(correlations.assign(run=f"{run.name}/{place}"))
-        means = [f"{op} {table[f'{op}_loss'].mean():+.4f}" for op in OPERATIONS if f"{op}_loss" in table]
+        means = [f"{op} {number(table[f'{op}_loss'].mean(), 4, True)}" for op in OPERATIONS if f"{op}_loss" in table]
         panels = correlations.loc[correlations["layer"] == NETWORK, "score"]
         blocks.append(
             Picture(
-                f"lesions-{number}" if len(found) > 1 else "lesions",
+                f"lesions-{nth}" if len(found) > 1 else "lesions",
                 plot_lesions(table, correlations, damage, title=run.name if len(runs.each) > 1 else ""),
                 table,
                 f"{len(table)} channels of {run.name}; mean change of cross-entropy in nats: {', '.join(means)}. "
@@ -57,7 +58,7 @@ def _over_runs(correlations: pd.DataFrame, count: int, resamples: int) -> list[T
     if count == 1:
         return []
     means = over_runs(correlations[correlations["layer"] == NETWORK], "rho", resamples)
-    rows = [[str(row["score"]).replace("_", " "), interval(row)] for _, row in means.iterrows()]
+    rows = [[words(str(row["score"])), interval(row)] for _, row in means.iterrows()]
     return [
         Table("ρ with damage over runs: mean ± standard deviation [95 % bootstrap over runs].", ["metric", "ρ"], rows)
     ]
@@ -73,12 +74,13 @@ def pruning(runs: Runs) -> Section:
             "Pruning", about, [Missing(f"No pruning.parquet in the run folder yet; it comes from `{command}`.")]
         )
     blocks: list[Any] = []
-    for number, place in enumerate(places):
+    for nth, place in enumerate(places):
         grids = [run.pruning[place] for run in runs.each if place in run.pruning]
         grid = pd.concat(grids, ignore_index=True)
         title = "" if place == "." else place
-        caption = f"{len(grids)} run{'s: mean, and the range as a band' if len(grids) > 1 else ''}; the line is the dense network."
-        name = f"pruning-{number}" if len(places) > 1 else "pruning"
+        spread = f"Mean of {len(grids)} runs, their range as a band. " if len(grids) > 1 else ""
+        caption = f"{spread}The horizontal line is the dense network."
+        name = f"pruning-{nth}" if len(places) > 1 else "pruning"
         blocks += [Picture(name, plot_pruning(grid, title), grid, caption), *_accuracies(grid, title, runs.resamples)]
     return Section("Pruning", about, blocks)
 

@@ -22,7 +22,7 @@ from chanaxes_pl.report.blocks import Picture, Section
 from chanaxes_pl.runs import Runs
 
 # Text as text in PDF, as outlines in the page: a reader's machine need not have the font. The same run, the same bytes.
-_LOOK = {"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "chanaxes", "savefig.dpi": 200}
+_LOOK: dict[Any, Any] = {"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "chanaxes", "savefig.dpi": 200}
 
 
 def write_page(folder: Path, runs: Runs, sections: Sequence[Section]) -> Path:

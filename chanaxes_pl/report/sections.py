@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 
@@ -22,6 +23,7 @@ from chanaxes_pl.plots import (
     plot_pairs,
     plot_peer_support,
 )
+from chanaxes_pl.plots.style import words
 from chanaxes_pl.pruning.protocol import DENSE
 from chanaxes_pl.report.blocks import Folded, Missing, Picture, Section, Table, interval, number
 from chanaxes_pl.report.experiments import lesions, pruning
@@ -103,9 +105,9 @@ def correlation(runs: Runs) -> Section:
     for pair in PAIRS:
         of_pair = means[(means["layer"] == NETWORK) & (means["local"] == pair[0]) & (means["target"] == pair[1])]
         by_step = of_pair.set_index("step")
-        cells = [interval(by_step.loc[step]) for step in runs.landmarks.values()]
+        cells = [interval(by_step.loc[[step]].iloc[0]) for step in runs.landmarks.values()]
         whole = change[(change["layer"] == NETWORK) & (change["local"] == pair[0]) & (change["target"] == pair[1])]
-        rows.append([" and ".join(name.replace("_", " ") for name in pair), *cells, interval(whole.iloc[0], sign=True)])
+        rows.append([" and ".join(map(words, pair)), *cells, interval(whole.iloc[0], sign=True)])
     spread = " ± standard deviation over runs [95 % bootstrap over runs]" if several else ""
     caption = f"Mean over layers{spread}. Change: last less first, of the same run."
     table = Table(caption, ["pair", *_when(runs).values(), "change"], rows)
@@ -122,7 +124,7 @@ def _against_headline(runs: Runs) -> list[Table]:
     first, last = (runs.beyond_headline(step) for step in (runs.steps[0], runs.steps[-1]))
     rows = [
         [
-            " and ".join(name.replace("_", " ") for name in pair),
+            " and ".join(map(words, pair)),
             *(
                 interval(frame[(frame["local"] == pair[0]) & (frame["target"] == pair[1])].iloc[0], sign=True)
                 for frame in (first, last)
@@ -173,8 +175,8 @@ def channels(runs: Runs) -> Section:
 def groups(runs: Runs) -> Section:
     """Whether the axes sort channels alike."""
     about = (
-        "k-means groups (k = 4) of a layer's channels by their local metrics, and by their target metrics; the adjusted "
-        "Rand index is 1 where both groupings are the same and 0 on average where they have nothing to do with each other."
+        "k-means groups (k = 4) of a layer's channels by their local metrics, and by their target metrics. The "
+        "adjusted Rand index is 1 where both groupings are the same, and 0 on average where they are unrelated."
     )
     frames = [groupings(runs.table[runs.table["step"] == step]).assign(when=when) for when, step in _distinct(runs)]
     table = pd.concat(frames, ignore_index=True)
@@ -190,7 +192,7 @@ def peers(runs: Runs) -> Section:
     """What peers could stand in for."""
     last = runs.table[runs.table["step"] == runs.steps[-1]]
     about = "How much of a channel's output ridge regression on its same-layer peers explains, at the last checkpoint."
-    quartiles = last.groupby(["run", "layer"], sort=False)["peer_r2"].quantile([0.25, 0.5, 0.75]).unstack()
+    quartiles = last.groupby(["run", "layer"], sort=False)["peer_r2"].quantile(np.array([0.25, 0.5, 0.75])).unstack()
     support = quartiles.set_axis(["peer_r2_low", "peer_r2", "peer_r2_high"], axis=1).reset_index()
     table = support.merge(task_masses(last), on=["run", "layer"])
     caption = "Task information counts as duplicated by the share of the channel that its peers explain, Σ I·R²."
@@ -202,7 +204,7 @@ def cost(runs: Runs) -> Section:
     about = "What the tracker took of the training's time, probe passes and all."
     frames = []
     for run in runs.each:
-        tracker = next((c.removesuffix("/seconds") for c in run.scalars if str(c).endswith("/seconds")), None)
+        tracker = next((c.removesuffix("/seconds") for c in map(str, run.scalars) if c.endswith("/seconds")), None)
         if tracker is not None:
             rows = run.scalars.dropna(subset=[f"{tracker}/seconds"])
             taken = {name: rows[f"{tracker}/{name}"] for name in ("seconds", "time_share")}
