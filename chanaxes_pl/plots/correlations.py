@@ -38,14 +38,14 @@ def plot_correlations(correlations: pd.DataFrame, title: str = "") -> Figure:
         title: above the figure.
 
     Returns:
-        A figure of 10 × 4.5 inches; ``figure.savefig(path)`` writes it.
+        A figure of 7.2 × 4 inches; ``figure.savefig(path)`` writes it.
     """
     with styled():
-        figure = Figure(figsize=(10, 4.5), layout="constrained")
-        mean, layers = figure.subplots(1, 2, width_ratios=(1, 1.25))
+        figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")
+        mean, layers = figure.subplots(1, 2, width_ratios=(1.15, 1))
         _draw_mean(mean, headline(correlations))
         _draw_layers(layers, correlations)
-        figure.legend(*mean.get_legend_handles_labels(), loc="outside lower left", ncols=3, frameon=False)
+        figure.legend(*mean.get_legend_handles_labels(), loc="outside lower left", ncols=3, frameon=False, fontsize=8)
         figure.suptitle(title)
     return figure
 
@@ -67,7 +67,9 @@ def _draw_mean(axes: Axes, rows: pd.DataFrame) -> None:
     axes.plot(at, shown["rho"], color=BLUE, marker="o", markersize=4, label=label)
     axes.axhline(0, color="black", linewidth=0.6)
     lowest = min(0.0, rows[["rho", "low", "null"]].min().min())
-    axes.set(ylim=(lowest - 0.08, 1.08), ylabel=RHO, title="mean over layers")
+    axes.set(ylim=(lowest - 0.08, 1.08), ylabel=RHO)
+    axes.yaxis.label.set_size(9)
+    axes.set_title("mean over layers", fontsize=9)
     label_checkpoints(axes, shown)
     sns.despine(ax=axes)
 
@@ -80,9 +82,9 @@ def _draw_layers(axes: Axes, correlations: pd.DataFrame) -> None:
     axes.set_facecolor("0.85")  # shows where a layer has no correlation
     image = axes.imshow(grid, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
     skip = -(-len(names) // 25)
-    axes.set_yticks(range(0, len(names), skip), [short(name, names) for name in names[::skip]], fontsize=7)
-    axes.set_title("every layer")
-    axes.figure.colorbar(image, ax=axes, label=RHO, shrink=0.9)
+    axes.set_yticks(range(0, len(names), skip), [short(name, names) for name in names[::skip]], fontsize=6.5)
+    axes.set_title("every layer", fontsize=9)
+    axes.figure.colorbar(image, ax=axes, shrink=0.9)
     label_checkpoints(axes, rows.drop_duplicates("step"))
 
 
@@ -134,4 +136,5 @@ def label_checkpoints(axes: Axes, rows: pd.DataFrame) -> None:
 
     axes.xaxis.set_major_locator(MaxNLocator(_TICKS, integer=True, steps=[1, 2, 3, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(label))
-    axes.set_xlabel("epochs trained (one place a checkpoint)")
+    axes.tick_params(axis="x", labelsize=7.5)
+    axes.set_xlabel("epochs trained (one place a checkpoint)", fontsize=8.5)

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from chanaxes_pl.correlations import NETWORK
-from chanaxes_pl.plots.style import COLOURS, DASHES, MARKERS, layer_bar, styled, words
+from chanaxes_pl.plots.style import COLOURS, DASHES, MARKERS, WIDTH, layer_bar, styled, words
 
 
 def plot_pruning(grid: pd.DataFrame, title: str = "") -> Figure:
@@ -82,24 +82,24 @@ def plot_lesions(table: pd.DataFrame, correlations: pd.DataFrame, damage: str = 
     columns = min(3, len(mean))
     lines = -(-len(mean) // columns)
     with styled():
-        figure = Figure(figsize=(1.2 + 3.4 * columns, 0.6 + 2.9 * lines), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 0.4 + 2.2 * lines), layout="constrained")
         panels = figure.subplots(lines, columns, sharey=True, squeeze=False)
         dots = None
         for place, row in enumerate(mean.to_dict("records")):
             axes = panels.flat[place]
             ranks = table.groupby("layer")[row["score"]].rank(pct=True)
-            dots = axes.scatter(100 * ranks, table[damage], c=depth, cmap="viridis", s=6, linewidths=0, alpha=0.7)
+            dots = axes.scatter(100 * ranks, table[damage], c=depth, cmap="viridis", s=8, linewidths=0, alpha=0.7)
             axes.set_title(
-                f"{words(row['score'])}: ρ = {row['rho']:.2f} [{row['low']:.2f}, {row['high']:.2f}]", fontsize=9
+                f"{words(row['score'])}\nρ = {row['rho']:.2f} [{row['low']:.2f}, {row['high']:.2f}]", fontsize=8
             )
             axes.axhline(0, color="black", linewidth=0.6)
             axes.set_yscale("symlog", linthresh=0.01)
-            axes.set_xlabel("rank in its layer (%)")
+            axes.set_xlabel("rank in its layer (%)", fontsize=8)
             sns.despine(ax=axes)
         for axes in panels.flat[len(mean) :]:
             axes.set_axis_off()
         for axes in panels[:, 0]:
-            axes.set_ylabel(f"damage, {damage} (nats)")
+            axes.set_ylabel(f"{damage} (nats)", fontsize=8)
         if dots is not None:
             layer_bar(figure, dots, panels, layers)
         figure.suptitle(title)

@@ -79,6 +79,7 @@ def number(value: float, digits: int = 2, sign: bool = False) -> str:
 def interval(row: pd.Series, digits: int = 2, sign: bool = False) -> str:
     """``mean ± std [low, high]`` of a row of :func:`~chanaxes_pl.correlations.over_runs`, as far as it is defined."""
     text = number(row["mean"], digits, sign)
-    if row["std"] == row["std"]:
-        text += f" ± {number(row['std'], digits)} [{number(row['low'], digits)}, {number(row['high'], digits)}]"
+    if row["std"] == row["std"]:  # a narrow cell breaks before the bracket, and nowhere else
+        low, high = number(row["low"], digits), number(row["high"], digits)
+        text += f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{number(row['std'], digits)} [{low},\N{NO-BREAK SPACE}{high}]"
     return text
