@@ -241,7 +241,7 @@ def _noted(read: Callable[[Path], Any], path: Path, notes: list[str]) -> Any:
         return read(path)
     except (OSError, ValueError, pa.ArrowInvalid, yaml.YAMLError) as error:
         told = str(error).splitlines()[0]
-        notes.append(told if str(path) in told else f"{path} cannot be read: {told}")
+        notes.append(told if told.startswith(str(path)) else f"{path} cannot be read: {told}")
         return None
 
 

@@ -18,11 +18,10 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 def distributions(table: pd.DataFrame) -> pd.DataFrame:
     """Quantiles over the live channels of every layer and run: ``epoch, step, metric, quantile, nats, channels``."""
-    live = table[~table["dead"].astype(bool)]
     rows = []
-    for (epoch, step), checkpoint in live.groupby(["epoch", "step"]):
+    for (epoch, step), checkpoint in table.groupby(["epoch", "step"]):
         for metric in METRICS:
-            values = checkpoint[metric].dropna().to_numpy()
+            values = checkpoint.loc[~checkpoint["dead"].astype(bool), metric].dropna().to_numpy()
             edges = np.quantile(values, QUANTILES) if len(values) else np.full(len(QUANTILES), np.nan)
             rows += [
                 {"epoch": epoch, "step": step, "metric": metric, "quantile": q, "nats": edge, "channels": len(values)}

@@ -18,6 +18,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 
 from chanaxes_pl.files import replacing
+from chanaxes_pl.plots.style import words
 from chanaxes_pl.report.blocks import Picture, Section
 from chanaxes_pl.runs import Runs
 
@@ -84,5 +85,6 @@ def _hover(figure: Figure, panels: Sequence[pd.DataFrame]) -> list[dict[str, Any
         columns += [points[field].map("{:.3g}".format) for field in fields]
         rows = [list(row) for row in zip(*(np.asarray(column).tolist() for column in columns), strict=True)]
         seen = [row for row in rows if row[0] == row[0] and row[1] == row[1]]
-        drawn.append({"layers": names["layer"], "runs": names["run"], "fields": fields, "points": seen})
+        named = {"layers": names["layer"], "runs": names["run"], "fields": [words(field) for field in fields]}
+        drawn.append(named | {"points": seen})
     return drawn

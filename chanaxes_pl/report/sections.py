@@ -158,7 +158,7 @@ def channels(runs: Runs) -> Section:
     panels = channel_panels(runs.table, steps)
     kept = ["run", "layer", "channel"]
     points = [panel[[*kept, panel["local"].iloc[0], panel["target"].iloc[0]]] for panel in panels if len(panel)]
-    numbers = pd.concat(panels)[["run", "epoch", "step", "layer", "channel", "local", "target", "x", "y"]]
+    numbers = pd.concat(panels)[["run", "epoch", "step", "layer", "channel", "when", "local", "target", "x", "y"]]
     about = "Each point is a channel; rest the pointer on one to see which."
     if len(points) < len(panels):
         return Section("Channels", about, [Missing("No channel is live, or has its metrics defined.")])
