@@ -95,7 +95,7 @@ def workspace(name: str = "axis", alignment: bool = False, entity: str = "", pro
             shown.append(wr.MarkdownPanel(markdown=_NOTE.format(name=name)))
         sections.append(ws.Section(name=section, panels=shown, is_open=True))
     settings = ws.WorkspaceSettings(x_axis="epoch")
-    return ws.Workspace(entity=entity, project=project, name=f"chanaxes: {name}", sections=sections, settings=settings)
+    return ws.Workspace(entity=entity, project=project, name="channel axes", sections=sections, settings=settings)
 
 
 def _destination(push: str) -> tuple[str, str]:
