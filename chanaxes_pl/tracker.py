@@ -34,8 +34,8 @@ class AxisTracker(L.Callback):
 
     Training goes on bit for bit as without it. At every checkpoint of its schedule it runs the model over a fixed
     probe set, logs axis correlations and what they rest on to every logger of the Trainer (``epoch`` counts
-    completed epochs and is the x-axis in W&B), and writes the table of channels to
-    ``<run folder>/<name>/step-….parquet`` (see :func:`read_run`). The logged values also stand in
+    completed epochs; in W&B it is the x-axis, and histograms and a table come with it), and writes the table of
+    channels to ``<run folder>/<name>/step-….parquet`` (see :func:`read_run`). The logged values also stand in
     ``trainer.callback_metrics``, for ``ModelCheckpoint`` and ``EarlyStopping`` to monitor.
 
     Args:

@@ -112,8 +112,8 @@ def _send(page: Workspace, problem: str) -> None:
     server = wandb.setup().settings.base_url
     try:
         urlopen(server, timeout=_PATIENCE).close()
-    except HTTPError:  # it does answer
-        pass
+    except HTTPError as answer:  # it is there
+        answer.close()
     except OSError as error:
         raise SystemExit(
             f"{problem} {server} does not answer ({error}). Try again with a network, or name another server "

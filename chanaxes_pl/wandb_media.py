@@ -24,14 +24,14 @@ def checkpoint_media(table: pd.DataFrame, step: int, prefix: str = "axis") -> di
 
     Args:
         table: one checkpoint's table of channels.
-        step: optimiser steps before it: part of the table's key, because W&B shows a key's first table only.
+        step: optimiser steps before it: part of the table's key, because W&B does not update a table that it has.
         prefix: first part of every key.
 
     Returns:
         ``<prefix>/hist/<metric>``: the finite values of all channels in :data:`BINS` bins; left out where there is
         none. ``<prefix>/table/step-000000128``: :data:`TABLE_COLUMNS` of :func:`spread` channels; undefined is null.
     """
-    import wandb  # half a second, which who logs elsewhere need not wait
+    import wandb  # half a second that those who log elsewhere need not wait
 
     media: dict[str, Any] = {}
     for metric in METRICS:
@@ -43,7 +43,7 @@ def checkpoint_media(table: pd.DataFrame, step: int, prefix: str = "axis") -> di
     rows = spread(table)[[column for column in TABLE_COLUMNS if column in table]]
     kinds = [{"O": str, "i": int, "b": bool}.get(rows[column].dtype.kind, float) for column in rows]
     shown = wandb.Table(columns=[*map(str, rows)], data=[], dtype=kinds)
-    # Not by its constructor, which looks at the type of every cell: five times as slow.
+    # Not by its constructor, which looks at the type of every cell: three times as slow.
     shown.data = rows.astype(object).where(rows.notna(), None).to_numpy().tolist()
     return media | {f"{prefix}/table/step-{step:09d}": shown}
 
