@@ -23,6 +23,7 @@ from chanaxes_pl.probe import Probe, Step
 from chanaxes_pl.scalars import checkpoint_scalars
 from chanaxes_pl.schedules import Schedule, ScheduleSpec
 from chanaxes_pl.targets import TargetSpec
+from chanaxes_pl.wandb_media import checkpoint_media
 
 # A fast development run only shows that nothing breaks.
 _FAST_IMAGES = 32
@@ -33,8 +34,8 @@ class AxisTracker(L.Callback):
 
     Training goes on bit for bit as without it. At every checkpoint of its schedule it runs the model over a fixed
     probe set, logs axis correlations and what they rest on to every logger of the Trainer (``epoch`` counts
-    completed epochs and is the x-axis in W&B), and writes the table of channels to
-    ``<run folder>/<name>/step-….parquet`` (see :func:`read_run`). The logged values also stand in
+    completed epochs; in W&B it is the x-axis, and histograms and a table come with it), and writes the table of
+    channels to ``<run folder>/<name>/step-….parquet`` (see :func:`read_run`). The logged values also stand in
     ``trainer.callback_metrics``, for ``ModelCheckpoint`` and ``EarlyStopping`` to monitor.
 
     Args:
@@ -187,18 +188,21 @@ class AxisTracker(L.Callback):
         scalars = checkpoint_scalars(table, correlations, self.name)
         scalars |= {f"{self.name}/{key}": value for key, value in cost.items()}
         self._scalars = scalars
-        _log(trainer, scalars, epoch, first)
+        self._log(trainer, epoch, first)
+        self._spent += time.perf_counter() - now
         _monitor(trainer, scalars)
 
-
-def _log(trainer: L.Trainer, scalars: dict[str, float], epoch: float, first: bool) -> None:
-    """To every logger, with ``epoch`` in the row: W&B can only plot over what a row holds."""
-    for logger in trainer.loggers:
-        if first and isinstance(logger, WandbLogger) and trainer.is_global_zero:
-            for key in scalars:  # one by one: a pattern would lose to the one that Lightning registers first
-                logger.experiment.define_metric(key, step_metric="epoch")
-        logger.log_metrics({**scalars, "epoch": epoch}, step=trainer.global_step)
-        logger.save()
+    def _log(self, trainer: L.Trainer, epoch: float, first: bool) -> None:
+        """To every logger, with ``epoch`` in the row: W&B can only plot over what a row holds."""
+        for logger in trainer.loggers:
+            media = {}
+            if isinstance(logger, WandbLogger) and trainer.is_global_zero:
+                media = checkpoint_media(self.table, trainer.global_step, self.name)
+                # One by one: a pattern would lose to the one that Lightning registers first.
+                for key in [*(self._scalars if first else ()), *media]:
+                    logger.experiment.define_metric(key, step_metric="epoch")
+            logger.log_metrics({**self._scalars, **media, "epoch": epoch}, step=trainer.global_step)
+            logger.save()
 
 
 def _monitor(trainer: L.Trainer, scalars: dict[str, float]) -> None:

@@ -22,6 +22,7 @@ ROOMS = [
     "correlations",
     "groupings",
     "scalars",
+    "wandb_media",
     "axes",
     "schedules",
     "history",

@@ -1,16 +1,11 @@
 """When the tracker measures, and what it logs where."""
 
-import json
-import subprocess
-import sys
-
 import lightning.pytorch as L
 import pandas as pd
 import pytest
 import torch
-import wandb
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from chanaxes_pl import AxisTracker, compute_axes, read_run
@@ -330,26 +325,3 @@ def test_early_stopping_stops_by_an_axis_correlation(tmp_path):
     fitter.fit(build(), **loaders())
     assert fitter.current_epoch == 2
     assert float(stopper.best_score) == pytest.approx(rhos(tracker)[1])
-
-
-def test_an_offline_wandb_run_holds_every_key_over_epochs(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")  # written by WandbLogger: monkeypatch puts it back
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    logger = WandbLogger(project="tiny", save_dir=tmp_path, offline=True)
-    tracker = AxisTracker()
-    trainer(tmp_path, tracker, logger=logger).fit(build(), **loaders())
-    wandb.teardown()
-    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-    records = [json.loads(line) for line in subprocess.check_output(inspect, text=True).splitlines()]
-    over_epochs = {m["name"] for r in records if (m := r.get("metric", {})).get("step_metric") == "epoch"}
-    assert over_epochs == keys()
-    assert (
-        len([record for record in records if record["type"] == "metric"]) == len(keys()) + 2
-    )  # each once; Lightning's
-    rows = [record["history"]["item"] for record in records if record["type"] == "history"]
-    rows = [row for row in rows if "axis/rho" in row]
-    assert all(keys() | {"epoch"} <= row.keys() for row in rows)
-    assert [row["epoch"] for row in rows] == [0, 1, 2]
-    assert [row["axis/rho"] for row in rows] == pytest.approx(rhos(tracker))
-    assert tracker.folder == tmp_path / "tiny" / logger.version / "axis"
