@@ -24,6 +24,9 @@ class Verb(NamedTuple):
 VERBS = {
     "demo": Verb("chanaxes_pl.demo:demo", "train on scikit-learn's digits for a few epochs and plot the axes"),
     "compare": Verb("chanaxes_pl.pruning.compare:compare", "set the pruning grids of several runs against each other"),
+    "simulate": Verb(
+        "chanaxes_pl.simulate.verb:simulation", "Gaussian channels: when both informations are coupled, what parts them"
+    ),
     "summary": Verb("chanaxes_pl.summary:summary", "print and plot the axis correlations of a run"),
 }
 

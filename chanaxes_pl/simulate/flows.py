@@ -70,8 +70,17 @@ def simulate(
         >>> frame[frame["run"] == 0]["rho"].round(2).tolist()
         [0.56, 0.56, 0.56, 0.5, -0.93]
     """
+    check_flow(flow, mixture, duration, records, tolerance)
+    draw, times = problem.draw(), [0.0, *np.geomspace(_FIRST_RECORD * duration, duration, records).tolist()]
+    path = trajectory(draw, {"capture": 0.0, "task": 1.0}.get(flow, mixture), times, tolerance)
+    rows = [_observed(weights, draw, problem.leading).assign(time=time) for time, weights in path]
+    return _framed(rows, flow, problem)
+
+
+def check_flow(flow: str, mixture: float, duration: float, records: int, tolerance: float) -> None:
+    """Refuse what :func:`simulate` could not follow, with a ValueError that quotes it."""
     if flow not in FLOWS:
-        raise ValueError(f"simulate(flow={flow!r}): expected one of {', '.join(FLOWS)}")
+        raise ValueError(f"flow={flow!r}: expected one of {', '.join(FLOWS)}")
     for name, value, good, expected in (
         ("mixture", mixture, 0 <= mixture <= 1, "the weight of task information, between 0 and 1"),
         ("duration", duration, 0 < duration < np.inf, "a time above 0"),
@@ -79,11 +88,7 @@ def simulate(
         ("tolerance", tolerance, 1e-13 <= tolerance <= 1e-3, "1e-13 to 1e-3"),
     ):
         if not good:
-            raise ValueError(f"simulate({name}={value!r}): expected {expected}")
-    draw, times = problem.draw(), [0.0, *np.geomspace(_FIRST_RECORD * duration, duration, records).tolist()]
-    path = trajectory(draw, {"capture": 0.0, "task": 1.0}.get(flow, mixture), times, tolerance)
-    rows = [_observed(weights, draw, problem.leading).assign(time=time) for time, weights in path]
-    return _framed(rows, flow, problem)
+            raise ValueError(f"{name}={value!r}: expected {expected}")
 
 
 def initial_coupling(problem: Problem, shares: Sequence[float] = tuple(np.linspace(0, 1, 11))) -> pd.DataFrame:
@@ -111,8 +116,8 @@ def half_times(frame: pd.DataFrame) -> pd.DataFrame:
         frame: from :func:`simulate`, of one flow or several.
 
     Returns:
-        A row a run: ``flow, share, run, initial`` (ρ at the start), ``time`` (interpolated between records; infinite where
-        it does not happen; NaN where ``initial`` is no higher than chance would have it in one of 40 runs) and
+        A row a run: ``flow, share, run, initial`` (ρ at the start), ``time`` (interpolated between records; infinite
+        where it does not happen; NaN where ``initial`` is no higher than chance would have it in one of 40 runs) and
         ``reason``, why ``time`` is NaN.
     """
     rows = []
@@ -157,7 +162,7 @@ def trajectory(draw: Draw, weight: float, times: Sequence[float], tolerance: flo
             return
     raise RuntimeError(
         f"the flow got to time {solver.t:.3g} of {times[-1]:.3g} in {_MAX_STEPS} steps: it is stiff, as when channels "
-        "settle where the input hardly varies; choose a flatter spectrum, a larger share or a shorter duration"
+        "settle where the input hardly varies; choose a flatter spectrum or a shorter duration"
     )
 
 

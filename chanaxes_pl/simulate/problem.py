@@ -90,7 +90,7 @@ class Problem:
             )
 
     def _refused(self, name: str, expected: str) -> ValueError:
-        return ValueError(f"Problem({name}={getattr(self, name)!r}): {expected}")
+        return ValueError(f"{name}={getattr(self, name)!r}: {expected}")
 
     @property
     def eigenvalues(self) -> Tensor:
