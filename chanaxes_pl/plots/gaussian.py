@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from chanaxes_pl.correlations import over_runs
-from chanaxes_pl.plots.style import BLUE, COLOURS, GREY, RHO, short, styled
+from chanaxes_pl.plots.style import COLOURS, GREY, RHO, short, styled
 
 #: Range over hidden layers of a layer's mean |cos(Σw, g)|, ResNet-18 trained on CIFAR-100 (arXiv 2605.07086).
 PUBLISHED = (0.05, 0.18)
@@ -109,8 +109,9 @@ def plot_simulation(start: pd.DataFrame, flows: pd.DataFrame, title: str = "") -
     with styled():
         figure = Figure(figsize=(11, 4), layout="constrained")
         initial, coupling, angle = figure.subplots(1, 3)
-        _draw_band(initial, over_runs(start, by=["share"]), "share", BLUE, "")
-        initial.axvline(flows["share"].iloc[0], color=GREY, linestyle=":")
+        _draw_band(initial, over_runs(start, by=["share"]), "share", "black", "")
+        share = flows["share"].iloc[0]
+        initial.axvline(share, color=GREY, linestyle=":")
         initial.axhline(0, color="black", linewidth=0.6)
         initial.set(xlabel="share of ‖c‖² in the leading eigenvectors", ylabel=RHO, title="at initialisation")
         for name, path in flows.groupby("flow", sort=False):
@@ -118,7 +119,7 @@ def plot_simulation(start: pd.DataFrame, flows: pd.DataFrame, title: str = "") -
             for axes, value in ((coupling, "rho"), (angle, "alignment")):
                 _draw_band(axes, over_runs(path[path["time"] > 0], value, by=["time"]), "time", colour, label)
         coupling.axhline(0, color="black", linewidth=0.6)
-        coupling.set(ylim=(-1.05, 1.05), ylabel=RHO, title="under gradient flow")
+        coupling.set(ylim=(-1.05, 1.05), ylabel=RHO, title=f"gradient flow, share {share:g}")
         angle.set(ylim=(0, None), ylabel=f"mean {_ANGLE}", title="angle between both gradients")
         for axes in (coupling, angle):
             axes.set(xscale="log", xlabel="time (learning rate × steps)")
@@ -135,6 +136,6 @@ def plot_simulation(start: pd.DataFrame, flows: pd.DataFrame, title: str = "") -
     return figure
 
 
-def _draw_band(axes: Axes, means: pd.DataFrame, x: str, colour: tuple[float, float, float], label: str) -> None:
+def _draw_band(axes: Axes, means: pd.DataFrame, x: str, colour: str | tuple[float, float, float], label: str) -> None:
     axes.fill_between(means[x], means["low"], means["high"], color=colour, alpha=0.25, linewidth=0)
     axes.plot(means[x], means["mean"], color=colour, label=label)

@@ -1,4 +1,4 @@
-"""``chanaxes simulate``: Gaussian channels at initialisation and under three gradient flows, as a table and a figure."""
+"""``chanaxes simulate``: Gaussian channels at initialisation and under three gradient flows, in print and drawn."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from chanaxes_pl.plots.style import RHO
 from chanaxes_pl.simulate.flows import FLOWS, check_flow, half_times, initial_coupling, simulate
 from chanaxes_pl.simulate.problem import Problem
 from chanaxes_pl.tables import write_parquet
-
-_INTERVALS = (("rho", 23), ("alignment", 21))
 
 
 def simulation(
@@ -81,8 +79,8 @@ def describe_start(start: pd.DataFrame, problem: Problem) -> str:
     held = problem.eigenvalues[: problem.leading].sum() / problem.eigenvalues.sum()
     rho, angle = (over_runs(start, value, by=["share"]) for value in ("rho", "alignment"))
     lines = [
-        f"{problem.channels} random channels of {len(problem.eigenvalues)} Gaussian inputs, {_runs(problem.seeds)}; the "
-        f"{vectors} {'has' if one else 'have'} {held:.0%} of the input's variance",
+        f"{problem.channels} random channels of {len(problem.eigenvalues)} Gaussian inputs, {_runs(problem.seeds)}; "
+        f"the {vectors} {'has' if one else 'have'} {held:.0%} of the input's variance",
         f"\nat initialisation, by the share of the task covariance in the {vectors}; mean [95 % over runs]",
         f"{'share':>7}{RHO:>42}{'|cos(Σw, g)|':>23}",
     ]
@@ -98,39 +96,48 @@ def describe_start(start: pd.DataFrame, problem: Problem) -> str:
 def describe_flows(flows: pd.DataFrame) -> str:
     """What each flow does to coupling and alignment, as text, a line a flow."""
     end, halves = flows["time"].max(), half_times(flows)
-    coupled, runs = halves["time"].notna().groupby(halves["flow"]).sum().iloc[0], halves["run"].nunique()
     lines = [
         f"gradient flows from a share of {flows['share'].iloc[0]:g}, weights of norm 1, to time {end:g} "
-        "(learning rate × steps); mean [95 % over runs]",
-        f"{'':9}{'ρ':>23}{'|cos(Σw, g)|':>21}{'I_X ± over channels':>22}{'I_T ± over channels':>22}  ρ halved at (median)",
-        f"{'start':9}{_state(flows[flows['time'] == 0].drop_duplicates('run'))}",
+        "(learning rate × steps);",
+        "mean [95 % over runs], ± over channels; half of ρ is lost at the median [95 %] time, in so many coupled runs",
+        f"{'flow':9}{'ρ':>21}{'|cos(Σw, g)|':>19}{'I_X (nats)':>17}{'I_T (nats)':>17}   half of ρ at",
+        f"{'(start)':9}{_state(flows[flows['time'] == 0].drop_duplicates('run'))}",
     ]
     for flow, path in flows.groupby("flow", sort=False):
         halved = _half_time(halves[halves["flow"] == flow]["time"].dropna().to_numpy(), end)
-        lines.append(f"{flow:9}{_state(path[path['time'] == end])}  {halved}")
-    lines.append(f"coupled at the start, more than chance would have it: {coupled} of {_runs(runs)}")
+        lines.append(f"{flow:9}{_state(path[path['time'] == end])}   {halved}")
+    lines.append(_verdict(halves[halves["flow"] == "task"]["time"]))
     lines += sorted({f"ρ is NaN: {reason}" for reason in flows["reason"] if reason})
     return "\n".join(lines)
 
 
+def _verdict(times: pd.Series) -> str:
+    """Whether coupling at initialisation and its loss are there, from the half times under the task flow."""
+    runs, coupled, lost = len(times), times.notna().sum(), np.isfinite(times).sum()
+    reproduced = "reproduced" if 2 * lost > runs else "not reproduced"
+    return (
+        f"coupling at initialisation, and its loss while task information ascends: {reproduced} "
+        f"(of {_runs(runs)}, {coupled} start coupled beyond chance, {lost} of which lose half of it)"
+    )
+
+
 def _state(rows: pd.DataFrame) -> str:
     """One moment of a flow, a row a run."""
-    cells = [f"{_interval(over_runs(rows, value, by=['flow']).iloc[0]):>{width}}" for value, width in _INTERVALS]
-    for name in ("capture", "task"):
-        value = {"capture": "input_capture", "task": "task_information"}[name]
-        cells.append(f"{rows[value].mean():.3f} ± {rows[f'{name}_spread'].mean():.4f}".rjust(22))
-    return "".join(cells)
+    rho, angle = (_interval(over_runs(rows, value, by=["flow"]).iloc[0]) for value in ("rho", "alignment"))
+    spreads = {"input_capture": "capture_spread", "task_information": "task_spread"}
+    known = (f"{rows[value].mean():.3f} ± {rows[spread].mean():.3f}" for value, spread in spreads.items())
+    return f"{rho:>21}{angle:>19}" + "".join(f"{cell:>17}" for cell in known)
 
 
 def _half_time(times: np.ndarray, end: float) -> str:
     """Median over runs with its 95 % bootstrap interval; a run that has not got there by the end counts as later."""
     if not len(times):
-        return "– (no run was coupled)"
+        return "– (no run starts coupled)"
     picks = np.random.default_rng(0).integers(0, len(times), (1000, len(times)))
     medians = np.quantile(times[picks], 0.5, axis=1, method="higher")
     values = [np.quantile(times, 0.5, method="higher"), *np.quantile(medians, [0.025, 0.975], method="nearest")]
     middle, low, high = (f"{value:.2f}" if value < np.inf else f"> {end:g}" for value in values)
-    return f"{middle} [{low}, {high}], {np.isfinite(times).sum()} of {_runs(len(times))}"
+    return f"{middle} [{low}, {high}], {np.isfinite(times).sum()}/{len(times)}"
 
 
 def _interval(row: pd.Series) -> str:
