@@ -44,9 +44,7 @@ def plot_alignment(table: pd.DataFrame, published: bool = False, title: str = ""
             "compute_axes(model, loader, alignment=True)"
         )
     names = list(dict.fromkeys(table["layer"]))
-    rows = _at_checkpoints(
-        table.assign(angle=table["alignment"].abs(), layer=[short(n, names) for n in table["layer"]])
-    )
+    rows = _at_checkpoints(table.assign(angle=table["alignment"].abs()))
     moments = list(dict.fromkeys(rows["moment"]))
     with styled():
         figure = Figure(figsize=(max(4.5, 1.6 + len(names) * (0.22 + 0.18 * len(moments))), 3.8), layout="constrained")
@@ -54,7 +52,16 @@ def plot_alignment(table: pd.DataFrame, published: bool = False, title: str = ""
         if published:
             label = "published: means of hidden layers, ResNet-18 on CIFAR-100"
             axes.axhspan(*PUBLISHED, color=GREY, alpha=0.25, linewidth=0, label=label)
-        _draw_boxes(axes, rows, moments)
+        colours = sns.light_palette(COLOURS["alignment"], len(moments) + 2)[1:-1]
+        for place, (moment, colour) in enumerate(zip(moments, colours, strict=True)):
+            by_layer = rows[rows["moment"] == moment].groupby("layer")["angle"]
+            values = [by_layer.get_group(name).dropna() for name in names]
+            _draw_boxes(
+                axes, values, (place - (len(moments) - 1) / 2) / len(moments), 0.8 / len(moments), colour, moment
+            )
+        axes.set_xticks(range(len(names)), [short(n, names) for n in names], rotation=90 if len(names) > 6 else 0)
+        axes.set(xlabel="layer, in order of depth", ylabel=f"{_ANGLE} of its channels", ylim=(0, 1))
+        sns.despine(ax=axes)
         if published or len(moments) > 1:
             figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
         figure.suptitle(title)
@@ -72,27 +79,24 @@ def _at_checkpoints(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(moment=[f"epoch {epoch:.3g}" for epoch in table["epoch"]])
 
 
-def _draw_boxes(axes: Axes, rows: pd.DataFrame, moments: list[str]) -> None:
-    sns.boxplot(
-        rows,
-        x="layer",
-        y="angle",
-        hue="moment",
-        hue_order=moments,
-        palette=sns.light_palette(COLOURS["alignment"], len(moments) + 2)[1:-1],
-        ax=axes,
+def _draw_boxes(
+    axes: Axes, values: list[pd.Series], shift: float, width: float, colour: tuple[float, float, float], label: str
+) -> None:
+    """One checkpoint's boxes, a layer each."""
+    axes.boxplot(
+        values,
+        positions=[place + 0.8 * shift for place in range(len(values))],
+        widths=width,
+        label=label,
         whis=(5, 95),
         showfliers=False,
         showmeans=True,
         meanprops={"marker": "D", "markersize": 3, "markerfacecolor": "black", "markeredgecolor": "none"},
-        linewidth=0.7,
-        legend="full" if len(moments) > 1 else False,
+        patch_artist=True,
+        boxprops={"facecolor": colour, "linewidth": 0.7},
+        medianprops={"color": "black", "linewidth": 0.7},
+        manage_ticks=False,
     )
-    if legend := axes.get_legend():
-        legend.remove()
-    axes.tick_params("x", rotation=90 if rows["layer"].nunique() > 6 else 0)
-    axes.set(xlabel="layer, in order of depth", ylabel=f"{_ANGLE} of its channels", ylim=(0, 1))
-    sns.despine(ax=axes)
 
 
 def plot_simulation(start: pd.DataFrame, flows: pd.DataFrame, title: str = "") -> Figure:

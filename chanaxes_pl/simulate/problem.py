@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,6 +10,9 @@ import torch
 from torch import Tensor
 
 from chanaxes_pl.correlations import MIN_CHANNELS
+
+# Beyond this, float64 has nothing left of the smallest eigenvalue.
+_MOST_SPREAD = 1e12
 
 
 class Draw(NamedTuple):
@@ -45,7 +47,7 @@ class Problem:
         explained: R², the share of the target's variance that the whole input explains, which bounds what a channel can
             know at −½ ln(1 − R²) nats.
         channels: C.
-        seeds: S; run k draws weights and c from seed k, whatever the other settings.
+        seeds: S; run k draws weights and c from seed k.
 
     Raises:
         ValueError: for a value that is out of range, quoting it.
@@ -78,15 +80,15 @@ class Problem:
             raise self._refused("seeds", "expected at least 1")
 
     def _check_spectrum(self) -> None:
-        if isinstance(self.spectrum, int | float):
-            if not (0 < self.spectrum < math.inf):
-                flat = "under a flat spectrum all channels of norm 1 have the same input capture"
-                raise self._refused("spectrum", f"expected an exponent above 0; {flat}")
-            if self.inputs < 2:
-                raise self._refused("inputs", "expected at least 2")
-        elif not (len(self.spectrum) >= 2 and 0 < min(self.spectrum) < max(self.spectrum) < math.inf):
+        if isinstance(self.spectrum, int | float) and self.inputs < 2:
+            raise self._refused("inputs", "expected at least 2")
+        values = self._values()
+        ordered = len(values) > 1 and 0 < values.min() < values.max() <= _MOST_SPREAD * values.min()
+        if not ordered or (isinstance(self.spectrum, int | float) and self.spectrum < 0):
             raise self._refused(
-                "spectrum", "expected an exponent, or at least two eigenvalues above 0, not all the same"
+                "spectrum",
+                "expected an exponent above 0, or two or more eigenvalues above 0, at most twelve decades apart, not "
+                "all the same: under a flat spectrum all channels of norm 1 have the same input capture",
             )
 
     def _refused(self, name: str, expected: str) -> ValueError:
@@ -95,11 +97,13 @@ class Problem:
     @property
     def eigenvalues(self) -> Tensor:
         """``[F]``, of Σ, descending, scaled to mean 1: neither information has a unit."""
-        if isinstance(self.spectrum, int | float):
-            values = torch.arange(1, self.inputs + 1, dtype=torch.float64) ** -self.spectrum
-        else:
-            values = torch.tensor(self.spectrum, dtype=torch.float64).sort(descending=True).values
+        values = self._values().sort(descending=True).values
         return values / values.mean()
+
+    def _values(self) -> Tensor:
+        if isinstance(self.spectrum, int | float):
+            return torch.arange(1, self.inputs + 1, dtype=torch.float64) ** -self.spectrum
+        return torch.tensor(self.spectrum, dtype=torch.float64)
 
     def draw(self) -> Draw:
         """Weights and c of every seed."""
