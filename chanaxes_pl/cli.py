@@ -28,6 +28,9 @@ VERBS = {
     "demo": Verb("chanaxes_pl.demo:demo", "train on scikit-learn's digits for a few epochs and plot the axes"),
     "compare": Verb("chanaxes_pl.pruning.compare:compare", "set the pruning grids of several runs against each other"),
     "dashboard": Verb("chanaxes_pl.wandb_dashboard:dashboard", "a W&B page for tracked runs, as JSON or sent to W&B"),
+    "simulate": Verb(
+        "chanaxes_pl.simulate.verb:simulation", "Gaussian channels: when both informations are coupled, what parts them"
+    ),
     "summary": Verb("chanaxes_pl.summary:summary", "print and plot the axis correlations of a run"),
     "report": Verb("chanaxes_pl.report:report", "one page about a run, or about several of a network", many=True),
 }

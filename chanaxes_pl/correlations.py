@@ -131,20 +131,23 @@ def task_masses(table: pd.DataFrame) -> pd.DataFrame:
 _GROUPED = ("epoch", "step", "layer", "local", "target", "metric", "score", "allocation", "compensate", "budget")
 
 
-def over_runs(frame: pd.DataFrame, value: str = "rho", resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
+def over_runs(
+    frame: pd.DataFrame, value: str = "rho", resamples: int = 1000, seed: int = 0, by: Sequence[str] = _GROUPED
+) -> pd.DataFrame:
     """Mean over runs (seeds) of one column of a result table, with a 95 % percentile bootstrap over runs.
 
     Args:
-        frame: rows of several runs, told apart by ``run``; checkpoint, layer, metrics, and what tells the networks of
-            a pruning grid apart say what belongs together.
+        frame: rows of several runs, told apart by ``run``.
         value: the column.
         resamples: bootstrap resamples over runs.
         seed: of the resamples.
+        by: the columns that say what belongs together, as far as ``frame`` has them: checkpoint, layer, metrics, and
+            what tells the networks of a pruning grid apart.
 
     Returns:
         The keys, ``mean, std, low, high, runs``.
     """
-    by = [column for column in _GROUPED if column in frame]
+    present = [column for column in by if column in frame]
 
     def summary(values: pd.Series) -> pd.Series:
         data = values.dropna().to_numpy()
@@ -154,7 +157,7 @@ def over_runs(frame: pd.DataFrame, value: str = "rho", resamples: int = 1000, se
         mean = data.mean() if len(data) else np.nan
         return pd.Series({"mean": mean, "std": std, "low": low, "high": high, "runs": len(data)})
 
-    return frame.groupby(by, sort=False)[value].apply(summary).unstack().reset_index()
+    return frame.groupby(present, sort=False)[value].apply(summary).unstack().reset_index()
 
 
 def checkpoints(table: pd.DataFrame) -> Iterator[tuple[dict, pd.DataFrame]]:

@@ -258,6 +258,17 @@ def test_over_runs_a_run_without_a_value_does_not_count():
     assert row(summary, "b")["runs"] == 2
 
 
+def test_over_runs_other_columns_can_say_what_belongs_together():
+    frame = pd.DataFrame(
+        {"run": [0, 1, 0, 1], "time": [0, 0, 1, 1], "epoch": [0, 1, 2, 3], "rho": [1.0, 3.0, 5.0, 9.0]}
+    )
+    summary = over_runs(frame, by=["time", "absent"])
+    assert summary["time"].tolist() == [0, 1]
+    assert summary["mean"].tolist() == [2.0, 7.0]
+    assert summary["runs"].tolist() == [2, 2]
+    assert len(over_runs(frame)) == 4  # by epoch
+
+
 # ---------------------------------------------------------------- groupings
 
 

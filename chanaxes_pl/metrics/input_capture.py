@@ -26,7 +26,20 @@ def input_capture(local: Moments, noise: str | float = "median") -> Tensor:
         ValueError: if ``noise`` is none of these.
     """
     power = torch.where(local.live, local.variance, torch.nan)
-    return 0.5 * torch.log1p(power / _noise_power(power[local.live], noise))
+    return captured(power, _noise_power(power[local.live], noise))
+
+
+def captured(power: Tensor, noise: Tensor | float) -> Tensor:
+    """Input capture of a signal power J against a noise power σ₀² of the same unit, ½ ln(1 + J / σ₀²).
+
+    Args:
+        power: any shape.
+        noise: scalar, or a shape that broadcasts with ``power``.
+
+    Returns:
+        The shape of both, nats.
+    """
+    return 0.5 * torch.log1p(power / noise)
 
 
 def check_noise(noise: str | float) -> None:

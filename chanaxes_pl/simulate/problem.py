@@ -1,0 +1,126 @@
+"""What a simulation starts from: the spectrum of the input, the target's covariance with it, random channels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from chanaxes_pl.correlations import MIN_CHANNELS
+
+# Beyond this, float64 has nothing left of the smallest eigenvalue.
+_MOST_SPREAD = 1e12
+
+
+class Draw(NamedTuple):
+    """One random start of S seeds, float64, in the basis of the input's eigenvectors, the leading one first.
+
+    Attributes:
+        weights: ``[S, C, F]``, every channel's of norm 1.
+        covariance: ``[F, F]``, Σ, diagonal, its trace F.
+        cross: ``[S, F]``, c, where the target has variance 1.
+        noise: ``[S]``, σ₀², the median over channels of their variance at the start.
+    """
+
+    weights: Tensor
+    covariance: Tensor
+    cross: Tensor
+    noise: Tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Channels y = wᵀx of a Gaussian input x ~ N(0, Σ), and a scalar target T of variance 1 with Cov(x, T) = c.
+
+    Random weights have no preferred direction, so that a diagonal Σ stands for every Σ of its spectrum. The direction
+    of c is random within the leading eigenvectors and within the others, such that each of them tells the same about T
+    on average; ``share`` then sets one part against the other, and ``explained`` the length of c.
+
+    Attributes:
+        spectrum: the exponent a of eigenvalues ∝ k^−a, or the eigenvalues themselves, in any unit and order.
+        inputs: F, how many eigenvalues a power law has; eigenvalues that are given bring their own number.
+        leading: m, how many eigenvectors count as leading.
+        share: of ‖c‖², what lies in the leading eigenvectors, 0 to 1.
+        explained: R², the share of the target's variance that the whole input explains, which bounds what a channel can
+            know at −½ ln(1 − R²) nats.
+        channels: C.
+        seeds: S; run k draws weights and c from seed k.
+
+    Raises:
+        ValueError: for a value that is out of range, quoting it.
+
+    Example:
+        >>> Problem(inputs=4).eigenvalues
+        tensor([1.9200, 0.9600, 0.6400, 0.4800], dtype=torch.float64)
+    """
+
+    spectrum: float | Sequence[float] = 1.0
+    inputs: int = 32
+    leading: int = 1
+    share: float = 0.9
+    explained: float = 0.5
+    channels: int = 128
+    seeds: int = 10
+
+    def __post_init__(self) -> None:
+        self._check_spectrum()
+        count = len(self.eigenvalues)
+        if not 1 <= self.leading < count:
+            raise self._refused("leading", f"expected 1 to {count - 1} of the {count} eigenvectors")
+        if not 0 <= self.share <= 1:
+            raise self._refused("share", "expected a share of ‖c‖², between 0 and 1")
+        if not 0 < self.explained <= 0.99:
+            raise self._refused("explained", "expected an R² above 0 and up to 0.99")
+        if self.channels < MIN_CHANNELS:
+            raise self._refused("channels", f"expected at least {MIN_CHANNELS}: fewer have no rank correlation")
+        if self.seeds < 1:
+            raise self._refused("seeds", "expected at least 1")
+
+    def _check_spectrum(self) -> None:
+        if isinstance(self.spectrum, int | float) and self.inputs < 2:
+            raise self._refused("inputs", "expected at least 2")
+        values = self._values()
+        ordered = len(values) > 1 and 0 < values.min() < values.max() <= _MOST_SPREAD * values.min()
+        if not ordered or (isinstance(self.spectrum, int | float) and self.spectrum < 0):
+            raise self._refused(
+                "spectrum",
+                "expected an exponent above 0, or two or more eigenvalues above 0, at most twelve decades apart, not "
+                "all the same: under a flat spectrum all channels of norm 1 have the same input capture",
+            )
+
+    def _refused(self, name: str, expected: str) -> ValueError:
+        return ValueError(f"{name}={getattr(self, name)!r}: {expected}")
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        """``[F]``, of Σ, descending, scaled to mean 1: neither information has a unit."""
+        values = self._values().sort(descending=True).values
+        return values / values.mean()
+
+    def _values(self) -> Tensor:
+        if isinstance(self.spectrum, int | float):
+            return torch.arange(1, self.inputs + 1, dtype=torch.float64) ** -self.spectrum
+        return torch.tensor(self.spectrum, dtype=torch.float64)
+
+    def draw(self) -> Draw:
+        """Weights and c of every seed."""
+        eigenvalues, cross, weights = self.eigenvalues, [], []
+        for seed in range(self.seeds):
+            generator = torch.Generator().manual_seed(seed)
+            normal = torch.randn(self.channels + 1, len(eigenvalues), dtype=torch.float64, generator=generator)
+            cross.append(self._cross(normal[0]))
+            weights.append(normal[1:] / normal[1:].norm(dim=1, keepdim=True))
+        start = torch.stack(weights)
+        noise = (start.square() @ eigenvalues).median(1).values
+        return Draw(start, torch.diag(eigenvalues), torch.stack(cross), noise)
+
+    def _cross(self, normal: Tensor) -> Tensor:
+        """``[F]``, c from standard normal numbers ``[F]``."""
+        eigenvalues = self.eigenvalues
+        parts = (normal * eigenvalues.sqrt()).tensor_split([self.leading])
+        shares = (self.share, 1 - self.share)
+        cross = torch.cat([part / part.norm() * share**0.5 for part, share in zip(parts, shares, strict=True)])
+        return cross * (self.explained / (cross.square() / eigenvalues).sum()).sqrt()
