@@ -174,8 +174,12 @@ def write_parquet(table: pd.DataFrame, path: Path) -> None:
         table.to_parquet(draft, index=False)
 
 
-def read_parquet(path: Path) -> pd.DataFrame:
+def read_parquet(path: Path, required: Iterable[str] = ("layer", "channel", *COLUMNS)) -> pd.DataFrame:
     """Read one table back.
+
+    Args:
+        path: the file.
+        required: columns that it has to have.
 
     Raises:
         ValueError: if the file is not a whole table of this schema.
@@ -184,7 +188,7 @@ def read_parquet(path: Path) -> pd.DataFrame:
         table = pd.read_parquet(path)
     except (OSError, pa.ArrowInvalid) as error:
         raise ValueError(f"{path}: not a whole Parquet file ({error}); it was cut off or is none of ours") from error
-    missing = [column for column in ("layer", "channel", *COLUMNS) if column not in table]
+    missing = [column for column in required if column not in table]
     if missing:
         raise ValueError(f"{path}: a Parquet file without the columns {', '.join(missing)}: not a table of channels")
     return table

@@ -1,6 +1,7 @@
 """Tables as pictures."""
 
 from chanaxes_pl.plots.correlations import plot_correlations
+from chanaxes_pl.plots.prediction import plot_early_prediction
 from chanaxes_pl.plots.pruning import plot_lesions, plot_pruning
 
-__all__ = ["plot_correlations", "plot_lesions", "plot_pruning"]
+__all__ = ["plot_correlations", "plot_early_prediction", "plot_lesions", "plot_pruning"]
