@@ -120,12 +120,12 @@ def _check_same_network(last: pd.DataFrame, lesions: pd.DataFrame) -> None:
 
 def _wide(run: pd.DataFrame) -> pd.DataFrame:
     """A row a channel, a column for each step and metric."""
-    run = run.assign(**dict.fromkeys(AXES, np.nan))
-    alive = run[~run["dead"]]
-    for _, frame in alive.groupby(["step", "layer"], sort=False):
-        found = coordinates(frame)
-        run.loc[frame.index, list(AXES)] = np.stack([found[axis] for axis in AXES], 1)
-    run.loc[run["dead"], list(PREDICTORS)] = np.nan
+    live, axes = ~run["dead"].to_numpy(bool), np.full((len(run), len(AXES)), np.nan)
+    for rows in run.groupby(["step", "layer"], sort=False).indices.values():
+        found = coordinates(run.iloc[rows])
+        axes[rows[live[rows]]] = np.stack([found[axis] for axis in AXES], 1)
+    run = run.assign(**dict(zip(AXES, axes.T, strict=True)))
+    run.loc[~live, list(PREDICTORS)] = np.nan
     wide = run.pivot(index=_CHANNEL, columns="step", values=list(PREDICTORS))
     return wide.loc[pd.MultiIndex.from_frame(run[_CHANNEL].drop_duplicates())]  # as they lie in the network
 
