@@ -32,6 +32,7 @@ from chanaxes_pl.targets import TargetSpec
 GRAPHS = ("overlap", "excess")
 #: Triplets of a layer that are averaged over, at the most.
 TRIPLETS = 20_000
+_EXCESS = ("pair_excess", "triplet_excess", "pair_excess_null", "triplet_excess_null")
 _UNREACHED = "the forward pass did not reach it"
 
 
@@ -55,7 +56,8 @@ def layer_structure(
     the weights have been dealt to other pairs at random.
 
     *Triplets.* I(T; y_i, y_j, y_k) less the largest of what its pairs say, and I(T; y_i, y_j) less the larger of what
-    its members say. Means over all pairs, and over all triplets or :data:`TRIPLETS` drawn with a fixed seed.
+    its members say. Means over all pairs, and over all triplets or :data:`TRIPLETS` drawn with a fixed seed; and the
+    same about the null target, which shows what so few images make of nothing.
 
     *Propagation.* A layer's routed metric is what its inputs' metrics come to when each channel takes their mean,
     weighted by ‖W_ij‖ times the standard deviation of input j as the layer reads it (behind norm and activation). Its
@@ -77,9 +79,10 @@ def layer_structure(
     Returns:
         One row a layer, in order of the model: ``layer, channels`` (live); for each of :data:`GRAPHS`
         ``<graph>_modularity``, ``<graph>_null`` and ``<graph>_null_sd``, ``<graph>_communities``; ``agreement``, the
-        adjusted Rand index of both partitions; ``pair_excess``, ``triplet_excess`` (nats) and the number of
-        ``triplets``; ``producers``, the layers that give its inputs, and for each metric ``routed_<metric>`` with
-        ``routed_<metric>_null`` and ``…_null_sd``; ``reason`` and ``routed_reason``, why there is none.
+        adjusted Rand index of both partitions; ``pair_excess``, ``triplet_excess``, ``pair_excess_null``,
+        ``triplet_excess_null`` (nats) and the number of ``triplets``; ``producers``, the layers that give its inputs,
+        and for each metric ``routed_<metric>`` with ``routed_<metric>_null`` and ``…_null_sd``; ``reason`` and
+        ``routed_reason``, why there is none.
 
     Raises:
         ValueError: for settings out of range, a probe that does not fit, or no layer that matches.
@@ -110,6 +113,12 @@ def joint_information(association: Association) -> Tensor:
     own = torch.arange(len(single), device=single.device)[:, None]
     peers = (own + own.mT[:, 1:]) % len(single)
     return torch.diag(single).scatter(1, peers, association.with_peers(peers))
+
+
+def pair_excess(association: Association) -> Tensor:
+    """``[C, C]`` nats ≥ 0: what each pair of channels says about the target beyond the better of the two."""
+    single = association.single
+    return (joint_information(association) - torch.maximum(single[:, None], single)).clamp(min=0)
 
 
 def triplet_excess(association: Association, triplets: Tensor) -> Tensor:
@@ -156,34 +165,35 @@ def _layer_row(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """A layer's graphs and triplets, and its metrics."""
     names = [f"{graph}_{value}" for graph in GRAPHS for value in ("modularity", "null", "null_sd", "communities")]
-    row: dict[str, Any] = {"channels": 0} | dict.fromkeys(
-        [*names, "agreement", "pair_excess", "triplet_excess"], math.nan
-    )
+    row: dict[str, Any] = {"channels": 0} | dict.fromkeys([*names, "agreement", *_EXCESS], math.nan)
     row |= {"triplets": 0, "reason": _UNREACHED}
     if moments is None:
         return row, {}
     columns = measure(moments)
     live = torch.from_numpy(~columns["dead"])
     row["channels"] = count = int(live.sum())
-    joint = Moments.merge_all(moments.joint)
-    association, _ = associations(joint, live.to(joint.mean.device), moments.targets)
-    if count < MIN_CHANNELS or not association.explained.isfinite().all():
+    local, joint = Moments.merge_all(moments.local), Moments.merge_all(moments.joint)
+    both = associations(joint, live.to(joint.mean.device), moments.targets)
+    if count < MIN_CHANNELS or not both[0].explained.isfinite().all():
         few = f"{count} live channel{'s' * (count != 1)}, expected at least {MIN_CHANNELS}"
         row["reason"] = few if count < MIN_CHANNELS else "target does not vary, or is not finite"
         return row, columns
-    local = Moments.merge_all(moments.local)
+    triplets = choose_triplets(count, rng).to(joint.mean.device)
+    means = [mean for association in both for mean in _mean_excess(association, triplets)]
+    row |= dict(zip(_EXCESS, means, strict=True)) | {"triplets": len(triplets), "reason": ""}
     overlap = information(local.select(live.to(local.mean.device)).correlation.square())
-    excess = joint_information(association) - torch.maximum(association.single[:, None], association.single)
-    triplets = choose_triplets(count, rng).to(excess.device)
-    row |= {"pair_excess": float(excess.sum() / (count * (count - 1))), "triplets": len(triplets), "reason": ""}
-    row["triplet_excess"] = float(triplet_excess(association, triplets).mean())
     labels = []
-    for graph, weights in zip(GRAPHS, (overlap, excess), strict=True):
-        partition, values = _graph(weights.clamp(min=0).cpu().numpy(), nulls, rng)
+    for graph, weights in zip(GRAPHS, (overlap, pair_excess(both[0])), strict=True):
+        partition, values = _graph(weights.cpu().numpy(), nulls, rng)
         labels.append(partition)
         row |= {f"{graph}_{name}": value for name, value in values.items()}
     row["agreement"] = float(adjusted_rand_score(*labels))
     return row, columns
+
+
+def _mean_excess(association: Association, triplets: Tensor) -> tuple[float, float]:
+    pairs = pair_excess(association)
+    return float(pairs.sum() / (len(pairs) * (len(pairs) - 1))), float(triplet_excess(association, triplets).mean())
 
 
 def _graph(weights: np.ndarray, nulls: int, rng: np.random.Generator) -> tuple[np.ndarray, dict[str, float]]:

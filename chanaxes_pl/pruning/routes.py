@@ -120,11 +120,9 @@ def direct_producers(model: nn.Module, example: Tensor) -> dict[str, list[str]]:
         for name, layer in layers:
             layer.register_forward_hook(partial(note, name))
             layer.register_forward_pre_hook(partial(look, name))
-        result = copied(example)  # holds on to the graph
+        copied(example)
     order = list(outputs.values())
-    found = {name: sorted(_reached(node, outputs), key=order.index) for name, node in inputs.items()}
-    del result
-    return found
+    return {name: sorted(_reached(node, outputs), key=order.index) for name, node in inputs.items()}
 
 
 def _reached(node: Any, outputs: Mapping[Any, str]) -> set[str]:
