@@ -94,13 +94,13 @@ def layer_structure(
     device = next(model.parameters(), torch.empty(0)).device
     move = partial(move_data_to_device, device=device)
     tracked = select_layers(model, layers, caller)
+    example = image_batches(loader, MIN_IMAGES, move, caller)[0][:1] if example_input is None else example_input
     with input_spread(tracked) as spread:
         recorder = record(model, Probe(loader, probe_size, caller), settings, to_device=move)
     rows, metrics = [], {}
     for number, (name, moments) in enumerate(recorder.moments()):
         row, metrics[name] = _layer_row(moments, nulls, np.random.default_rng([seed, number]))
         rows.append({"layer": name} | row)
-    example = image_batches(loader, MIN_IMAGES, move, caller)[0][:1] if example_input is None else example_input
     routes = find_routes(model, tracked, spread, example, caller)
     for number, row in enumerate(rows):
         row |= _propagation(routes[row["layer"]], metrics, nulls, np.random.default_rng([seed, number, 1]))
@@ -187,6 +187,8 @@ def _layer_row(
         partition, values = _graph(weights.cpu().numpy(), nulls, rng)
         labels.append(partition)
         row |= {f"{graph}_{name}": value for name, value in values.items()}
+        if math.isnan(values["modularity"]):
+            row["reason"] = f"the {graph} graph has no weight"
     row["agreement"] = float(adjusted_rand_score(*labels))
     return row, columns
 
