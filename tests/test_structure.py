@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from chanaxes_pl import compute_axes
-from chanaxes_pl.gaussian import CEILING, Association
+from chanaxes_pl.gaussian import CEILING, MAX_CORRELATION, Association
 from chanaxes_pl.metrics import METRICS
 from chanaxes_pl.moments import Moments
 from chanaxes_pl.plots import plot_structure
@@ -26,6 +26,7 @@ from chanaxes_pl.pruning.routes import Routes, direct_producers, find_routes, in
 from chanaxes_pl.structure import (
     GRAPHS,
     _graph,
+    _propagation,
     choose_triplets,
     communities,
     joint_information,
@@ -92,6 +93,9 @@ def test_excess_agrees_with_its_definition():
 def test_more_channels_never_say_less_and_order_does_not_matter(seed, channels):
     found = association(*samples(channels, n=60, seed=seed))
     triplets = choose_triplets(channels, np.random.default_rng(0))
+    # Of sets that nearly determine each other so little is believed that a little may be lost.
+    spectrum = torch.linalg.eigvalsh(found.correlation[triplets[:, :, None], triplets[:, None, :]])
+    triplets = triplets[spectrum[:, 0] > 1 - MAX_CORRELATION]
     whole = found.with_sets(triplets)
     for keep in ([0, 1], [0, 2], [1, 2]):
         assert (found.with_sets(triplets[:, keep]) <= whole + 1e-12).all()
@@ -316,8 +320,8 @@ def test_input_spread_is_the_standard_deviation_of_all_batches():
 # ---------------------------------------------------------------- end to end
 
 
-def carrying(mixed: bool = False) -> nn.Module:
-    """Two convolutions, of which the second passes on what the first gives: each channel its own, or all alike."""
+def carrying() -> nn.Module:
+    """Two convolutions, of which the second passes on what each channel of the first gives."""
     torch.manual_seed(0)
     net = Net(
         lambda net, x: net.head(pooled(net.second(net.first(x)).relu())),
@@ -327,8 +331,7 @@ def carrying(mixed: bool = False) -> nn.Module:
     )
     with torch.no_grad():
         net.first.weight.mul_(torch.logspace(-0.5, 0.5, 32)[torch.randperm(32)][:, None, None, None])
-        if not mixed:
-            net.second.weight.copy_(torch.eye(32)[:, :, None, None] + 0.02 * torch.randn(32, 32, 1, 1))
+        net.second.weight.copy_(torch.eye(32)[:, :, None, None] + 0.02 * torch.randn(32, 32, 1, 1))
     return net.eval()
 
 
@@ -348,10 +351,18 @@ def test_metrics_propagate_where_weights_pass_channels_on():
     assert table.loc["first", [f"routed_{metric}" for metric in METRICS]].isna().all()
 
 
-def test_metrics_do_not_propagate_through_weights_that_mix():
-    row = layer_structure(carrying(mixed=True), probe(), nulls=20).set_index("layer").loc["second"]
-    for metric in METRICS:
-        assert abs(row[f"routed_{metric}"] - row[f"routed_{metric}_null"]) < 3 * row[f"routed_{metric}_null_sd"]
+def test_metrics_that_have_nothing_to_do_with_weights_scatter_as_their_null_says():
+    rng = np.random.default_rng(0)
+    gaps, spreads = [], []
+    for _ in range(25):
+        route = Routes("b", {"a": np.arange(40)}, rng.random((40, 40)) ** 4, rng.random(40), "")
+        row = _propagation(route, {name: {m: rng.normal(size=40) for m in METRICS} for name in "ab"}, 40, rng)
+        for metric in METRICS:
+            spreads.append(row[f"routed_{metric}_null_sd"])
+            gaps.append((row[f"routed_{metric}"] - row[f"routed_{metric}_null"]) / spreads[-1])
+    assert abs(np.mean(gaps)) < 0.3
+    assert np.std(gaps) == pytest.approx(1, abs=0.25)
+    assert np.mean(spreads) == pytest.approx(1 / math.sqrt(39), rel=0.1)
 
 
 def test_the_table_agrees_with_its_parts():
