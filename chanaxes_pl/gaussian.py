@@ -92,6 +92,29 @@ class Association:
         left = own[:, None] * own[peers] - (q - self.explained.gather(1, peers)).square()
         return information(1 - left / (1 - q.square()))
 
+    def with_sets(self, sets: Tensor) -> Tensor:
+        """I(T; y_i, y_j, …) of some sets of channels, all of a set together.
+
+        As for pairs, 1 − R² = det(Q − B) / det Q over a set's blocks. No eigenvalue of Q counts as smaller than
+        1 − :data:`MAX_CORRELATION`, which is a pair's at the ceiling.
+
+        Args:
+            sets: ``[n, k]``, indices of the channels of each set, none twice.
+
+        Returns:
+            ``[n]``, nats.
+
+        Example:
+            >>> import torch
+            >>> alone = Association(torch.eye(3), torch.full((3, 3), 0.25))  # each explains a quarter
+            >>> alone.with_sets(torch.tensor([[0], [1]])), alone.with_sets(torch.tensor([[0, 1, 2]]))
+            (tensor([0.1438, 0.1438]), tensor([0.6931]))
+        """
+        rows, columns = sets[:, :, None], sets[:, None, :]
+        values, vectors = torch.linalg.eigh(self.correlation[rows, columns])
+        q = (vectors * values.clamp(min=1 - MAX_CORRELATION)[:, None]) @ vectors.mT
+        return information(1 - torch.linalg.det(q - self.explained[rows, columns]) / torch.linalg.det(q))
+
 
 def _explained(joint: Moments, channels: int, targets: slice) -> Tensor:
     scale = joint.variance[:channels].rsqrt()

@@ -82,7 +82,7 @@ def measure(moments: LayerMoments, noise: str | float = "median") -> dict[str, n
     local, joint = Moments.merge_all(moments.local), Moments.merge_all(moments.joint)
     live = _live(local, joint)
     channels = local.select(live)
-    association, null = _associations(joint, live, moments.targets)
+    association, null = associations(joint, live, moments.targets)
     peers = peer_reconstruction(channels)
     values = _axes(channels, association, noise) | {"peer_r2": peers.r2}
     values |= {"hull_size": peers.hull_size, "hull_score": peers.hull_score}
@@ -106,8 +106,14 @@ def _live(local: Moments, joint: Moments) -> Tensor:
     return local.live & live_mask(joint.variance[: len(local.mean)])  # the targets have a scale of their own
 
 
-def _associations(joint: Moments, live: Tensor, targets: int) -> tuple[Association, Association]:
-    """Of the live channels with the target, and with the null target that stands behind it."""
+def associations(joint: Moments, live: Tensor, targets: int) -> tuple[Association, Association]:
+    """Of the live channels with the target, and with the null target that stands behind it.
+
+    Args:
+        joint: of ``[ȳ (C), T (D), null target (D)]``.
+        live: ``[C]`` mask.
+        targets: D.
+    """
     others = torch.ones(2 * targets, dtype=torch.bool, device=live.device)
     channels, joint = int(live.sum()), joint.select(torch.cat([live, others]))
     null = channels + targets
@@ -129,7 +135,7 @@ def _half(
 ) -> dict[str, np.ndarray]:
     live = live & _live(local, joint)
     channels = local.select(live)
-    values = _axes(channels, _associations(joint, live, targets)[0], noise) | {"peer_r2": peer_r2(channels)}
+    values = _axes(channels, associations(joint, live, targets)[0], noise) | {"peer_r2": peer_r2(channels)}
     return _spread({f"{name}_{half}": column for name, column in values.items()}, live)
 
 
@@ -174,8 +180,12 @@ def write_parquet(table: pd.DataFrame, path: Path) -> None:
         table.to_parquet(draft, index=False)
 
 
-def read_parquet(path: Path) -> pd.DataFrame:
+def read_parquet(path: Path, required: Iterable[str] = ("layer", "channel", *COLUMNS)) -> pd.DataFrame:
     """Read one table back.
+
+    Args:
+        path: the file.
+        required: columns that it has to have.
 
     Raises:
         ValueError: if the file is not a whole table of this schema.
@@ -184,7 +194,7 @@ def read_parquet(path: Path) -> pd.DataFrame:
         table = pd.read_parquet(path)
     except (OSError, pa.ArrowInvalid) as error:
         raise ValueError(f"{path}: not a whole Parquet file ({error}); it was cut off or is none of ours") from error
-    missing = [column for column in ("layer", "channel", *COLUMNS) if column not in table]
+    missing = [column for column in required if column not in table]
     if missing:
         raise ValueError(f"{path}: a Parquet file without the columns {', '.join(missing)}: not a table of channels")
     return table

@@ -7,6 +7,7 @@ units, not rows: channels that can only be removed together share one damage and
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +15,7 @@ import pandas as pd
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import rankdata
 
-from chanaxes_pl.correlations import MIN_CHANNELS, NETWORK, spearman
+from chanaxes_pl.correlations import MIN_CHANNELS, NETWORK
 
 #: What the claim sets peer support beside.
 BASE = ("input_capture", "task_information")
@@ -80,10 +81,10 @@ def rank_regression(
     """
     columns = [damage, *base, added]
     usable = _usable(table, columns, "rank_regression")
-    counts = np.vstack([np.ones(len(usable)), _draws(usable, resamples, seed)])
+    values, counts = usable[columns].to_numpy(float), _draws(usable, resamples, seed)
     products = np.zeros((resamples + 1, len(columns), len(columns)))
     for rows in _by_layer(usable):
-        products += _within(_ranks(usable, columns, rows), counts[:, rows])
+        products += _within(_ranks(values[rows]), counts[:, rows])
     freedom = len(usable) - usable["layer"].nunique()
     small, _ = _fit(products, len(base), freedom)
     full, slopes = _fit(products, len(base) + 1, freedom)
@@ -126,18 +127,19 @@ def matched_comparison(
     """
     columns = [damage, support, matched]
     usable = _usable(table, columns, "matched_comparison")
-    ranks, pairs = np.zeros((len(usable), len(columns))), []
+    values = usable[columns].to_numpy(float)
+    ranks, pairs = np.zeros_like(values), []
     for rows in _by_layer(usable):
-        ranks[rows] = _ranks(usable, columns, rows)
+        ranks[rows] = _ranks(values[rows])
         pairs += [rows[pair] for pair in _pairs(ranks[rows, 1], ranks[rows, 2])]
     much, little = np.reshape(pairs, (-1, 2)).astype(int).T
-    weights = np.vstack([np.ones(len(much)), _draws(usable, resamples, seed)[:, much]])
+    weights = _draws(usable, resamples, seed)[:, much]
     result = []
-    for scale, values in (("value", usable[damage].to_numpy(float)), ("rank", ranks[:, 0] + 0.5)):
+    for scale, hurt in (("value", values[:, 0]), ("rank", ranks[:, 0] + 0.5)):
         with np.errstate(invalid="ignore"):  # no pair at all
-            drawn = weights @ (values[much] - values[little]) / weights.sum(1)
+            drawn = weights @ (hurt[much] - hurt[little]) / weights.sum(1)
         row = {"damage": damage, "support": support, "matched": matched, "scale": scale}
-        row |= {"much": _mean(values[much]), "little": _mean(values[little]), "difference": drawn[0]}
+        row |= {"much": _mean(hurt[much]), "little": _mean(hurt[little]), "difference": drawn[0]}
         row |= _interval(drawn[1:]) | {"imbalance": _mean(ranks[much, 2] - ranks[little, 2])}
         result.append(row | {"pairs": len(much), "layers": usable["layer"].iloc[much].nunique()})
     return pd.DataFrame(result)
@@ -157,31 +159,31 @@ def score_damage_correlation(
 
     Returns:
         One row per score and layer, and one with the mean, layer ``"network"``: ``score, damage, layer, rho, low,
-        high, n``; NaN where a score or the damage is the same for all channels.
+        high, n``, the channels for which both are defined; NaN where these are fewer than 3, or a score or the damage
+        is the same for all of them.
 
     Raises:
-        ValueError: for unknown columns, or if no layer has 3 channels for which they are defined.
+        ValueError: for unknown columns, or if no layer has 3 channels whose damage is defined.
     """
-    result = []
-    for score in scores:
-        usable = _usable(table, [damage, score], "score_damage_correlation")
-        counts = _draws(usable, resamples, seed)
-        layers, draws = [], []
-        for rows in _by_layer(usable):
-            drawn = _correlation(_within(_ranks(usable, [damage, score], rows), counts[:, rows]))
-            values = usable.iloc[rows]
-            rho = spearman(values[damage].to_numpy(float), values[score].to_numpy(float))
-            layers.append({"layer": values["layer"].iloc[0], "rho": rho, **_interval(drawn), "n": len(rows)})
-            draws.append(drawn)
-        mean = {"rho": pd.DataFrame(layers)["rho"].mean(), **_interval(pd.DataFrame(draws).mean().to_numpy())}
-        layers.append({"layer": NETWORK, **mean, "n": len(usable)})
-        result.append(pd.DataFrame(layers).assign(score=score, damage=damage))
-    return pd.concat(result, ignore_index=True)[["score", "damage", "layer", "rho", "low", "high", "n"]]
+    usable = _usable(table, [damage], "score_damage_correlation", others=scores)
+    values, target = usable[list(scores)].to_numpy(float), usable[damage].to_numpy(float)
+    counts = _draws(usable, resamples, seed)
+    layers = _by_layer(usable)
+    draws = np.stack([_rank_correlations(values[rows], target[rows], counts[:, rows]) for rows in layers], 1)
+    sizes = np.stack([np.isfinite(values[rows]).sum(0) for rows in layers])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # no layer has one
+        draws = np.concatenate([draws, np.nanmean(draws, 1, keepdims=True)], 1)
+    low, high = _bounds(draws[1:])
+    names = [*(usable["layer"].iloc[rows[0]] for rows in layers), NETWORK]
+    columns = {"rho": draws[0], "low": low, "high": high, "n": np.vstack([sizes, sizes.sum(0)])}
+    result = {"score": np.repeat(np.array(scores, object), len(names)), "damage": damage, "layer": names * len(scores)}
+    return pd.DataFrame(result | {name: column.T.ravel() for name, column in columns.items()})
 
 
-def _usable(table: pd.DataFrame, columns: Sequence[str], caller: str) -> pd.DataFrame:
-    """The rows for which all columns are defined, of the layers that have at least 3 of them."""
-    missing = [column for column in columns if column not in table]
+def _usable(table: pd.DataFrame, columns: Sequence[str], caller: str, others: Sequence[str] = ()) -> pd.DataFrame:
+    """The rows for which all columns are defined, of the layers that have at least 3 of them; others only exist."""
+    missing = [column for column in (*columns, *others) if column not in table]
     if missing:
         raise ValueError(f"{caller}: no column {', '.join(map(repr, missing))}; there are {', '.join(table.columns)}")
     defined: np.ndarray = np.isfinite(table[list(columns)].to_numpy(float)).all(axis=1)  # type: ignore[assignment]
@@ -196,22 +198,25 @@ def _by_layer(rows: pd.DataFrame) -> list[np.ndarray]:
     return [np.asarray(places) for places in rows.groupby("layer", sort=False).indices.values()]
 
 
-def _ranks(table: pd.DataFrame, columns: Sequence[str], rows: np.ndarray) -> np.ndarray:
-    """``[n, k]`` ranks of one layer's channels, from −½ to ½; equals share theirs."""
-    return (rankdata(table[list(columns)].to_numpy(float)[rows], axis=0) - 0.5) / len(rows) - 0.5
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks of ``[n, k]`` values of one layer's channels, from −½ to ½, down the columns; equals share theirs."""
+    return (rankdata(values, axis=0) - 0.5) / len(values) - 0.5
 
 
 def _draws(rows: pd.DataFrame, resamples: int, seed: int) -> np.ndarray:
-    """``[resamples, n]``, how often each row is drawn; those of one unit together, units within their group."""
+    """``[1 + resamples, n]``, how often each row is drawn; those of one unit together, units within their group.
+
+    The first takes every row once: what is measured.
+    """
     own = rows["layer"] + "[" + rows["channel"].astype(str) + "]"
     unit = own if "unit" not in rows else rows["unit"].where(rows["unit"] != "", own)
     group = unit.str.rpartition("[")[0]
     rng = np.random.default_rng(seed)
-    counts = np.zeros((resamples, len(rows)))
+    counts = np.ones((1 + resamples, len(rows)))
     for members in group.groupby(group, sort=False).indices.values():
         number, names = pd.factorize(unit.iloc[members])
         drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), resamples)
-        counts[:, members] = drawn[:, number]
+        counts[1:, members] = drawn[:, number]
     return counts
 
 
@@ -234,10 +239,30 @@ def _fit(products: np.ndarray, predictors: int, freedom: int) -> tuple[np.ndarra
     return (1 - (1 - plain) * freedom / left if left > 0 else np.full_like(plain, np.nan)), slopes[:, -1]
 
 
-def _correlation(products: np.ndarray) -> np.ndarray:
-    scale = np.sqrt(products[:, 0, 0] * products[:, 1, 1])
+def _rank_correlations(values: np.ndarray, target: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """``[resamples, k]`` Spearman correlations of ``[n, k]`` values with one target ``[n]``, each row counted so often.
+
+    A column's ranks, and the target's beside it, are those among the rows that it is defined for. They are not ranked
+    again in each resample.
+    """
+    found = np.full((len(counts), values.shape[1]), np.nan)
+    masks, group = np.unique(np.isfinite(values), axis=1, return_inverse=True)
+    for number, mask in enumerate(masks.T):
+        if mask.sum() >= MIN_CHANNELS:
+            columns = np.flatnonzero(group.ravel() == number)
+            x, y, weights = _ranks(values[np.ix_(mask, columns)]), _ranks(target[mask, None]), counts[:, mask]
+            found[:, columns] = _weighted_correlations(x, y, weights)
+    return found
+
+
+def _weighted_correlations(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """``[resamples, k]`` correlations of ``[n, k]`` with ``[n, 1]``."""
+    total = np.maximum(weights.sum(1, keepdims=True), 1)
+    sum_x, sum_y = weights @ x, weights @ y
+    xx, xy = weights @ x**2 - sum_x**2 / total, weights @ (x * y) - sum_x * sum_y / total
+    scale = np.sqrt(np.maximum(xx * (weights @ y**2 - sum_y**2 / total), 0.0))
     # Where a resample holds one value only, rounding is all that is left of the sums.
-    return np.divide(products[:, 0, 1], scale, out=np.full_like(scale, np.nan), where=scale > 1e-12)
+    return np.divide(xy, scale, out=np.full_like(xy, np.nan), where=scale > 1e-12)
 
 
 def _pairs(support: np.ndarray, matched: np.ndarray) -> list[np.ndarray]:
@@ -255,6 +280,14 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _interval(draws: np.ndarray, prefix: str = "") -> dict[str, float]:
-    kept = draws[np.isfinite(draws)]
-    low, high = np.quantile(kept, [0.025, 0.975]) if len(kept) else (np.nan, np.nan)
+    low, high = _bounds(draws)
     return {f"{prefix}low": float(low), f"{prefix}high": float(high)}
+
+
+def _bounds(draws: np.ndarray) -> np.ndarray:
+    """``[2, …]``, the ends of 95 % percentile intervals of ``[resamples, …]``, over the draws that are defined."""
+    if len(draws) and np.isfinite(draws).all():
+        return np.quantile(draws, [0.025, 0.975], axis=0)  # many times faster than the other
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # none is
+        return np.nanquantile(draws, [0.025, 0.975], axis=0) if len(draws) else np.full((2, *draws.shape[1:]), np.nan)
