@@ -28,6 +28,7 @@ class Run:
     Attributes:
         name: tells it apart from the runs beside it.
         folder: the run folder.
+        tracker: name of the tracker whose tables these are.
         table: the channels of all checkpoints, see :func:`read_run`; its column ``run`` is ``name``.
         config: the configuration that it was started with, empty where none was saved.
         scalars: what the CSV logger wrote, empty where none did.
@@ -38,6 +39,7 @@ class Run:
 
     name: str
     folder: Path
+    tracker: str
     table: pd.DataFrame
     config: dict[str, Any]
     scalars: pd.DataFrame
@@ -190,6 +192,7 @@ def _read(root: Path, tracker: Path, name: str) -> Run:
     return Run(
         name,
         root,
+        tracker.name,
         table,
         config=_config(root, notes),
         scalars=_scalars(root, notes),

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from lightning.pytorch.loggers import CSVLogger
 from playwright.sync_api import Page, sync_playwright
 
@@ -15,7 +16,7 @@ from chanaxes_pl.plots import channel_panels
 from chanaxes_pl.report.blocks import interval, number
 from chanaxes_pl.report.sections import SECTIONS
 from chanaxes_pl.tables import checkpoint_path
-from tests.small import QUIET, Small, build, loaders, trainer
+from tests.small import QUIET, Small, loaders, trainer
 from tests.test_prune_module import Data
 from tests.test_runs import write_run
 
@@ -35,7 +36,7 @@ class Logged(Small):
 
 def train(folder: Path, seed: int) -> Path:
     """A real run with everything in it: tracked, logged, lesioned, pruned."""
-    build()
+    torch.manual_seed(seed)
     model = Logged(dropout=0.0)
     logger = CSVLogger(folder, "small", version=seed)
     tracker = AxisTracker(schedule="log", alignment=True)
@@ -44,7 +45,7 @@ def train(folder: Path, seed: int) -> Path:
     for experiment in ("lesion", "prune"):
         options = {"operations": ("zero", "mean")} if experiment == "lesion" else {}
         options |= {"scores": ("l1", "input_capture"), "budgets": (0.8, 0.6), "allocations": ("uniform",)}
-        module = PruneModule(model.net.eval(), experiment, out=run, **options)
+        module = PruneModule(model.eval(), experiment, out=run, **options)
         trainer(folder).test(module, datamodule=Data(), verbose=False)
     return run
 

@@ -8,8 +8,9 @@ import pandas as pd
 
 from chanaxes_pl.correlations import NETWORK, over_runs
 from chanaxes_pl.metrics import METRICS
-from chanaxes_pl.plots import plot_lesions, plot_pruning
+from chanaxes_pl.plots import plot_early_prediction, plot_lesions, plot_pruning
 from chanaxes_pl.plots.style import words
+from chanaxes_pl.prediction import early_prediction
 from chanaxes_pl.pruning.lesions import OPERATIONS
 from chanaxes_pl.pruning.protocol import DENSE, VARIANT
 from chanaxes_pl.pruning.removability import score_damage_correlation
@@ -62,6 +63,35 @@ def _over_runs(correlations: pd.DataFrame, count: int, resamples: int) -> list[T
     return [
         Table("ρ with damage over runs: mean ± standard deviation [95 % bootstrap over runs].", ["metric", "ρ"], rows)
     ]
+
+
+def early(runs: Runs) -> Section:
+    """How early the end can be told."""
+    about = "Rank correlation of each metric at each checkpoint with what becomes of the channels in the end."
+    frames, blocks = [], []
+    for run in runs.each:
+        try:
+            found = early_prediction(
+                run.folder, next(iter(run.lesions.values()), None), resamples=runs.resamples, tracker=run.tracker
+            )
+        except ValueError as error:
+            blocks.append(Missing(f"{run.name} is left out: {error}"))
+            continue
+        frames.append(found[(found["layer"] == NETWORK) & found["step"].isin(runs.steps)].assign(run=run.name))
+    if not frames:
+        return Section("Early prediction", about, blocks)
+    table = pd.concat(frames, ignore_index=True)
+    drawn, spread = table, "95 % over channels"
+    if len(frames) > 1:
+        reasons = table.drop_duplicates("target").set_index("target")["reason"]
+        drawn = over_runs(table, "rho", runs.resamples).rename(columns={"mean": "rho"})
+        drawn, spread = drawn.assign(reason=drawn["target"].map(reasons)), "mean of runs, 95 % over runs"
+    caption = (
+        f"Mean over layers; bands: {spread}. Damage is that of removing a channel; the pruning order is that of input "
+        "capture at the last checkpoint, low goes first."
+    )
+    picture = Picture("early", plot_early_prediction(drawn), table, caption)
+    return Section("Early prediction", about, [*blocks, picture])
 
 
 def pruning(runs: Runs) -> Section:

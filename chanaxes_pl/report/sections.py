@@ -9,12 +9,13 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from chanaxes_pl.correlations import HEADLINE, NETWORK, PAIRS, reliabilities, task_masses
+from chanaxes_pl.correlations import HEADLINE, NETWORK, PAIRS, over_runs, reliabilities, task_masses
 from chanaxes_pl.groupings import groupings
 from chanaxes_pl.plots import (
     channel_panels,
     distributions,
     plot_accuracy,
+    plot_alignment,
     plot_channels,
     plot_correlations,
     plot_cost,
@@ -26,7 +27,7 @@ from chanaxes_pl.plots import (
 from chanaxes_pl.plots.style import words
 from chanaxes_pl.pruning.protocol import DENSE
 from chanaxes_pl.report.blocks import Folded, Missing, Picture, Section, Table, interval, number
-from chanaxes_pl.report.experiments import lesions, pruning
+from chanaxes_pl.report.experiments import early, lesions, pruning
 from chanaxes_pl.runs import Run, Runs
 
 #: What a reader looks for first, by the end of its key in the configuration.
@@ -199,6 +200,30 @@ def peers(runs: Runs) -> Section:
     return Section("Peer support", about, [Picture("peers", plot_peer_support(table), table, caption)])
 
 
+def gradients(runs: Runs) -> Section:
+    """Whether a step on one information changes the other."""
+    about = (
+        "Cosine between the gradients of input capture and of task information with respect to a channel's weights: "
+        "0 where a step on one leaves the other as it is."
+    )
+    if "alignment" not in runs.table:
+        return Section(
+            "Gradient alignment", about, [Missing("Not measured: train with `AxisTracker(alignment=True)`.")]
+        )
+    ends = runs.table[runs.table["step"].isin([runs.steps[0], runs.steps[-1]])]
+    ends = ends.assign(angle=ends["alignment"].abs())
+    table = ends.groupby(["run", "epoch", "step", "layer"], sort=False)["angle"].mean().reset_index()
+    means = over_runs(table, "angle", runs.resamples).set_index(["layer", "step"])
+    steps = sorted(ends["step"].unique())
+    rows = [[layer, *(interval(means.loc[[(layer, step)]].iloc[0]) for step in steps)] for layer in runs.each[0].widths]
+    known = {_setting(run.config, key) for run in runs.each for key in (_SHOWN["network"], _SHOWN["data"])}
+    figure = plot_alignment(ends, published=known == {"resnet18", "CIFAR100DataModule"})
+    caption = "Absolute values over channels: quartiles, 5 to 95 %, and the mean as a diamond."
+    when = [f"epoch {epoch:.3g}" for epoch in sorted(ends["epoch"].unique())]
+    blocks = [Picture("alignment", figure, table, caption), Table("Mean |cos| of a layer.", ["layer", *when], rows)]
+    return Section("Gradient alignment", about, blocks)
+
+
 def cost(runs: Runs) -> Section:
     """What measuring took."""
     about = "What the tracker took of the training's time, probe passes and all."
@@ -261,7 +286,9 @@ SECTIONS = (
     channels,
     groups,
     peers,
+    gradients,
     lesions,
+    early,
     pruning,
     cost,
 )
