@@ -116,8 +116,8 @@ def _verdict(times: pd.Series) -> str:
     runs, coupled, lost = len(times), times.notna().sum(), np.isfinite(times).sum()
     reproduced = "reproduced" if 2 * lost > runs else "not reproduced"
     return (
-        f"coupling at initialisation, and its loss while task information ascends: {reproduced} "
-        f"(of {_runs(runs)}, {coupled} start coupled beyond chance, {lost} of which lose half of it)"
+        f"of {_runs(runs)}, {coupled} start coupled beyond chance, and {lost} of these lose half of it as task "
+        f"information grows:\ncoupling at initialisation and its loss are {reproduced}"
     )
 
 
