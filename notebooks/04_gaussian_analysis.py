@@ -137,6 +137,9 @@ both["angle"] = both["alignment"].abs()
 both.groupby("epoch")["angle"].describe()[["mean", "25%", "50%", "75%"]].round(2)
 
 # %% [markdown]
+# Three epochs turn the two directions further apart: the mean falls by about a third, most of all in the last layers,
+# while the first layers keep the largest values.
+#
 # ## When are both informations coupled at the start?
 #
 # A simulation leaves out everything but the two formulas: many channels from random weights, an input whose covariance

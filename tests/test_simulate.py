@@ -387,7 +387,8 @@ def test_the_verb_reports_no_loss_where_there_is_none(verb):
     assert "of 1 run, 0 start coupled beyond chance" in printed
     assert "coupling at initialisation and its loss are not reproduced" in printed
     assert "– (no run starts coupled)" in printed
-    assert "[" not in printed.split("runs]")[1].split("gradient")[0]  # one run has no interval
+    assert "interval" not in printed  # of one run there is none
+    assert ", 0.0" not in printed.split("at initialisation")[1].split("gradient")[0]
 
 
 @pytest.mark.parametrize(
@@ -402,4 +403,11 @@ def test_the_verb_reports_no_loss_where_there_is_none(verb):
 def test_the_verb_says_what_is_wrong_and_writes_nothing(verb, tmp_path, flags, message):
     with pytest.raises(SystemExit, match=message):
         verb(*flags)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_verb_says_when_a_flow_takes_too_long(verb, monkeypatch, tmp_path):
+    monkeypatch.setattr(flows, "_MAX_STEPS", 3)
+    with pytest.raises(SystemExit, match=r"error: the flow got to time .* choose a flatter spectrum"):
+        verb(*QUICK, "--seeds=1")
     assert not list(tmp_path.iterdir())
