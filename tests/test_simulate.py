@@ -313,7 +313,7 @@ def test_the_figure_of_angles_has_a_box_a_layer_in_order_of_depth():
     means = [line.get_ydata()[0] for line in axes.lines if line.get_marker() == "D"]
     assert_allclose(means, table["alignment"].abs().groupby(table["layer"], sort=False).mean())
     assert not figure.legends
-    assert not axes.patches[len(names) :]  # no reference of another network unless asked for
+    assert len(axes.patches) == len(names)  # no reference of another network unless asked for
 
 
 def test_the_published_range_is_there_when_asked_for_and_named():
@@ -321,8 +321,8 @@ def test_the_published_range_is_there_when_asked_for_and_named():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         "published: means of hidden layers, ResNet-18 on CIFAR-100"
     ]
-    spans = [patch.get_height() for patch in figure.axes[0].patches if hasattr(patch, "get_height")]
-    assert_allclose(spans, [PUBLISHED[1] - PUBLISHED[0]])
+    *_, span = figure.axes[0].patches
+    assert_allclose([span.get_y(), span.get_y() + span.get_height()], PUBLISHED)
 
 
 @pytest.mark.parametrize(("count", "drawn"), [(1, []), (3, [0, 1, 2]), (6, [0, 5])])
@@ -378,14 +378,17 @@ def test_the_verb_prints_a_table_and_leaves_a_figure_and_its_numbers(verb, tmp_p
     assert next(line for line in lines if line.startswith("   1.00")).split()[1] == f"{mean:.2f}"
     end = table[(table["flow"] == "task") & (table["time"] == 10)]["rho"].mean()
     assert next(line for line in lines if line.startswith("task ")).split()[1] == f"{end:.2f}"
-    assert "reproduced (of 3 runs, 3 start coupled beyond chance, 3 of which lose half of it)" in printed
+    assert "of 3 runs, 3 start coupled beyond chance, and 3 of these lose half of it" in printed
+    assert "coupling at initialisation and its loss are reproduced" in lines
 
 
 def test_the_verb_reports_no_loss_where_there_is_none(verb):
     printed = verb("--spectrum=[4,3,1]", "--share=0", "--seeds=1", *QUICK)
-    assert "not reproduced (of 1 run, 0 start coupled beyond chance, 0 of which lose half of it)" in printed
+    assert "of 1 run, 0 start coupled beyond chance" in printed
+    assert "coupling at initialisation and its loss are not reproduced" in printed
     assert "– (no run starts coupled)" in printed
-    assert "[" not in printed.split("runs]")[1].split("gradient")[0]  # one run has no interval
+    assert "interval" not in printed  # of one run there is none
+    assert ", 0.0" not in printed.split("at initialisation")[1].split("gradient")[0]
 
 
 @pytest.mark.parametrize(
@@ -400,4 +403,11 @@ def test_the_verb_reports_no_loss_where_there_is_none(verb):
 def test_the_verb_says_what_is_wrong_and_writes_nothing(verb, tmp_path, flags, message):
     with pytest.raises(SystemExit, match=message):
         verb(*flags)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_verb_says_when_a_flow_takes_too_long(verb, monkeypatch, tmp_path):
+    monkeypatch.setattr(flows, "_MAX_STEPS", 3)
+    with pytest.raises(SystemExit, match=r"error: the flow got to time .* choose a flatter spectrum"):
+        verb(*QUICK, "--seeds=1")
     assert not list(tmp_path.iterdir())

@@ -47,23 +47,23 @@ def plot_alignment(table: pd.DataFrame, published: bool = False, title: str = ""
     rows = _at_checkpoints(table.assign(angle=table["alignment"].abs()))
     moments = list(dict.fromkeys(rows["moment"]))
     with styled():
-        figure = Figure(figsize=(max(4.5, 1.6 + len(names) * (0.22 + 0.18 * len(moments))), 3.8), layout="constrained")
+        width, height = 1.2 + len(names) * (0.16 + 0.14 * len(moments)), 3.0 + 0.06 * max(map(len, names))
+        figure = Figure(figsize=(max(4.5, width), height), layout="constrained")
         axes = figure.subplots()
-        if published:
-            label = "published: means of hidden layers, ResNet-18 on CIFAR-100"
-            axes.axhspan(*PUBLISHED, color=GREY, alpha=0.25, linewidth=0, label=label)
-        colours = sns.light_palette(COLOURS["alignment"], len(moments) + 2)[1:-1]
+        colours = sns.light_palette(COLOURS["alignment"], len(moments) + 1)[1:]
         for place, (moment, colour) in enumerate(zip(moments, colours, strict=True)):
             by_layer = rows[rows["moment"] == moment].groupby("layer")["angle"]
             values = [by_layer.get_group(name).dropna() for name in names]
-            _draw_boxes(
-                axes, values, (place - (len(moments) - 1) / 2) / len(moments), 0.8 / len(moments), colour, moment
-            )
-        axes.set_xticks(range(len(names)), [short(n, names) for n in names], rotation=90 if len(names) > 6 else 0)
-        axes.set(xlabel="layer, in order of depth", ylabel=f"{_ANGLE} of its channels", ylim=(0, 1))
-        sns.despine(ax=axes)
+            shift = (place - (len(moments) - 1) / 2) / len(moments)
+            _draw_boxes(axes, values, 0.8 * shift, 0.8 / len(moments), colour, moment)
+        if published:
+            label = "published: means of hidden layers, ResNet-18 on CIFAR-100"
+            axes.axhspan(*PUBLISHED, color=GREY, alpha=0.25, linewidth=0, zorder=0, label=label)
+        _label_layers(axes, names)
         if published or len(moments) > 1:
-            figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+            handles, labels = axes.get_legend_handles_labels()
+            shown = slice(None) if len(moments) > 1 else slice(-1, None)
+            figure.legend(handles[shown], labels[shown], loc="outside lower center", ncols=5, frameon=False)
         figure.suptitle(title)
     return figure
 
@@ -83,20 +83,33 @@ def _draw_boxes(
     axes: Axes, values: list[pd.Series], shift: float, width: float, colour: tuple[float, float, float], label: str
 ) -> None:
     """One checkpoint's boxes, a layer each."""
-    axes.boxplot(
+    line = {"linewidth": 0.7}
+    drawn = axes.boxplot(
         values,
-        positions=[place + 0.8 * shift for place in range(len(values))],
+        positions=[place + shift for place in range(len(values))],
         widths=width,
-        label=label,
         whis=(5, 95),
         showfliers=False,
         showmeans=True,
         meanprops={"marker": "D", "markersize": 3, "markerfacecolor": "black", "markeredgecolor": "none"},
         patch_artist=True,
-        boxprops={"facecolor": colour, "linewidth": 0.7},
-        medianprops={"color": "black", "linewidth": 0.7},
+        boxprops={"facecolor": colour, **line},
+        medianprops={"color": "black", **line},
+        whiskerprops=line,
+        capprops=line,
         manage_ticks=False,
     )
+    drawn["boxes"][0].set_label(label)
+
+
+def _label_layers(axes: Axes, names: list[str]) -> None:
+    many = len(names) > 6
+    labels = [short(name, names) for name in names]
+    axes.set_xticks(range(len(names)), labels, rotation=90 if many else 0, fontsize=7 if many else None)
+    axes.set(
+        xlabel="layer, in order of depth", ylabel=f"{_ANGLE} of channels", ylim=(0, 1), xlim=(-0.6, len(names) - 0.4)
+    )
+    sns.despine(ax=axes)
 
 
 def plot_simulation(start: pd.DataFrame, flows: pd.DataFrame, title: str = "") -> Figure:

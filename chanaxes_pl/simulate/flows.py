@@ -26,7 +26,7 @@ COLUMNS = (
     *("flow", "share", "channels", "run", "time", "rho", "alignment", "input_capture", "task_information"),
     *("capture_spread", "task_spread", "on_leading", "reason"),
 )
-_MAX_STEPS = 20_000
+_MAX_STEPS = 5_000  # a hundred are usual
 _FIRST_RECORD = 1e-3  # of the duration
 
 

@@ -53,14 +53,17 @@ def simulation(
         problem = Problem(spectrum, inputs, leading, share, explained, channels, seeds)
         check_flow(FLOWS[0], mixture, duration, records, tolerance)
         _check_out(path)
-    except ValueError as error:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
     start = initial_coupling(problem)
     print(describe_start(start, problem))
-    flows = pd.concat([simulate(problem, flow, mixture, duration, records, tolerance) for flow in FLOWS])
+    try:
+        flows = pd.concat([simulate(problem, flow, mixture, duration, records, tolerance) for flow in FLOWS])
+    except RuntimeError as error:
+        raise SystemExit(f"error: {error}") from error
     print(f"\n{describe_flows(flows)}")
     table = path.with_suffix(".parquet")
-    path.parent.mkdir(parents=True, exist_ok=True)
     plot_simulation(start, flows).savefig(path, dpi=150)
     write_parquet(pd.concat([start, flows], ignore_index=True), table)
     print(f"\nfigure: {path}\ntable:  {table}")
@@ -86,10 +89,9 @@ def describe_start(start: pd.DataFrame, problem: Problem) -> str:
     ]
     for place, share in enumerate(rho["share"]):
         lines.append(f"{share:7.2f}{_interval(rho.iloc[place]):>42}{_interval(angle.iloc[place]):>23}")
-    coupled = rho[rho["low"] > 0]["share"]
-    lines.append(
-        f"interval above 0: from a share of {coupled.min():g} on" if len(coupled) else "interval nowhere above 0"
-    )
+    if problem.seeds > 1:
+        above = rho[rho["low"] > 0]["share"]
+        lines.append(f"interval above 0 from a share of {above.min():g} on" if len(above) else "interval never above 0")
     return "\n".join(lines)
 
 
@@ -116,8 +118,8 @@ def _verdict(times: pd.Series) -> str:
     runs, coupled, lost = len(times), times.notna().sum(), np.isfinite(times).sum()
     reproduced = "reproduced" if 2 * lost > runs else "not reproduced"
     return (
-        f"coupling at initialisation, and its loss while task information ascends: {reproduced} "
-        f"(of {_runs(runs)}, {coupled} start coupled beyond chance, {lost} of which lose half of it)"
+        f"of {_runs(runs)}, {coupled} start coupled beyond chance, and {lost} of these lose half of it as task "
+        f"information grows:\ncoupling at initialisation and its loss are {reproduced}"
     )
 
 
@@ -134,10 +136,10 @@ def _half_time(times: np.ndarray, end: float) -> str:
     if not len(times):
         return "– (no run starts coupled)"
     picks = np.random.default_rng(0).integers(0, len(times), (1000, len(times)))
-    medians = np.quantile(times[picks], 0.5, axis=1, method="higher")
-    values = [np.quantile(times, 0.5, method="higher"), *np.quantile(medians, [0.025, 0.975], method="nearest")]
-    middle, low, high = (f"{value:.2f}" if value < np.inf else f"> {end:g}" for value in values)
-    return f"{middle} [{low}, {high}], {np.isfinite(times).sum()}/{len(times)}"
+    ends = np.quantile(np.median(times[picks], axis=1), [0.025, 0.975], method="nearest")
+    middle, low, high = (f"{value:.2f}" if value < np.inf else f"> {end:g}" for value in (np.median(times), *ends))
+    interval = f" [{low}, {high}]" if len(times) > 1 else ""
+    return f"{middle}{interval}, {np.isfinite(times).sum()}/{len(times)}"
 
 
 def _interval(row: pd.Series) -> str:
