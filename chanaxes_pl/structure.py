@@ -74,8 +74,8 @@ def layer_structure(
         probe_size: images at the most.
         step: ``(model, batch) → (logits, labels)`` for other batches or outputs.
         example_input: ``[B, …]`` images to follow channels with; default the probe's first.
-        widest: layers of more live channels than this have no graphs: one takes about 0.2 s for 128 channels, 3 s for
-            512, half a minute for 1,280, and there are 2 × (1 + ``nulls``) of them.
+        widest: layers of more live channels than this have no graphs: one takes about 0.2 s for 128 channels, 2 s for
+            512, 16 s for 1,280, and there are 2 × (1 + ``nulls``) of them.
         nulls: random graphs, and random weights.
         seed: of communities, nulls and triplets.
 
