@@ -125,7 +125,6 @@ def _wide(run: pd.DataFrame) -> pd.DataFrame:
         found = coordinates(run.iloc[rows])
         axes[rows[live[rows]]] = np.stack([found[axis] for axis in AXES], 1)
     run = run.assign(**dict(zip(AXES, axes.T, strict=True)))
-    run.loc[~live, list(PREDICTORS)] = np.nan
     wide = run.pivot(index=_CHANNEL, columns="step", values=list(PREDICTORS))
     return wide.loc[pd.MultiIndex.from_frame(run[_CHANNEL].drop_duplicates())]  # as they lie in the network
 

@@ -46,6 +46,7 @@ def layer_structure(
     probe_size: int = 5000,
     step: Step | None = None,
     example_input: Tensor | None = None,
+    widest: int = 512,
     nulls: int = 10,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -73,7 +74,9 @@ def layer_structure(
         probe_size: images at the most.
         step: ``(model, batch) → (logits, labels)`` for other batches or outputs.
         example_input: ``[B, …]`` images to follow channels with; default the probe's first.
-        nulls: random graphs, and random weights. A graph takes about 0.2 s for 128 channels, 3 s for 512.
+        widest: layers of more live channels than this have no graphs: one takes about 0.2 s for 128 channels, 2 s for
+            512, 16 s for 1,280, and there are 2 × (1 + ``nulls``) of them.
+        nulls: random graphs, and random weights.
         seed: of communities, nulls and triplets.
 
     Returns:
@@ -99,7 +102,7 @@ def layer_structure(
         recorder = record(model, Probe(loader, probe_size, caller), settings, to_device=move)
     rows, metrics = [], {}
     for number, (name, moments) in enumerate(recorder.moments()):
-        row, metrics[name] = _layer_row(moments, nulls, np.random.default_rng([seed, number]))
+        row, metrics[name] = _layer_row(moments, widest, nulls, np.random.default_rng([seed, number]))
         rows.append({"layer": name} | row)
     routes = find_routes(model, tracked, spread, example, caller)
     for number, row in enumerate(rows):
@@ -161,7 +164,7 @@ def communities(weights: np.ndarray, seed: int = 0) -> tuple[np.ndarray, float]:
 
 
 def _layer_row(
-    moments: LayerMoments | None, nulls: int, rng: np.random.Generator
+    moments: LayerMoments | None, widest: int, nulls: int, rng: np.random.Generator
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """A layer's graphs and triplets, and its metrics."""
     names = [f"{graph}_{value}" for graph in GRAPHS for value in ("modularity", "null", "null_sd", "communities")]
@@ -181,6 +184,9 @@ def _layer_row(
     triplets = choose_triplets(count, rng).to(joint.mean.device)
     means = [mean for association in both for mean in _mean_excess(association, triplets)]
     row |= dict(zip(_EXCESS, means, strict=True)) | {"triplets": len(triplets), "reason": ""}
+    if count > widest:
+        row["reason"] = f"{count} live channels, graphs are left out above widest={widest}"
+        return row, columns
     overlap = information(local.select(live.to(local.mean.device)).correlation.square())
     labels = []
     for graph, weights in zip(GRAPHS, (overlap, pair_excess(both[0])), strict=True):

@@ -128,7 +128,7 @@ def test_resamples_are_the_same_for_all_checkpoints_and_hold_units_together(tmp_
 def test_dead_channels_leave_only_the_checkpoints_where_they_are_dead(tmp_path):
     end = written(tmp_path)
     early = read(tmp_path, 1)
-    early.loc[early.index[:3], "dead"] = True
+    early.loc[early.index[:3], ["dead", *METRICS, "peer_r2"]] = [True, *[np.nan] * 5]
     write_parquet(early, checkpoint_path(tmp_path / "axis", 1))
     result = early_prediction(tmp_path, resamples=10).query("target == 'order' and metric == 'local_axis'")
     assert result[result["layer"] == "first"]["n"].tolist() == [12, 9, 12, 12]

@@ -407,6 +407,10 @@ def test_what_is_undefined_says_why():
     assert table.loc[["narrow.0", "idle"], values].isna().all(axis=None)
     flat = layer_structure(net, probe(40), nulls=2, target=lambda logits, labels: 0 * labels).set_index("layer")
     assert flat.loc["stem.0", "reason"] == "target does not vary, or is not finite"
+    narrow = layer_structure(net, probe(40), nulls=2, widest=7).set_index("layer")
+    assert narrow.loc["wide.0", "reason"] == "8 live channels, graphs are left out above widest=7"
+    assert np.isfinite(narrow.loc["wide.0", "triplet_excess"])
+    assert np.isfinite(narrow.loc["stem.0", "overlap_modularity"])
     with pytest.raises(ValueError, match=r"layer_structure\(nulls=1\): expected at least 2"):
         layer_structure(net, probe(40), nulls=1)
     with pytest.raises(ValueError, match=r"layer_structure\(layers='covn'\): no tracked module"):
