@@ -55,7 +55,9 @@ def configuration(runs: Runs) -> Section:
     if len(runs.each) > 1:
         left = sum(len(run.steps) for run in runs.each) - len(runs.each) * len(runs.steps)
         if left:
-            blocks.append(Missing(f"Left out: {left} checkpoints at steps where not every run was measured."))
+            blocks.append(
+                Missing(f"Left out: {left} checkpoint{'s' * (left != 1)}, at steps where not every run was measured.")
+            )
     blocks += [Missing(note) for run in runs.each for note in run.notes]
     saved = [run for run in runs.each if run.config]
     blocks += [Folded(f"whole configuration of {run.name}", yaml.safe_dump(run.config)) for run in saved]
