@@ -11,6 +11,7 @@ from scipy import stats
 from chanaxes_pl.correlations import AXES, NETWORK
 from chanaxes_pl.metrics import METRICS
 from chanaxes_pl.plots import plot_early_prediction
+from chanaxes_pl.plots.style import words
 from chanaxes_pl.prediction import PREDICTORS, early_prediction
 from chanaxes_pl.pruning.module import PruneModule
 from chanaxes_pl.pruning.removability import score_damage_correlation
@@ -230,7 +231,7 @@ def test_from_training_to_figure(tmp_path):
     for metric in PREDICTORS:
         assert_allclose(lines[metric], wanted[metric])
     (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == list(PREDICTORS)
+    assert [text.get_text() for text in legend.get_texts()] == [words(name) for name in PREDICTORS]
 
 
 def test_the_figure_says_what_is_missing(tmp_path):
