@@ -229,7 +229,7 @@ def test_from_training_to_figure(tmp_path):
     wanted = network(result, "damage")
     lines = {line.get_label(): line.get_ydata() for line in panels[0].lines}
     for metric in PREDICTORS:
-        assert_allclose(lines[metric], wanted[metric])
+        assert_allclose(lines[words(metric)], wanted[metric])
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [words(name) for name in PREDICTORS]
 
