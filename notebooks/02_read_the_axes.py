@@ -19,7 +19,8 @@
 # - how to tell whether an axis correlation means something: interval, reliability, ceiling and null;
 # - whether the two axes sort a layer's channels into the same groups;
 # - how to set several seeds against each other, paired;
-# - how the axes come apart on CIFAR-100, and how early they tell which channels will matter.
+# - how the axes come apart on CIFAR-100, how early they tell which channels will matter, and what a layer's channels
+#   form beyond pairs.
 #
 # The first parts run in about half a minute on one CPU core, on the handwritten digits that scikit-learn ships. The
 # last reads the results of the CIFAR-100 runs, which are kept beside the notebooks.
@@ -49,6 +50,7 @@ from chanaxes_pl.plots import (
     plot_distributions,
     plot_early_prediction,
     plot_groupings,
+    plot_structure,
 )
 from chanaxes_pl.runs import read_runs
 
@@ -195,3 +197,15 @@ trajectory[["epoch", "step", "mean", "std", "low", "high", "runs"]].iloc[::3].ro
 # %%
 early = over_runs(pd.read_csv("results/early.csv")).rename(columns={"mean": "rho"})
 plot_early_prediction(early)
+
+# %% [markdown]
+# ## Structure within a layer
+#
+# `layer_structure(model, loader)` in `chanaxes_pl.structure` looks at a layer as a graph of channels, joined by overlap
+# or by excess, and asks a community detection how far it falls into groups, beside the same weights dealt at random; at
+# what triplets know beyond their best pair; and at whether a channel that reads channels high in a metric is high in it
+# too. Means of the three trained networks:
+
+# %%
+structure = pd.read_csv("results/structure.csv").groupby("layer", sort=False).mean(numeric_only=True).reset_index()
+plot_structure(structure)

@@ -32,6 +32,7 @@ import pandas as pd
 import torch
 
 from chanaxes_pl import compute_axes
+from chanaxes_pl.correlations import over_runs
 from chanaxes_pl.data import DigitsDataModule
 from chanaxes_pl.gradients import alignment, capture_gradient, residual, task_gradient
 from chanaxes_pl.models import Classifier
@@ -204,4 +205,11 @@ ends.pivot_table(index="flow", columns="time", values="rho", sort=False).round(2
 # ## At the size of CIFAR-100
 #
 # A run tracked with `AxisTracker(alignment=True)`, as in `configs/cifar100/resnet18_quarter.yaml`, keeps the angle of
-# every channel at every checkpoint: `plot_alignment(read_run(folder), published=True)` draws its first and last.
+# every channel at every checkpoint: `plot_alignment(read_run(folder), published=True)` draws its first and last, and
+# `chanaxes report` writes the means by layer. These are of ResNet-18 at a quarter of its width, three seeds, 62 % test
+# accuracy, before and after 14 epochs (how to make them: `02_read_the_axes`). Published for the same network at full
+# width after 200 epochs: 0.05 to 0.18 in hidden layers, about 0.56 in the first.
+
+# %%
+angles = over_runs(pd.read_csv("results/alignment.csv"), "angle")
+angles.pivot_table(index="layer", columns="epoch", values=["mean", "std"], sort=False).round(2)
