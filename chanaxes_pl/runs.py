@@ -169,7 +169,7 @@ def _root(folder: Path) -> tuple[Path, Path]:
         raise FileNotFoundError(
             f"{folder} holds the tables of several trackers: name one, {' or '.join(map(str, trackers))}"
         )
-    below = sorted({path.parent.parent for path in folder.glob("*/*/step-*.parquet")})
+    below = sorted({path.parent.parent for deep in ("*/*", "*/*/*") for path in folder.glob(f"{deep}/step-*.parquet")})
     holds = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
     hint = f"; did you mean {' '.join(map(str, below[:3]))}" if below else ""
     raise FileNotFoundError(

@@ -145,6 +145,8 @@ def test_a_folder_that_is_no_run_says_what_it_holds_and_what_was_meant(seeds, tm
         read_runs([tmp_path / "nowhere"])
     with pytest.raises(FileNotFoundError, match=r"runs is no run folder: .* did you mean .*version_0 .*version_1 "):
         read_runs([tmp_path / "runs"])
+    with pytest.raises(FileNotFoundError, match=r"it holds runs; did you mean .*version_0 .*version_1 "):
+        read_runs([tmp_path])
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "todo.txt").write_text("")
     with pytest.raises(FileNotFoundError, match=r"expected axis/step-….parquet in it, .* it holds todo.txt$"):
