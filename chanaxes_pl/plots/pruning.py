@@ -99,7 +99,7 @@ def plot_lesions(table: pd.DataFrame, correlations: pd.DataFrame, damage: str = 
         for axes in panels.flat[len(mean) :]:
             axes.set_axis_off()
         for axes in panels[:, 0]:
-            axes.set_ylabel(f"{damage} (nats)", fontsize=8)
+            axes.set_ylabel(f"damage, {damage} (nats)", fontsize=8)
         if dots is not None:
             layer_bar(figure, dots, panels, layers)
         figure.suptitle(title)
