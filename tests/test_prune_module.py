@@ -108,6 +108,19 @@ def test_the_network_stays_and_its_figures_are_logged(tmp_path, experiment):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_slim_network_is_only_evaluated(tmp_path):
+    slim = prune(network(), images(32, 1), budget=0.6)
+    module = PruneModule(slim, out=tmp_path / "out")
+    (result,) = trainer(tmp_path).test(module, datamodule=Data(), verbose=False)
+    wanted = evaluate(slim.model, Data().test_dataloader(), same)
+    assert result["test/top1"] == pytest.approx(wanted["accuracy"])
+    assert result["test/loss"] == pytest.approx(wanted["loss"])
+    assert not (tmp_path / "out").exists()
+    asked = PruneModule(slim, "prune", out=tmp_path / "out", **GRID)
+    trainer(tmp_path).test(asked, datamodule=Data(), verbose=False)
+    assert (tmp_path / "out" / "pruning.parquet").exists()
+
+
 def test_fast_dev_run_writes_nothing(tmp_path):
     module = ran(tmp_path, settings={"fast_dev_run": True})
     assert len(module.table) == 4

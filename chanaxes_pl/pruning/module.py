@@ -50,7 +50,8 @@ class PruneModule(ImageClassifier):
 
     Args:
         model: a network from images to logits, a :class:`Slim`, or the path of a :class:`Classifier`'s checkpoint.
-        experiment: ``"prune"`` or ``"lesion"``.
+        experiment: ``"prune"`` or ``"lesion"``; default ``"prune"``, but none for a :class:`Slim`: ``trainer.test`` then
+            only evaluates it.
         probe: training images under the evaluation transform; default the datamodule's ``probe_dataloader()``.
         probe_size: of its images, at the most.
         evaluation_size: test images that the experiment uses, a fixed random choice; default all.
@@ -83,7 +84,7 @@ class PruneModule(ImageClassifier):
     def __init__(
         self,
         model: nn.Module | Slim | str | Path,
-        experiment: Literal["prune", "lesion"] = "prune",
+        experiment: Literal["prune", "lesion"] | None = None,
         *,
         probe: Dataset | DataLoader | None = None,
         probe_size: int = IMAGES,
@@ -105,15 +106,15 @@ class PruneModule(ImageClassifier):
         weight_decay: float = 5e-4,
         num_classes: int | None = None,
     ) -> None:
-        if experiment not in ("prune", "lesion"):
+        if experiment not in ("prune", "lesion", None):
             raise ValueError(f"PruneModule(experiment={experiment!r}): expected 'prune' or 'lesion'")
         source = Path(model) if isinstance(model, (str, Path)) else None
         network = _network(model)
         classes = num_classes or _outputs(network)
         super().__init__(network, classes)
         self.save_hyperparameters("lr", "momentum", "weight_decay")
-        self.experiment = experiment
         self.plan = model.plan if isinstance(model, Slim) else None
+        self.experiment = experiment or (None if self.plan else "prune")
         self.table = pd.DataFrame()
         self.grid_options = {"budgets": budgets, "scores": scores, "allocations": allocations}
         self.grid_options |= {"compensate": compensate, "protect": protect, "latency": latency}
@@ -132,6 +133,8 @@ class PruneModule(ImageClassifier):
 
     def on_test_epoch_end(self) -> None:
         """Run the experiment, and write what it found."""
+        if self.experiment is None:
+            return
         # Pruning traces the network by its gradients; under inference mode there are none.
         with torch.inference_mode(False), torch.enable_grad():
             share = self._prune() if self.experiment == "prune" else self._lesion()
