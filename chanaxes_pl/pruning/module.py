@@ -50,8 +50,8 @@ class PruneModule(ImageClassifier):
 
     Args:
         model: a network from images to logits, a :class:`Slim`, or the path of a :class:`Classifier`'s checkpoint.
-        experiment: ``"prune"`` or ``"lesion"``; default ``"prune"``, but none for a :class:`Slim`: ``trainer.test`` then
-            only evaluates it.
+        experiment: ``"prune"`` or ``"lesion"``; default ``"prune"``, but none for a :class:`Slim`, which is then only
+            evaluated.
         probe: training images under the evaluation transform; default the datamodule's ``probe_dataloader()``.
         probe_size: of its images, at the most.
         evaluation_size: test images that the experiment uses, a fixed random choice; default all.
