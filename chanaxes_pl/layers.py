@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from chanaxes_pl.moments import true_float32
+
 # Numbers summed in double at a time on a CPU.
 _CACHED = 1 << 17
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -190,19 +192,26 @@ def patch_means(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor, output
     Returns:
         ``[B, C, k]``, in the order of the flattened kernel; float64 where the device has it.
     """
-    means, precision = _padded(layer, inputs), torch.float32 if inputs.device.type == "mps" else torch.float64
+    means, precision = inputs, torch.float32 if inputs.device.type == "mps" else torch.float64
     # One dimension at a time: after the first, what is left to read is a line instead of a map, and may be float64.
     for dimension in reversed(range(len(output_size))):
-        axis, count = 2 + dimension, output_size[dimension]
-        extent = layer.stride[dimension] * (count - 1) + 1
-        lines = [
-            means.narrow(axis, place * layer.dilation[dimension], extent)
-            for place in range(layer.kernel_size[dimension])
-        ]
-        index = (slice(None),) * axis + (slice(None, None, layer.stride[dimension]),)
-        sums_in = torch.promote_types(means.dtype, torch.float32)
-        means = torch.stack([line[index].mean(axis, dtype=sums_in) for line in lines], axis).to(precision)
-    return means.flatten(2)
+        weights = _reads(layer, dimension, inputs.shape[2 + dimension], output_size[dimension])
+        kind = torch.promote_types(means.dtype, torch.float32)
+        with true_float32(inputs.device):
+            # The dimension's places in the kernel come last, in front of those that are done.
+            means = (means.to(kind).movedim(2 + dimension, -1) @ weights.to(inputs.device, kind)).to(precision)
+    done = len(output_size)
+    return means.permute(0, 1, *range(1 + done, 1, -1)).flatten(2)
+
+
+def _reads(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, dimension: int, size: int, count: int) -> Tensor:
+    """``[size, k]``: in what share of ``count`` positions a place of the kernel reads each place of the input."""
+    before, after = layer._reversed_padding_repeated_twice[::-1][2 * dimension : 2 * dimension + 2][::-1]
+    places = torch.arange(1.0, size + 1)[None, None]  # 0 is the padding
+    padded = F.pad(places, (before, after), "constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+    kernel = layer.dilation[dimension] * torch.arange(layer.kernel_size[dimension])
+    read = padded[0, 0, layer.stride[dimension] * torch.arange(count)[:, None] + kernel].long()
+    return F.one_hot(read, size + 1)[..., 1:].double().mean(0).T
 
 
 def _padded(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor) -> Tensor:

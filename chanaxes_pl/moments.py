@@ -16,6 +16,8 @@ from torch import Tensor
 _ROWS = 256
 # Up to this width all is done in float64: it costs no more, and a few channels' correlations get every digit.
 _NARROW = 16
+# Samples whose mean is near enough to that of all.
+_NEAR = 64
 # From this width on, only the upper block triangle of the Gram matrix is multiplied out, in up to 8 block rows.
 _BLOCKED_WIDTH = 256
 _BLOCK = 64
@@ -187,16 +189,18 @@ class CrossMoments:
         narrow = right.shape[2] <= _NARROW and left.device.type != "mps"
         precise = narrow or left.dtype == right.dtype == torch.float64
         with true_float32(left.device):
-            means, centred = [], []
-            for samples in (left, right):
-                blocks = samples.transpose(0, 1).to(torch.float64 if precise else torch.float32)
-                shift = blocks.mean(1, keepdim=True)
-                rows = blocks - shift
-                rest = rows.mean(1, keepdim=True)  # what rounding a large mean left behind
-                centred.append(rows - rest)
-                means.append(_accumulated(shift[:, 0]) + _accumulated(rest[:, 0]))
-            scatter = _accumulated(centred[0].mT @ centred[1])
-        return cls(scatter.new_tensor(float(len(left))), means[0], means[1], scatter)
+            kind = torch.float64 if precise else torch.float32
+            wide, narrow = (samples.transpose(0, 1).to(kind) for samples in (left, right))
+            # Only the right ones, of which there are few, are centred: products with them do not see the others' mean.
+            shift = narrow.mean(1, keepdim=True)
+            rows = narrow - shift
+            rest = rows.mean(1, keepdim=True)  # what rounding a large mean left behind
+            # A shift that is only near the others' mean keeps their digits; a column of ones sums up what it leaves.
+            near = wide[:, :_NEAR].mean(1, keepdim=True)
+            products = _accumulated((wide - near).mT @ torch.cat([rows - rest, torch.ones_like(rows[:, :, :1])], 2))
+        first = _accumulated(near[:, 0]) + products[..., -1] / len(left)
+        second = _accumulated(shift[:, 0]) + _accumulated(rest[:, 0])
+        return cls(products.new_tensor(float(len(left))), first, second, products[..., :-1].contiguous())
 
     def merge_(self, other: CrossMoments) -> CrossMoments:
         """Moments of both sets of samples together, in the tensors of ``self``."""
