@@ -22,7 +22,7 @@ _POINT = ["run", "layer", "channel"]
 
 def lesions(runs: Runs) -> Section:
     """What lesions cost, and what that goes with."""
-    about = "Damage to the test images of taking channels out one by one, and the metrics that it goes with."
+    about = "What it costs on test images to take channels out one by one, and the metrics that this goes with."
     found = [(run, place, table) for run in runs.each for place, table in run.lesions.items()]
     if not found:
         command = "chanaxes lesion --config CONFIG --ckpt_path RUN/checkpoints/last.ckpt"

@@ -78,10 +78,15 @@ def accuracy(runs: Runs) -> Section:
     splits = [split for split in ("train", "val", "test") if split in ends]
     cells = [[str(run), *(number(100 * row[split], 1) for split in splits)] for run, row in ends.iterrows()]
     if len(cells) > 1:
-        cells.append(["mean ± sd", *(f"{100 * ends[s].mean():.1f} ± {100 * ends[s].std():.1f}" for s in splits)])
+        cells.append(["mean ± sd", *(_mean_and_spread(100 * ends[split]) for split in splits)])
     caption = "Train: mean over the epoch while it was trained. Validation and test: images not trained on."
     picture = Picture("accuracy", plot_accuracy(table), table, caption)
     return Section("Accuracy", about, [picture, Table("Top-1 accuracy at the end, %.", ["run", *splits], cells)])
+
+
+def _mean_and_spread(values: pd.Series) -> str:
+    spread = f" ± {number(values.std(), 1)}" if values.count() > 1 else ""
+    return number(values.mean(), 1) + spread
 
 
 def correlation(runs: Runs) -> Section:
