@@ -6,27 +6,36 @@ from pathlib import Path
 
 import pandas as pd
 
-from chanaxes_pl.correlations import axis_correlations, headline
+from chanaxes_pl.correlations import headline
 from chanaxes_pl.plots import plot_correlations
-from chanaxes_pl.tables import read_run
+from chanaxes_pl.runs import read_runs
 
 
 def summary(run: str, figure: str | None = None, all_checkpoints: bool = False, resamples: int = 1000) -> None:
     """Print a run's axis correlations and draw them over epochs.
 
     Args:
-        run: the folder that a tracker wrote, ``<run folder>/axis``.
-        figure: where to draw; default ``correlations.png`` in ``run``.
+        run: a run folder, or that of one tracker in it, ``<run folder>/axis``.
+        figure: where to draw; default ``correlations.png`` beside the tracker's tables.
         all_checkpoints: print every checkpoint, not just initialisation, the highest correlation and the end.
         resamples: bootstrap resamples over channels for the intervals.
+
+    Raises:
+        SystemExit: if it is no run, or nothing of it can be read.
     """
-    folder = Path(run)
-    correlations = axis_correlations(read_run(folder), resamples)
-    rows = headline(correlations)
+    try:
+        runs = read_runs([run], resamples)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
+    (only,) = runs.each
+    folder = only.folder / only.tracker
+    rows = headline(runs.correlations)
     print(describe(rows if all_checkpoints else landmarks(rows)))
     path = Path(figure) if figure else folder / "correlations.png"
-    plot_correlations(correlations, title=str(rows["run"].iloc[0])).savefig(path, dpi=150)
+    plot_correlations(runs.correlations, title=only.name).savefig(path, dpi=150)
     print(f"\nfigure: {path}\ntables: {folder}/step-*.parquet")
+    for note in only.notes:
+        print(f"note:   {note}")
 
 
 def landmarks(rows: pd.DataFrame) -> pd.DataFrame:
