@@ -61,4 +61,5 @@ def demo(epochs: int = 8, out: str = "runs", seed: int = 0) -> None:
     )
     tester.test(pruning, data, verbose=False)
     print(describe_pruning(pruning.table))
-    print(f"figure: {folder / 'pruning.png'}\ntable:  {folder / 'pruning.parquet'}")
+    print(f"figure: {folder / 'pruning.png'}\ntable:  {folder / 'pruning.parquet'}\n")
+    print(f"all of it on one page: chanaxes report {folder}")
