@@ -424,5 +424,5 @@ def test_the_figure_shows_every_layer():
     lines = {line.get_label(): line.get_ydata() for line in (*modularity.lines, *excess.lines, *routed.lines)}
     assert_allclose(lines["overlap graph"], table["overlap_modularity"])
     assert_allclose(lines["triplets"], table["triplet_excess"])
-    assert_allclose(lines["target_excess"], table["routed_target_excess"])
+    assert_allclose(lines["target excess"], table["routed_target_excess"])
     assert [label.get_text() for label in routed.get_xticklabels()] == ["first", "second"]

@@ -7,7 +7,6 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from chanaxes_pl.correlations import HEADLINE, NETWORK, PAIRS, headline
 from chanaxes_pl.plots.style import (
@@ -25,7 +24,7 @@ from chanaxes_pl.plots.style import (
 )
 from chanaxes_pl.tables import HALVED
 
-_TICKS = 9
+_TICKS = 8
 
 
 def plot_correlations(correlations: pd.DataFrame, title: str = "") -> Figure:
@@ -127,14 +126,6 @@ def plot_pairs(correlations: pd.DataFrame, reliabilities: pd.DataFrame, title: s
 def label_checkpoints(axes: Axes, rows: pd.DataFrame) -> None:
     """One place a checkpoint, labelled with its epoch: early steps would vanish on a true scale."""
     epochs = rows["epoch"].to_numpy()
-
-    def label(place: float, _position: int) -> str:
-        near = round(place)
-        if not 0 <= near < len(epochs) or abs(place - near) > 0.01:
-            return ""
-        return f"{epochs[near]:.1g}" if epochs[near] < 1 else f"{epochs[near]:g}"
-
-    axes.xaxis.set_major_locator(MaxNLocator(_TICKS, integer=True, steps=[1, 2, 3, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(label))
-    axes.tick_params(axis="x", labelsize=7.5)
+    at = np.unique(np.linspace(0, len(epochs) - 1, min(len(epochs), _TICKS)).round().astype(int))
+    axes.set_xticks(at, [f"{epoch:.1g}" if epoch < 1 else f"{epoch:g}" for epoch in epochs[at]], fontsize=7.5)
     axes.set_xlabel("epochs trained (one place a checkpoint)", fontsize=8.5)

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from chanaxes_pl.metrics import METRICS
-from chanaxes_pl.plots.style import BLUE, COLOURS, GREEN, GREY, RED, short, styled
+from chanaxes_pl.plots.style import BLUE, COLOURS, GREEN, GREY, RED, short, styled, words
 
 #: Layers whose names fit below a panel.
 _NAMED = 26
@@ -42,7 +42,7 @@ def plot_structure(structure: pd.DataFrame, title: str = "") -> Figure:
         spread = structure[[f"{null}_sd" for null in nulls]].mean(axis=1)
         _draw_band(routed, structure[nulls].mean(axis=1), spread, GREY, "weights shuffled, ± 2 sd")
         for metric in METRICS:
-            _draw_line(routed, structure[f"routed_{metric}"], COLOURS[metric], metric)
+            _draw_line(routed, structure[f"routed_{metric}"], COLOURS[metric], words(metric))
         routed.set_ylabel("ρ(routed, own metric)")
         routed.axhline(0, color="black", linewidth=0.6)
         every = -(-len(names) // _NAMED)
