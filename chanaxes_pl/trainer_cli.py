@@ -201,8 +201,8 @@ class TrainerCLI(LightningCLI):
             "--run",
             type=str | None,
             default=None,
-            help="folder of this run: fit writes all into it and goes on where it was interrupted; the other verbs take "
-            "the network that was trained there",
+            help="folder of this run: fit writes all into it, and goes on there where it was interrupted; the other "
+            "verbs take the network that was trained in it",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -234,7 +234,7 @@ def _enter(config: Any, verb: str) -> None:
     if config.ckpt_path is None and last.is_file():
         config.ckpt_path = str(last)
     elif config.ckpt_path is None and verb != "fit":
-        _fail(f"--run {folder}: no {last}; expected the folder of a training with ModelCheckpoint(save_last=True)")
+        _fail(f"--run {folder}: no {last}; expected the folder of a training that kept one")
     elif config.ckpt_path is None and any(folder.glob("*/step-*.parquet")):
         _fail(
             f"--run {folder}: a training there was interrupted before its first checkpoint, and cannot go on; remove "

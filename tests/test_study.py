@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from chanaxes_pl.runs import read_runs
 from tests.test_configs import write_dataset
@@ -59,7 +60,8 @@ def test_a_killed_training_goes_on_and_what_is_done_stays(tmp_path):
     study = tmp_path / "study"
     run = study / "resnet18" / "seed_0"
     kill_once_there(make(study, str(run / "test.done")), run / "checkpoints" / "last.ckpt")
-    assert (run / "checkpoints" / "last.ckpt").exists()
+    reached = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    assert 0 < reached < 2 * EPOCHS
     assert not (run / "fit.done").exists()
     first = (run / "axis" / "step-000000000.parquet").stat()
 
