@@ -5,6 +5,15 @@
 #   make study STUDY_DATA=DIR TOY=1     # every command on a few images, in minutes: does all of it run?
 #   make study-status                   # what is done, and what is not
 #
+# Expected: 4 hours with JOBS=2 on two cores with bf16 units that others use too, about 2 on quiet ones (an estimate from
+# seconds a step, probe pass and forward pass; nothing of it has been run as a whole). Without bf16 units add
+# STUDY_FIT="--trainer.precision 32-true", and expect twice the time for ResNet-18, VGG-16 and ConvNeXt-T.
+# minutes a seed        fit  lesion  protocol  compensation
+#   resnet18             20       8        18            10
+#   vgg16_bn             14       3         8             5
+#   mobilenet_v2         35      15        12             8
+# and 12 minutes for tiny_resnet18, 15 for tiny_convnext.
+#
 # It skips what is done, goes on where it was interrupted, and starts a training anew that never reached its first
 # checkpoint. A step is done when its .done file is there; to repeat one, remove that (of a training: the run's folder).
 # Each run's output is in $(STUDY)/logs.
@@ -44,6 +53,9 @@ STUDY_PROTOCOL ?= --compensate '[false]' --budgets '[0.9,0.8,0.7,0.5,0.3]' --eva
 STUDY_COMPENSATION ?= --compensate '[false,"fold","refit"]' --budgets '[0.7,0.5,0.3]' --allocations '["uniform"]' \
 	--scores '["l1","input_capture","local_axis","task_information","target_axis","two_axis","taylor","random"]' \
 	--evaluation_size 5000
+# 53 convolutions, and three to eight times the others' time an image
+STUDY_LESION_mobilenet_v2 ?= --channels 8
+STUDY_PRUNE_mobilenet_v2 ?= --evaluation_size 2000
 STUDY_REPORT ?=
 endif
 
@@ -91,13 +103,16 @@ $(STUDY_RUNS:%=$(STUDY)/%/test.done): %/test.done: %/fit.done
 	$(call study_step,$(chanaxes) test $(study_config) $(STUDY_ARGS) $(STUDY_TEST))
 
 $(STUDY_SEEDED:%=$(STUDY)/%/lesion.done): %/lesion.done: %/fit.done
-	$(call study_step,$(chanaxes) lesion $(study_config) $(STUDY_ARGS) $(STUDY_LESION) --out $(study_run)/lesion)
+	$(call study_step,$(chanaxes) lesion $(study_config) $(STUDY_ARGS) $(STUDY_LESION) \
+		$(STUDY_LESION_$(study_name)) --out $(study_run)/lesion)
 
 $(STUDY_SEEDED:%=$(STUDY)/%/protocol.done): %/protocol.done: %/fit.done
-	$(call study_step,$(chanaxes) prune $(study_config) $(STUDY_ARGS) $(STUDY_PROTOCOL) --out $(study_run)/protocol)
+	$(call study_step,$(chanaxes) prune $(study_config) $(STUDY_ARGS) $(STUDY_PROTOCOL) \
+		$(STUDY_PRUNE_$(study_name)) --out $(study_run)/protocol)
 
 $(STUDY_SEEDED:%=$(STUDY)/%/compensation.done): %/compensation.done: %/fit.done
-	$(call study_step,$(chanaxes) prune $(study_config) $(STUDY_ARGS) $(STUDY_COMPENSATION) --out $(study_run)/compensation)
+	$(call study_step,$(chanaxes) prune $(study_config) $(STUDY_ARGS) $(STUDY_COMPENSATION) \
+		$(STUDY_PRUNE_$(study_name)) --out $(study_run)/compensation)
 
 # One report a network, over its seeds; the tables behind the study's claims are kept, the rest can be made again.
 # `chanaxes compare` reads the grids where they are kept: "$(STUDY_TABLES)/NETWORK/seed_*/protocol/pruning.parquet"
