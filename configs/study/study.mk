@@ -7,7 +7,8 @@
 #
 # Expected: 4 hours with JOBS=2 on two cores with bf16 units that others use too, about 2 on quiet ones (an estimate from
 # seconds a step, probe pass and forward pass; nothing of it has been run as a whole). Without bf16 units add
-# STUDY_FIT="--trainer.precision 32-true", and expect twice the time for ResNet-18, VGG-16 and ConvNeXt-T.
+# STUDY_FIT="--trainer.precision 32-true" STUDY_TEST="--trainer.precision 32-true", and expect trainings to take up to
+# twice as long.
 # minutes a seed        fit  lesion  protocol  compensation
 #   resnet18             20       8        18            10
 #   vgg16_bn             14       3         8             5
