@@ -5,8 +5,8 @@
 #   make study STUDY_DATA=DIR TOY=1     # every command on a few images, in minutes: does all of it run?
 #   make study-status                   # what is done, and what is not
 #
-# Expected: 4 hours with JOBS=2 on two cores with bf16 units that others use too, about 2 on quiet ones (an estimate from
-# seconds a step, probe pass and forward pass; nothing of it has been run as a whole). Without bf16 units add
+# Expected: 4 hours with JOBS=2 on two cores with bf16 units (an estimate from seconds a step, probe pass and forward
+# pass; nothing of it has been run as a whole). Without bf16 units add
 # STUDY_FIT="--trainer.precision 32-true" STUDY_TEST="--trainer.precision 32-true", and expect trainings to take up to
 # twice as long.
 # minutes a seed        fit  lesion  protocol  compensation
