@@ -31,7 +31,8 @@ class Run:
         tracker: name of the tracker whose tables these are.
         table: the channels of all checkpoints, see :func:`read_run`; its column ``run`` is ``name``.
         config: the configuration that it was started with, empty where none was saved.
-        scalars: what the CSV logger wrote, empty where none did.
+        scalars: what the CSV logger wrote, also before the run was interrupted and when it was tested; empty where
+            none did.
         lesions: tables of lesions, by the folder they are in, relative to the run's.
         pruning: pruning grids, by the same.
         notes: what could not be read, and why.
@@ -220,10 +221,27 @@ def _config(root: Path, notes: list[str]) -> dict[str, Any]:
     return {}
 
 
+def keep_scalars(root: Path) -> None:
+    """Put the CSV logger's file by, as ``metrics-1.csv`` and so on: the logger of a run that goes on deletes it."""
+    path, number = root / "metrics.csv", 1
+    while (kept := root / f"metrics-{number}.csv").exists():
+        number += 1
+    if path.is_file():
+        path.replace(kept)
+
+
 def _scalars(root: Path, notes: list[str]) -> pd.DataFrame:
-    path = root / "metrics.csv"
-    read = _noted(pd.read_csv, path, notes) if path.is_file() else None
-    return pd.DataFrame() if read is None else read
+    """What was logged before each interruption, up to where the run went on, then the rest, and then the test."""
+    kept = sorted(root.glob("metrics-*.csv"), key=lambda path: (len(path.name), path.name))
+    whole = pd.DataFrame()
+    for path in [*kept, root / "metrics.csv"]:
+        part = _noted(pd.read_csv, path, notes) if path.is_file() else None
+        if part is not None and len(part):
+            before = whole[whole["step"] < part["step"].min()] if len(whole) else whole
+            whole = pd.concat([before, part], ignore_index=True) if len(before) else part
+    path = root / "test" / "metrics.csv"
+    test = _noted(pd.read_csv, path, notes) if path.is_file() else None
+    return whole if test is None else pd.concat([whole, test], ignore_index=True)
 
 
 def _found(root: Path, name: str, columns: set[str], run: str, notes: list[str]) -> dict[str, pd.DataFrame]:

@@ -6,6 +6,7 @@ Apart from ``cli.py`` because importing LightningCLI takes seconds.
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
@@ -21,6 +22,7 @@ from chanaxes_pl.pruning.describe import describe_lesions, describe_pruning
 from chanaxes_pl.pruning.lesions import OPERATIONS
 from chanaxes_pl.pruning.module import PruneModule
 from chanaxes_pl.pruning.slim import IMAGES
+from chanaxes_pl.runs import keep_scalars
 
 # What `fabric run` tells its processes, and the Trainer argument that means the same.
 FABRIC_RUN = {
@@ -193,13 +195,22 @@ class TrainerCLI(LightningCLI):
         return {verb: verbs[verb] for verb in ("fit", "validate", "test")} | ours
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Make ``--model.backbone`` and the like mean :class:`Classifier` where no class is named."""
+        """Make ``--model.backbone`` and the like mean :class:`Classifier` where no class is named; add ``--run``."""
         parser.set_defaults({"model": {"class_path": "chanaxes_pl.models.Classifier"}})
+        parser.add_argument(
+            "--run",
+            type=str | None,
+            default=None,
+            help="folder of this run: fit writes all into it, and goes on there where it was interrupted; the other "
+            "verbs take the network that was trained in it",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Refuse a damaged checkpoint before Lightning takes the model's settings from it."""
+        """Find what ``--run`` names, and refuse a damaged checkpoint before Lightning takes the model's settings."""
         super().parse_arguments(parser, args)
         verb = self.config["subcommand"]
+        if self.config[verb].run is not None:
+            _enter(self.config[verb], verb)
         if verb in ("lesion", "prune") and self.config[verb].ckpt_path is not None:
             try:
                 read_checkpoint(self.config[verb].ckpt_path)
@@ -211,6 +222,47 @@ class TrainerCLI(LightningCLI):
         environment = TorchElasticEnvironment()
         if environment.detect() and environment.world_size() > self.trainer.world_size:
             _refuse(str(self.subcommand), environment.world_size(), self.trainer.world_size)
+        run = self.config[str(self.subcommand)].run
+        if run is not None and self.subcommand == "fit" and self.trainer.is_global_zero:
+            keep_scalars(Path(run))
+
+
+def _enter(config: Any, verb: str) -> None:
+    """Give a verb the folder that ``--run`` names, for all that it writes, and the network that is in it."""
+    folder = Path(config.run)
+    last = folder / "checkpoints" / "last.ckpt"
+    if config.ckpt_path is None and last.is_file():
+        config.ckpt_path = str(last)
+    elif config.ckpt_path is None and verb != "fit":
+        _fail(f"--run {folder}: no {last}; expected the folder of a training that kept one")
+    elif config.ckpt_path is None and any(folder.glob("*/step-*.parquet")):
+        _fail(
+            f"--run {folder}: a training there was interrupted before its first checkpoint, and cannot go on; remove "
+            "the folder to begin again, or name another one"
+        )
+    if verb not in ("lesion", "prune"):  # which write beside the checkpoint, and keep no logger
+        _log_into(folder if verb == "fit" else folder / verb, config.trainer, verb)
+
+
+def _log_into(folder: Path, trainer: Any, verb: str) -> None:
+    """Let the Trainer and its loggers have one folder; the first logger decides on that of checkpoints and tables."""
+    trainer.default_root_dir = str(folder)
+    if trainer.logger is False:
+        return
+    loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+    classes = [str(getattr(logger, "class_path", logger)).rpartition(".")[2] for logger in loggers]
+    if classes[0] not in ("CSVLogger", "TensorBoardLogger"):
+        _fail(
+            f"--run {folder}: expected a CSVLogger or TensorBoardLogger as the first of the loggers, whose folder all "
+            f"else goes to, or --trainer.logger false; chanaxes {verb} got {', '.join(classes)}"
+        )
+    for logger, name in zip(loggers, classes, strict=True):
+        options = logger.init_args
+        if name == "WandbLogger":
+            options.save_dir, options.name = str(folder), "/".join(folder.parts[-2:])
+        elif "version" in options:
+            options.save_dir, options.name = str(folder.parent.parent), folder.parent.name
+            options.version = folder.name
 
 
 def _refuse(verb: str, launched: int, known: int) -> NoReturn:

@@ -32,7 +32,9 @@ DATA = {  # flags that each data set needs beside those
     "tiny_imagenet": {"data.val_size": 0.5},
     "imagenet100": {"data.val_size": 0.5, "data.num_workers": 0, "data.image_size": 64},
     "digits": {},
+    "study": {},  # train on all their images
 }
+IMAGES = {"CIFAR100DataModule": "cifar100", "TinyImageNetDataModule": "tiny_imagenet"}  # of a study's config
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -92,18 +94,21 @@ def test_two_steps_leave_tables_checkpoints_and_logs(name, tmp_path, monkeypatch
     dataset = name.split("/")[0]
     flags = SMALL | DATA[dataset]
     if dataset != "digits":
-        write_dataset(dataset, tmp_path / "images")
+        module = load(name)["data"]["class_path"].split(".")[-1]
+        write_dataset(IMAGES[module] if dataset == "study" else dataset, tmp_path / "images")
         flags["data.root"] = tmp_path / "images"
     validates = load(name)["data"]["init_args"].get("val_size") != 0
     if not validates:
-        del flags["data.val_size"], flags["trainer.limit_val_batches"]
+        flags.pop("data.val_size", None)
+        del flags["trainer.limit_val_batches"]
     chanaxes(monkeypatch, "fit", "--config", str(FOLDER / name), **flags)
 
     folder = tmp_path / load(name)["trainer"]["default_root_dir"]
     assert sorted(path.name for path in folder.iterdir()) == ["version_0", "wandb"]
     assert len(list(folder.glob("wandb/offline-run-*"))) == 1
     run = folder / "version_0"
-    checkpoints = {"best.ckpt" if validates else "epoch=00.ckpt", "last.ckpt"}
+    other = set() if dataset == "study" else {"best.ckpt" if validates else "epoch=00.ckpt"}
+    checkpoints = {*other, "last.ckpt"}
     assert {path.name for path in (run / "checkpoints").iterdir()} == checkpoints
     with (run / "metrics.csv").open() as file:
         logged = {key for row in csv.DictReader(file) for key, value in row.items() if value}

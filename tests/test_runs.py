@@ -8,7 +8,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from chanaxes_pl.correlations import NETWORK, axis_correlations, headline
-from chanaxes_pl.runs import read_runs
+from chanaxes_pl.runs import keep_scalars, read_runs
 from chanaxes_pl.tables import checkpoint_path, write_parquet
 from tests import zoo
 
@@ -205,3 +205,32 @@ def test_damaged_files_beside_the_tables_are_noted(seeds, name, content, note):
     (said,) = read.notes
     assert note in said
     assert "\n" not in said
+
+
+def write_scalars(path: Path, steps: list[int], column: str, values: list[float]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame({"epoch": 0, "step": steps, column: values}).to_csv(path, index=False)
+
+
+def test_scalars_of_an_interrupted_run_are_whole_and_each_step_stands_there_once(tmp_path):
+    run = write_run(tmp_path / "run")
+    write_scalars(run / "metrics.csv", [0, 1, 2, 3], "train/loss", [4.0, 3.0, 2.0, 1.9])
+    keep_scalars(run)
+    write_scalars(run / "metrics.csv", [2, 3, 4], "train/loss", [2.5, 1.5, 1.0])  # went on after step 1
+    keep_scalars(run)
+    write_scalars(run / "metrics.csv", [4, 5], "train/loss", [0.9, 0.8])
+    write_scalars(run / "test" / "metrics.csv", [6], "test/top1", [0.5])
+    scalars = read_runs([run]).each[0].scalars
+    assert scalars["step"].tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert scalars["train/loss"].dropna().tolist() == [4.0, 3.0, 2.5, 1.5, 0.9, 0.8]
+    assert scalars["test/top1"].dropna().tolist() == [0.5]
+    assert sorted(path.name for path in run.glob("*.csv")) == ["metrics-1.csv", "metrics-2.csv", "metrics.csv"]
+
+
+def test_more_than_nine_parts_stay_in_order(tmp_path):
+    run = write_run(tmp_path / "run")
+    for step in range(11):
+        write_scalars(run / "metrics.csv", [step], "train/loss", [float(step)])
+        keep_scalars(run)
+    keep_scalars(run)  # nothing there to keep
+    assert read_runs([run]).each[0].scalars["step"].tolist() == list(range(11))

@@ -1,0 +1,136 @@
+# make study: the trainings, lesions and pruning grids behind the results that the repository keeps.
+#
+#   make study STUDY_DATA=DIR           # DIR holds cifar100/ (or cifar-100-python/) and tiny-imagenet-200/
+#   make study STUDY_DATA=DIR JOBS=2    # two at once, of one thread each
+#   make study STUDY_DATA=DIR TOY=1     # every command on a few images, in minutes: does all of it run?
+#   make study-status                   # what is done, and what is not
+#
+# Expected: 4 hours with JOBS=2 on two cores with bf16 units (an estimate from seconds a step, probe pass and forward
+# pass; nothing of it has been run as a whole). Without bf16 units add
+# STUDY_FIT="--trainer.precision 32-true" STUDY_TEST="--trainer.precision 32-true", and expect trainings to take up to
+# twice as long.
+# minutes a seed        fit  lesion  protocol  compensation
+#   resnet18             20       8        18            10
+#   vgg16_bn             14       3         8             5
+#   mobilenet_v2         35      15        12             8
+# and 12 minutes for tiny_resnet18, 15 for tiny_convnext.
+#
+# It skips what is done, goes on where it was interrupted, and starts a training anew that never reached its first
+# checkpoint. A step is done when its .done file is there; to repeat one, remove that (of a training: the run's folder).
+# Each run's output is in $(STUDY)/logs.
+
+STUDY_DATA ?= data
+JOBS ?= 1
+STUDY ?= runs/study$(if $(TOY),-toy)
+STUDY_TABLES ?= $(if $(TOY),$(STUDY)/tables,notebooks/results/study)
+STUDY_SEEDS ?= 0 1 2
+STUDY_NETWORKS ?= resnet18 vgg16_bn mobilenet_v2
+# one seed each, and no pruning: whether the path works
+STUDY_EXTRA ?= tiny_resnet18 tiny_convnext
+
+# What each step is asked for; with TOY, as little as shows that it runs.
+STUDY_ARGS ?= --trainer.enable_progress_bar false --trainer.enable_model_summary false --data.root $(STUDY_DATA) \
+	$(if $(STUDY_CACHE),--data.cache_dir $(STUDY_CACHE))
+STUDY_CACHE ?= $(STUDY)/cache
+ifdef TOY
+STUDY_FIT ?= --trainer.max_epochs 2 --trainer.limit_train_batches 3 --trainer.log_every_n_steps 1 --data.batch_size 16 \
+	--trainer.precision 32-true --trainer.callbacks.init_args.probe_size 40
+# (a limit of 1 batch would mean the share 1.0, all of them)
+STUDY_TEST ?= --trainer.precision 32-true --trainer.limit_test_batches 2 --data.batch_size 16
+STUDY_LESION ?= --channels 3 --operations '["zero","mean","peer"]' --probe_size 40 --layers '["*conv1","*features.1*"]' \
+	--scores '["l1"]' $(STUDY_TEST)
+STUDY_PROTOCOL ?= --scores '["input_capture","task_information","random","l1"]' --compensate '[false]' \
+	--budgets '[0.8]' --probe_size 40 $(STUDY_TEST)
+STUDY_COMPENSATION ?= --scores '["l1"]' --compensate '[false,"refit"]' --budgets '[0.8]' \
+	--allocations '["uniform"]' --probe_size 40 $(STUDY_TEST)
+STUDY_REPORT ?= --resamples 20
+else
+STUDY_FIT ?=
+STUDY_TEST ?=
+# the same 16 channels of each layer in every seed, on 1,000 test images
+STUDY_LESION ?= --channels 16 --operations '["zero","mean","peer"]' --evaluation_size 1000
+# every score, nothing compensated
+STUDY_PROTOCOL ?= --compensate '[false]' --budgets '[0.9,0.8,0.7,0.5,0.3]' --evaluation_size 5000
+STUDY_COMPENSATION ?= --compensate '[false,"fold","refit"]' --budgets '[0.7,0.5,0.3]' --allocations '["uniform"]' \
+	--scores '["l1","input_capture","local_axis","task_information","target_axis","two_axis","taylor","random"]' \
+	--evaluation_size 5000
+# 53 convolutions, and three to eight times the others' time an image
+STUDY_LESION_mobilenet_v2 ?= --channels 8
+STUDY_PRUNE_mobilenet_v2 ?= --evaluation_size 2000
+STUDY_REPORT ?=
+endif
+
+STUDY_SEEDED := $(foreach network,$(STUDY_NETWORKS),$(STUDY_SEEDS:%=$(network)/seed_%))
+STUDY_RUNS := $(STUDY_SEEDED) $(STUDY_EXTRA:%=%/seed_0)
+STUDY_DONE = $(STUDY_RUNS:%=$(STUDY)/%/fit.done) $(STUDY_RUNS:%=$(STUDY)/%/test.done) \
+	$(foreach step,lesion protocol compensation,$(STUDY_SEEDED:%=$(STUDY)/%/$(step).done)) \
+	$(patsubst %,$(STUDY)/%/tables.done,$(STUDY_NETWORKS) $(STUDY_EXTRA))
+
+.PHONY: study study-steps study-status
+# Only one at a time: a training whose make was killed lives on, and holds the lock until it has ended.
+study: .venv/.ready
+	@mkdir -p $(STUDY)/logs
+	@$(if $(shell command -v flock),flock -n -E 75 $(STUDY)/lock) \
+		$(MAKE) --no-print-directory --keep-going --jobs $(JOBS) study-steps || { code=$$?; test $$code -ne 75 || \
+		echo "another make study is at work in $(STUDY), or a step of one that was killed: see $(STUDY)/logs"; exit $$code; }
+
+study-steps: $(STUDY_DONE)
+	@echo "study: all done; tables in $(STUDY_TABLES)"
+
+study-status:
+	@for step in $(STUDY_DONE); do test -f $$step && echo "done     $$step" || echo "missing  $$step"; done
+
+# The run's folder, its parts, and a line at the beginning and end of every step.
+study_run = $(@D)
+study_name = $(notdir $(patsubst %/,%,$(dir $(study_run))))
+study_seed = $(patsubst seed_%,%,$(notdir $(study_run)))
+study_log = $(STUDY)/logs/$(subst /,-,$(patsubst $(STUDY)/%.done,%,$@)).log
+study_config = --config configs/study/$(study_name).yaml --run $(study_run)
+# $(call study_step,COMMAND): run it, say how long it took, and mark the step as done.
+define study_step
+@echo "study: $@"
+@begin=$$(date +%s); { $(1); } >>$(study_log) 2>&1 </dev/null \
+	|| { tail -n 15 $(study_log); echo "study: $@ failed; all of its output: $(study_log)"; exit 1; }; \
+	touch $@; echo "study: $@ after $$(($$(date +%s) - begin)) s"
+endef
+chanaxes = WANDB_MODE=offline $(BIN)/chanaxes
+
+$(STUDY_RUNS:%=$(STUDY)/%/fit.done):
+	@test -f $(study_run)/checkpoints/last.ckpt || rm -rf $(study_run)
+	@mkdir -p $(study_run) $(STUDY)/logs
+	$(call study_step,$(chanaxes) fit $(study_config) --seed_everything $(study_seed) $(STUDY_ARGS) $(STUDY_FIT))
+
+$(STUDY_RUNS:%=$(STUDY)/%/test.done): %/test.done: %/fit.done
+	$(call study_step,$(chanaxes) test $(study_config) $(STUDY_ARGS) $(STUDY_TEST))
+
+$(STUDY_SEEDED:%=$(STUDY)/%/lesion.done): %/lesion.done: %/fit.done
+	$(call study_step,$(chanaxes) lesion $(study_config) $(STUDY_ARGS) $(STUDY_LESION) \
+		$(STUDY_LESION_$(study_name)) --out $(study_run)/lesion)
+
+$(STUDY_SEEDED:%=$(STUDY)/%/protocol.done): %/protocol.done: %/fit.done
+	$(call study_step,$(chanaxes) prune $(study_config) $(STUDY_ARGS) $(STUDY_PROTOCOL) \
+		$(STUDY_PRUNE_$(study_name)) --out $(study_run)/protocol)
+
+$(STUDY_SEEDED:%=$(STUDY)/%/compensation.done): %/compensation.done: %/fit.done
+	$(call study_step,$(chanaxes) prune $(study_config) $(STUDY_ARGS) $(STUDY_COMPENSATION) \
+		$(STUDY_PRUNE_$(study_name)) --out $(study_run)/compensation)
+
+# One report a network, over its seeds; the tables behind the study's claims are kept, the rest can be made again.
+# `chanaxes compare` reads the grids where they are kept: "$(STUDY_TABLES)/NETWORK/seed_*/protocol/pruning.parquet"
+study_tables = $(STUDY_TABLES)/$(notdir $(@D))
+study_runs = $(patsubst %/test.done,%,$(filter %/test.done,$^))
+
+define study_collect
+rm -rf $(study_tables) && mkdir -p $(study_tables) && cd $(@D) \
+	&& for table in accuracy groupings alignment peers early cost; do \
+		test ! -f report/$$table.csv || cp report/$$table.csv $(abspath $(study_tables)) || exit 1; done \
+	&& gzip -9nc report/correlations.csv >$(abspath $(study_tables))/correlations.csv.gz \
+	&& for table in seed_*/lesion/lesions.parquet seed_*/*/pruning.parquet; do test ! -f $$table || { \
+		mkdir -p $(abspath $(study_tables))/$${table%/*} && cp $$table $(abspath $(study_tables))/$$table; } || exit 1; done
+endef
+
+$(foreach network,$(STUDY_NETWORKS),$(eval $(STUDY)/$(network)/tables.done: $(foreach \
+	seed,$(STUDY_SEEDS),$(foreach step,test lesion protocol compensation,$(STUDY)/$(network)/seed_$(seed)/$(step).done))))
+$(foreach network,$(STUDY_EXTRA),$(eval $(STUDY)/$(network)/tables.done: $(STUDY)/$(network)/seed_0/test.done))
+$(patsubst %,$(STUDY)/%/tables.done,$(STUDY_NETWORKS) $(STUDY_EXTRA)):
+	$(call study_step,$(chanaxes) report $(study_runs) --out $(@D)/report $(STUDY_REPORT) && ($(study_collect)))
