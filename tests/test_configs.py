@@ -144,11 +144,23 @@ def test_cifar_follows_the_papers_recipe(name):
     assert config["model"]["init_args"]["backbone"] == Path(name).stem
 
 
+def test_last_is_the_last_epochs_checkpoint_also_where_it_was_not_the_best(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load("digits/resnet18.yaml")
+    best = config["trainer"]["callbacks"][0]["init_args"]
+    best |= {"monitor": "epoch", "mode": "min"}  # so that the first is the best
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    flags = SMALL | {"trainer.max_steps": -1, "trainer.max_epochs": 3, "trainer.logger": "false"}
+    chanaxes(monkeypatch, "fit", "--config", "config.yaml", **flags | {"trainer.default_root_dir": "run"})
+    steps = {path.stem: torch.load(path, weights_only=True)["global_step"] for path in Path("run").rglob("*.ckpt")}
+    assert steps == {"best": 2, "last": 6}
+
+
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_an_interrupted_run_resumes_to_the_same_network_and_is_tested(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     config = load("digits/resnet18.yaml")
-    checkpoint, _ = config["trainer"]["callbacks"]
+    checkpoint, *_ = config["trainer"]["callbacks"]
     checkpoint["init_args"] |= {"filename": "{epoch}", "save_top_k": -1}
     Path("config.yaml").write_text(yaml.safe_dump(config))
     flags = SMALL | {"trainer.max_steps": -1, "trainer.max_epochs": 3, "trainer.logger": "false"}
