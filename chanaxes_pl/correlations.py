@@ -91,11 +91,11 @@ def axis_correlations(table: pd.DataFrame, resamples: int = 0, seed: int = 0) ->
     return result[[*present, *(column for column in result if column not in present)]]
 
 
-def headline(correlations: pd.DataFrame, layer: str = NETWORK) -> pd.DataFrame:
-    """The rows of ρ(input capture, task information) of one layer, the network's mean by default."""
+def headline(correlations: pd.DataFrame, layer: str = NETWORK, pair: tuple[str, str] = HEADLINE) -> pd.DataFrame:
+    """The rows of one layer and pair of metrics; by default ρ(input capture, task information), the network's mean."""
     of_layer = correlations[correlations["layer"] == layer]
     pairs = zip(of_layer["local"], of_layer["target"], strict=True)
-    return of_layer[[pair == HEADLINE for pair in pairs]].reset_index(drop=True)
+    return of_layer[[found == pair for found in pairs]].reset_index(drop=True)
 
 
 def reliabilities(table: pd.DataFrame, metrics: Sequence[str] = (*HALVED, *AXES)) -> pd.DataFrame:

@@ -120,11 +120,11 @@ class Runs:
         """How much higher the other metric pairs correlate than the headline's, on the same checkpoints.
 
         Returns:
-            ``local, target, mean, std, low, high, runs`` of the network's ρ less that of the headline, run by run.
+            ``layer, local, target, mean, std, low, high, runs`` of the network's ρ less the headline's, run by run.
         """
         rows = self.correlations[(self.correlations["step"] == step) & (self.correlations["layer"] == NETWORK)]
         main = headline(rows).set_index("run")["rho"]
-        gaps = rows.assign(gap=rows["rho"] - rows["run"].map(main))[["run", "local", "target", "gap"]]
+        gaps = rows.assign(gap=rows["rho"] - rows["run"].map(main))[["run", *_PAIR, "gap"]]
         return over_runs(gaps, "gap", self.resamples)
 
 

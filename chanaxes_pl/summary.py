@@ -10,6 +10,9 @@ from chanaxes_pl.correlations import headline
 from chanaxes_pl.plots import plot_correlations
 from chanaxes_pl.runs import read_runs
 
+# What to call a run's landmarks.
+_WHEN = ["at initialisation", "at its highest", "at the end"]
+
 
 def summary(run: str, figure: str | None = None, all_checkpoints: bool = False, resamples: int = 1000) -> None:
     """Print a run's axis correlations and draw them over epochs.
@@ -30,22 +33,14 @@ def summary(run: str, figure: str | None = None, all_checkpoints: bool = False, 
     (only,) = runs.each
     folder = only.folder / only.tracker
     rows = headline(runs.correlations)
-    print(describe(rows if all_checkpoints else landmarks(rows)))
+    if not all_checkpoints:
+        rows = rows.set_index("step").loc[list(runs.landmarks.values())].reset_index().assign(when=_WHEN)
+    print(describe(rows))
     path = Path(figure) if figure else folder / "correlations.png"
     plot_correlations(runs.correlations, title=only.name).savefig(path, dpi=150)
     print(f"\nfigure: {path}\ntables: {folder}/step-*.parquet")
     for note in only.notes:
         print(f"note:   {note}")
-
-
-def landmarks(rows: pd.DataFrame) -> pd.DataFrame:
-    """Initialisation, the checkpoint of the highest correlation, and the end, named in the column ``when``."""
-    named = {
-        "at initialisation": 0,
-        "at its highest": int(rows["rho"].fillna(-2).argmax()),
-        "at the end": len(rows) - 1,
-    }
-    return rows.iloc[list(named.values())].assign(when=list(named))
 
 
 def separation(rows: pd.DataFrame, share: float = 0.5) -> pd.DataFrame:

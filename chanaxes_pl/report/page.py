@@ -41,7 +41,6 @@ def write_page(folder: Path, runs: Runs, sections: Sequence[Section]) -> Path:
         OSError: if the folder cannot be written.
     """
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.tests["picture"] = lambda block: isinstance(block, Picture)
     environment.globals["embed"] = lambda picture: _embed(picture, folder)
     environment.globals["kind"] = lambda block: type(block).__name__
     template = environment.from_string((files("chanaxes_pl.report") / "page.html").read_text("utf-8"))

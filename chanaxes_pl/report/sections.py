@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from chanaxes_pl.correlations import HEADLINE, NETWORK, PAIRS, over_runs, reliabilities, task_masses
+from chanaxes_pl.correlations import HEADLINE, PAIRS, headline, over_runs, reliabilities, task_masses
 from chanaxes_pl.groupings import groupings
 from chanaxes_pl.plots import (
     channel_panels,
@@ -111,11 +111,10 @@ def correlation(runs: Runs) -> Section:
     )
     rows = []
     for pair in PAIRS:
-        of_pair = means[(means["layer"] == NETWORK) & (means["local"] == pair[0]) & (means["target"] == pair[1])]
-        by_step = of_pair.set_index("step")
+        by_step = headline(means, pair=pair).set_index("step")
         cells = [interval(by_step.loc[[step]].iloc[0]) for step in runs.landmarks.values()]
-        whole = change[(change["layer"] == NETWORK) & (change["local"] == pair[0]) & (change["target"] == pair[1])]
-        rows.append([" and ".join(map(words, pair)), *cells, interval(whole.iloc[0], sign=True)])
+        whole = interval(headline(change, pair=pair).iloc[0], sign=True)
+        rows.append([" and ".join(map(words, pair)), *cells, whole])
     spread = " ± standard deviation over runs [95 % bootstrap over runs]" if several else ""
     caption = f"Mean over layers{spread}. Change: last less first, of the same run."
     table = Table(caption, ["pair", *_when(runs).values(), "change"], rows)
@@ -133,10 +132,7 @@ def _against_headline(runs: Runs) -> list[Table]:
     rows = [
         [
             " and ".join(map(words, pair)),
-            *(
-                interval(frame[(frame["local"] == pair[0]) & (frame["target"] == pair[1])].iloc[0], sign=True)
-                for frame in (first, last)
-            ),
+            *(interval(headline(frame, pair=pair).iloc[0], sign=True) for frame in (first, last)),
         ]
         for pair in PAIRS
         if pair != HEADLINE
