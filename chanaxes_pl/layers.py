@@ -195,7 +195,10 @@ def patch_means(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor, output
     means, precision = inputs, torch.float32 if inputs.device.type == "mps" else torch.float64
     # One dimension at a time: after the first, what is left to read is a line instead of a map, and may be float64.
     for dimension in reversed(range(len(output_size))):
-        weights = _reads(layer, dimension, inputs.shape[2 + dimension], output_size[dimension])
+        before, after = layer._reversed_padding_repeated_twice[::-1][2 * dimension : 2 * dimension + 2][::-1]
+        kernel = layer.kernel_size[dimension], layer.stride[dimension], layer.dilation[dimension]
+        sizes = inputs.shape[2 + dimension], output_size[dimension]
+        weights = _reads(*kernel, before, after, layer.padding_mode, *sizes)
         kind = torch.promote_types(means.dtype, torch.float32)
         with true_float32(inputs.device):
             # The dimension's places in the kernel come last, in front of those that are done.
@@ -204,13 +207,14 @@ def patch_means(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor, output
     return means.permute(0, 1, *range(1 + done, 1, -1)).flatten(2)
 
 
-def _reads(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, dimension: int, size: int, count: int) -> Tensor:
+@lru_cache  # of one layer the same for every batch
+def _reads(
+    extent: int, stride: int, dilation: int, before: int, after: int, mode: str, size: int, count: int
+) -> Tensor:
     """``[size, k]``: in what share of ``count`` positions a place of the kernel reads each place of the input."""
-    before, after = layer._reversed_padding_repeated_twice[::-1][2 * dimension : 2 * dimension + 2][::-1]
     places = torch.arange(1.0, size + 1)[None, None]  # 0 is the padding
-    padded = F.pad(places, (before, after), "constant" if layer.padding_mode == "zeros" else layer.padding_mode)
-    kernel = layer.dilation[dimension] * torch.arange(layer.kernel_size[dimension])
-    read = padded[0, 0, layer.stride[dimension] * torch.arange(count)[:, None] + kernel].long()
+    padded = F.pad(places, (before, after), "constant" if mode == "zeros" else mode)
+    read = padded[0, 0, stride * torch.arange(count)[:, None] + dilation * torch.arange(extent)].long()
     return F.one_hot(read, size + 1)[..., 1:].double().mean(0).T
 
 
