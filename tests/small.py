@@ -14,6 +14,17 @@ CLASSES = 4
 STEPS = 4
 WIDTHS = {"net.0": 6, "net.4": 8}
 
+#: Flags of ``chanaxes fit`` that make a config's run small and quiet.
+FLAGS = {
+    "trainer.limit_train_batches": 2,
+    "trainer.limit_val_batches": 1,
+    "trainer.log_every_n_steps": 1,
+    "trainer.enable_progress_bar": "false",
+    "trainer.enable_model_summary": "false",
+    "trainer.accelerator": "cpu",
+    "data.batch_size": 8,
+}
+
 #: What every fit of such a size says, whatever the callbacks.
 QUIET = [
     "ignore:.*isinstance.treespec, LeafSpec",

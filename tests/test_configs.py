@@ -11,21 +11,11 @@ import yaml
 from PIL import Image
 
 from chanaxes_pl import cli, read_run
+from tests.small import FLAGS
 
 FOLDER = Path(__file__).parent.parent / "configs"
 CONFIGS = sorted(path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.yaml"))
-SMALL = {
-    "trainer.max_steps": 2,
-    "trainer.limit_train_batches": 2,
-    "trainer.limit_val_batches": 1,
-    "trainer.log_every_n_steps": 1,
-    "trainer.enable_progress_bar": "false",
-    "trainer.enable_model_summary": "false",
-    "trainer.accelerator": "cpu",
-    "trainer.callbacks.init_args.probe_size": 24,
-    "model.width": 0.25,
-    "data.batch_size": 8,
-}
+SMALL = FLAGS | {"trainer.max_steps": 2, "trainer.callbacks.init_args.probe_size": 24, "model.width": 0.25}
 DATA = {  # flags that each data set needs beside those
     "cifar10": {"data.val_size": 0.5},
     "cifar100": {"data.val_size": 0.5},

@@ -147,13 +147,18 @@ def test_task_information_does_not_change_with_the_norm():
     assert_close(tripled, task_gradient(weights, covariance, cross, variance) / 3)
 
 
+def measured(weights, covariance, cross):
+    """``alignment`` of what the moments of these channels come to, and Σw."""
+    sigma_w = weights @ covariance
+    return sigma_w, alignment(sigma_w, (weights * sigma_w).sum(1), cross.expand_as(weights), weights @ cross)
+
+
 @settings(deadline=None)
 @given(**SIZES, scale=UNITS)
 def test_measured_moments_give_the_weights_angle(channels, inputs, seed, scale):
     """``alignment`` of Cov(x, y), Var y, Cov(x, T) and Cov(y, T) against the definition by the weights, in NumPy."""
     weights, covariance, cross, _ = drawn(channels, inputs, seed, scale)
-    sigma_w = weights @ covariance
-    found = alignment(sigma_w, (weights * sigma_w).sum(1), cross.expand_as(weights), weights @ cross)
+    _, found = measured(weights, covariance, cross)
     for channel, w in enumerate(weights.numpy()):
         direction, c = covariance.numpy() @ w, cross.numpy()
         left = c - (w @ c) / (w @ direction) * direction
@@ -177,8 +182,7 @@ def test_measured_moments_give_the_weights_angle(channels, inputs, seed, scale):
 def test_ingredients_put_the_product_together(channels, inputs, seed, scale):
     """Σw·c = alignment ‖Σw‖ ‖g‖ + (b/D) ‖Σw‖²."""
     weights, covariance, cross, _ = drawn(channels, inputs, seed, scale)
-    sigma_w = weights @ covariance
-    found = alignment(sigma_w, (weights * sigma_w).sum(1), cross.expand_as(weights), weights @ cross)
+    sigma_w, found = measured(weights, covariance, cross)
     again = found["alignment"] * found["capture_norm"] * found["residual_norm"]
     again += found["task_covariance"] / found["signal_power"] * found["capture_norm"].square()
     assert_close(again / (found["capture_norm"] * found["task_norm"]), cosine(sigma_w, cross), rtol=0, atol=1e-8)

@@ -10,18 +10,10 @@ import wandb
 import yaml
 
 from chanaxes_pl import cli, read_run
+from tests.small import FLAGS
 
 DIGITS = Path(__file__).parent.parent / "configs" / "digits" / "resnet18.yaml"
-SMALL = {
-    "trainer.limit_train_batches": 2,
-    "trainer.limit_val_batches": 1,
-    "trainer.log_every_n_steps": 1,
-    "trainer.enable_progress_bar": "false",
-    "trainer.enable_model_summary": "false",
-    "trainer.accelerator": "cpu",
-    "trainer.callbacks.init_args.probe_size": 32,
-    "data.batch_size": 8,
-}
+SMALL = FLAGS | {"trainer.callbacks.init_args.probe_size": 32}
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec"),
