@@ -72,7 +72,9 @@ def test_a_killed_training_goes_on_and_what_is_done_stays(tmp_path):
     runs = read_runs([run])
     assert runs.steps == [0, 1, *range(2, 2 * EPOCHS + 1, 2)]
     logged = runs.each[0].scalars
-    assert logged.dropna(subset=["train/loss"])["epoch"].tolist() == list(range(EPOCHS))
+    # Lightning logs an epoch's means after its checkpoint: an epoch killed between the two has no row, never two.
+    epochs = logged.dropna(subset=["train/loss"])["epoch"].tolist()
+    assert epochs in (whole := list(range(EPOCHS)), [epoch for epoch in whole if epoch != reached // 2 - 1])
     assert logged["test/top1"].notna().sum() == 1
 
     third = call(study, str(run / "test.done"))

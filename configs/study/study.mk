@@ -47,24 +47,25 @@ STUDY_REPORT ?= --resamples 20
 else
 STUDY_FIT ?=
 STUDY_TEST ?=
-# the same 16 channels of each layer in every seed, on 1,000 test images
-STUDY_LESION ?= --channels 16 --operations '["zero","mean","peer"]' --evaluation_size 1000
+# the same 16 channels of each layer in every seed, on 500 test images
+STUDY_LESION ?= --channels 16 --operations '["zero","mean","peer"]' --evaluation_size 500
 # every score, nothing compensated
-STUDY_PROTOCOL ?= --compensate '[false]' --budgets '[0.9,0.8,0.7,0.5,0.3]' --evaluation_size 5000
-STUDY_COMPENSATION ?= --compensate '[false,"fold","refit"]' --budgets '[0.7,0.5,0.3]' --allocations '["uniform"]' \
-	--scores '["l1","input_capture","local_axis","task_information","target_axis","two_axis","taylor","random"]' \
-	--evaluation_size 5000
+STUDY_PROTOCOL ?= --compensate '[false]' --budgets '[0.9,0.8,0.7,0.5]' --evaluation_size 2000
+STUDY_COMPENSATION ?= --compensate '[false,"refit"]' --budgets '[0.7,0.5,0.3]' --allocations '["uniform"]' \
+	--scores '["l1","input_capture","task_information","two_axis","taylor","random"]' --evaluation_size 2000
 # 53 convolutions, and three to eight times the others' time an image
-STUDY_LESION_mobilenet_v2 ?= --channels 8
-STUDY_PRUNE_mobilenet_v2 ?= --evaluation_size 2000
+STUDY_LESION_mobilenet_v2 ?= --channels 6
+STUDY_PRUNE_mobilenet_v2 ?= --evaluation_size 1000
 STUDY_REPORT ?=
 endif
 
 STUDY_SEEDED := $(foreach network,$(STUDY_NETWORKS),$(STUDY_SEEDS:%=$(network)/seed_%))
 STUDY_RUNS := $(STUDY_SEEDED) $(STUDY_EXTRA:%=%/seed_0)
-STUDY_DONE = $(STUDY_RUNS:%=$(STUDY)/%/fit.done) $(STUDY_RUNS:%=$(STUDY)/%/test.done) \
-	$(foreach step,lesion protocol compensation,$(STUDY_SEEDED:%=$(STUDY)/%/$(step).done)) \
-	$(patsubst %,$(STUDY)/%/tables.done,$(STUDY_NETWORKS) $(STUDY_EXTRA))
+# One network after the other, so that the tables of the first are there early: its trainings, and then seed by seed what
+# needs them.
+STUDY_DONE = $(foreach network,$(STUDY_NETWORKS),$(patsubst %,$(STUDY)/$(network)/%.done,$(STUDY_SEEDS:%=seed_%/fit) \
+	$(foreach seed,$(STUDY_SEEDS),$(patsubst %,seed_$(seed)/%,test lesion protocol compensation)) tables)) \
+	$(foreach network,$(STUDY_EXTRA),$(patsubst %,$(STUDY)/$(network)/%.done,seed_0/fit seed_0/test tables))
 
 .PHONY: study study-steps study-status
 # Only one at a time: a training whose make was killed lives on, and holds the lock until it has ended.
