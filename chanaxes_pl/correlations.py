@@ -132,21 +132,28 @@ _GROUPED = ("epoch", "step", "layer", "local", "target", "metric", "score", "all
 
 
 def over_runs(
-    frame: pd.DataFrame, value: str = "rho", resamples: int = 1000, seed: int = 0, by: Sequence[str] = _GROUPED
+    frame: pd.DataFrame,
+    value: str | Sequence[str] = "rho",
+    resamples: int = 1000,
+    seed: int = 0,
+    by: Sequence[str] = _GROUPED,
 ) -> pd.DataFrame:
-    """Mean over runs (seeds) of one column of a result table, with a 95 % percentile bootstrap over runs.
+    """Mean over runs (seeds) of a column of a result table, with a 95 % percentile bootstrap over runs.
 
     Args:
         frame: rows of several runs, told apart by ``run``.
-        value: the column.
+        value: the column, or several.
         resamples: bootstrap resamples over runs.
         seed: of the resamples.
         by: the columns that say what belongs together, as far as ``frame`` has them: checkpoint, layer, metrics, and
             what tells the networks of a pruning grid apart.
 
     Returns:
-        The keys, ``mean, std, low, high, runs``.
+        The keys, ``mean, std, low, high, runs``; of several columns also ``value``, which of them.
     """
+    if not isinstance(value, str):
+        each = [over_runs(frame, column, resamples, seed, by).assign(value=column) for column in value]
+        return pd.concat(each, ignore_index=True)
     present = [column for column in by if column in frame]
 
     def summary(values: pd.Series) -> pd.Series:

@@ -269,6 +269,15 @@ def test_over_runs_other_columns_can_say_what_belongs_together():
     assert len(over_runs(frame)) == 4  # by epoch
 
 
+def test_over_runs_several_columns_are_each_summarised():
+    frame = pd.DataFrame({"run": [0, 1], "rho": [1.0, 3.0], "null": [0.0, 0.5]})
+    frame = frame.assign(epoch=0)
+    both = over_runs(frame, ["rho", "null"])
+    for value in ("rho", "null"):
+        alone = both[both["value"] == value].drop(columns="value").reset_index(drop=True)
+        pd.testing.assert_frame_equal(alone, over_runs(frame, value))
+
+
 # ---------------------------------------------------------------- groupings
 
 

@@ -188,15 +188,15 @@ def test_paired_difference_by_hand():
     areas = area_under_curve(pd.concat([table.assign(run=run) for run, table in enumerate(runs)]))
     (row,) = paired_difference(areas, ["a"], ["b", "c"]).to_dict("records")
     # the dense end is shared: areas differ by ¾ of what accuracies do, 0.3 and 0.4
-    assert row["difference"] == pytest.approx(0.75 * 0.35)
+    assert row["mean"] == pytest.approx(0.75 * 0.35)
     assert (row["low"], row["high"], row["runs"]) == pytest.approx((0.75 * 0.3, 0.75 * 0.4, 2))
     (opposite,) = paired_difference(areas, ["b", "c"], ["a"]).to_dict("records")
-    assert opposite["difference"] == pytest.approx(-row["difference"])
+    assert opposite["mean"] == pytest.approx(-row["mean"])
 
 
 def test_a_single_run_has_no_interval():
     (row,) = paired_difference(area_under_curve(curves(a=[0.8, 0.8], b=[0.6, 0.6])), ["a"], ["b"]).to_dict("records")
-    assert row["difference"] == pytest.approx(0.15)
+    assert row["mean"] == pytest.approx(0.15)
     assert np.isnan(row["low"])
     assert np.isnan(row["high"])
     assert row["runs"] == 1

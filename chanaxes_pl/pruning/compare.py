@@ -79,18 +79,18 @@ def _paired(areas: pd.DataFrame, against: str, scale: float) -> list[str]:
         for score in present:
             if score != against:
                 row = paired_difference(areas, [score], [against])
-                lines.append(f"  {score:20}{_interval(row, scale, 'difference'):>19}")
+                lines.append(f"  {score:20}{_interval(row, scale):>19}")
     local, target = ([score for score in present if SCORES.get(score) == family] for family in ("local", "target"))
     if local and target:
-        cell = _interval(paired_difference(areas, local, target), scale, "difference")
+        cell = _interval(paired_difference(areas, local, target), scale)
         lines.append(f"local-axis scores less target-axis scores: {cell} ({', '.join(local)} / {', '.join(target)})")
     return lines
 
 
-def _interval(rows: pd.DataFrame, scale: float, column: str = "mean") -> str:
+def _interval(rows: pd.DataFrame, scale: float) -> str:
     if not len(rows):
         return "–"
-    middle, low, high = (scale * float(rows[name].iloc[0]) for name in (column, "low", "high"))
+    middle, low, high = (scale * float(rows[name].iloc[0]) for name in ("mean", "low", "high"))
     return f"{middle:.1f}" if low != low else f"{middle:.1f} [{low:.1f}, {high:.1f}]"
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from chanaxes_pl.correlations import over_runs
 from chanaxes_pl.probe import images_and_labels, observed
 from chanaxes_pl.pruning.budgets import ALLOCATIONS, GRID, check_budget
 from chanaxes_pl.pruning.lesions import image_scores
@@ -184,27 +185,15 @@ def paired_difference(
         areas: from :func:`area_under_curve`, of several runs.
         first: scores, averaged within a run.
         second: the scores that are subtracted.
-        resamples: bootstrap resamples over runs for the 95 % percentile interval; NaN for a single run.
+        resamples: bootstrap resamples over runs.
         seed: of the resamples.
 
     Returns:
-        ``allocation, compensate, difference, low, high, runs``.
+        ``allocation, compensate, mean, std, low, high, runs`` of the difference, see
+        :func:`~chanaxes_pl.correlations.over_runs`.
     """
     areas = areas if "run" in areas else areas.assign(run="")
-    rows = []
-    for (allocation, strength), frame in areas.groupby(["allocation", "compensate"], sort=False):
-        means = [frame[frame["score"].isin(scores)].groupby("run")["area"].mean() for scores in (first, second)]
-        gaps = (means[0] - means[1]).dropna().to_numpy()
-        low = high = float("nan")
-        if len(gaps) > 1:
-            draws = np.random.default_rng(seed).integers(len(gaps), size=(resamples, len(gaps)))
-            low, high = np.quantile(gaps[draws].mean(1), [0.025, 0.975])
-        rows.append(
-            {
-                "allocation": allocation,
-                "compensate": strength,
-                "difference": float(gaps.mean()) if len(gaps) else np.nan,
-            }
-            | {"low": low, "high": high, "runs": len(gaps)}
-        )
-    return pd.DataFrame(rows)
+    keys = ["run", "allocation", "compensate"]
+    means = [areas[areas["score"].isin(scores)].groupby(keys, sort=False)["area"].mean() for scores in (first, second)]
+    gaps = (means[0] - means[1]).rename("gap").reset_index()
+    return over_runs(gaps, "gap", resamples, seed, by=keys[1:])
