@@ -83,3 +83,21 @@ def interval(row: pd.Series, digits: int = 2, sign: bool = False) -> str:
         low, high = number(row["low"], digits), number(row["high"], digits)
         text += f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{number(row['std'], digits)} [{low},\N{NO-BREAK SPACE}{high}]"
     return text
+
+
+def intervals(means: pd.DataFrame, index: str | list[str], columns: str, digits: int = 2) -> pd.DataFrame:
+    """Rows of :func:`~chanaxes_pl.correlations.over_runs` as a table of text, in the order in which they come.
+
+    Args:
+        means: the rows.
+        index: the column, or columns, that name a row of the table.
+        columns: the column that names a column of the table.
+        digits: of every number.
+
+    Example:
+        >>> means = pd.DataFrame({"layer": ["a", "b"], "step": 0, "mean": [0.5, 0.25], "std": float("nan")})
+        >>> intervals(means, "layer", "step")[0].tolist()
+        ['0.50', '0.25']
+    """
+    cells = means.assign(cell=[interval(row, digits) for _, row in means.iterrows()])
+    return cells.pivot_table(index=index, columns=columns, values="cell", aggfunc="first", sort=False)
