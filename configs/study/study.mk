@@ -61,22 +61,26 @@ endif
 
 STUDY_SEEDED := $(foreach network,$(STUDY_NETWORKS),$(STUDY_SEEDS:%=$(network)/seed_%))
 STUDY_RUNS := $(STUDY_SEEDED) $(STUDY_EXTRA:%=%/seed_0)
-# One network after the other, so that the tables of the first are there early: its trainings, and then seed by seed what
-# needs them.
 STUDY_DONE = $(foreach network,$(STUDY_NETWORKS),$(patsubst %,$(STUDY)/$(network)/%.done,$(STUDY_SEEDS:%=seed_%/fit) \
 	$(foreach seed,$(STUDY_SEEDS),$(patsubst %,seed_$(seed)/%,test lesion protocol compensation)) tables)) \
 	$(foreach network,$(STUDY_EXTRA),$(patsubst %,$(STUDY)/$(network)/%.done,seed_0/fit seed_0/test tables))
 
-.PHONY: study study-steps study-status
+.PHONY: study study-networks study-steps study-status
 # Only one at a time: a training whose make was killed lives on, and holds the lock until it has ended.
 study: .venv/.ready
 	@mkdir -p $(STUDY)/logs
-	@$(if $(shell command -v flock),flock -n -E 75 $(STUDY)/lock) \
-		$(MAKE) --no-print-directory --keep-going --jobs $(JOBS) study-steps || { code=$$?; test $$code -ne 75 || \
-		echo "another make study is at work in $(STUDY), or a step of one that was killed: see $(STUDY)/logs"; exit $$code; }
+	@$(if $(shell command -v flock),flock -n -E 75 $(STUDY)/lock) $(MAKE) --no-print-directory study-networks || { \
+		code=$$?; test $$code -ne 75 || echo "another make study is at work in $(STUDY), or a step of one that was killed: \
+	see $(STUDY)/logs"; exit $$code; }
+
+# One network after the other, so that its tables are there before the next is trained: make would train them all first.
+study_make = $(MAKE) --no-print-directory --keep-going --jobs $(JOBS) study-steps STUDY_NETWORKS="$(1)" STUDY_EXTRA="$(2)"
+study-networks:
+	@failed=0; $(foreach network,$(STUDY_NETWORKS),$(call study_make,$(network)) || failed=1;) \
+		$(call study_make,,$(STUDY_EXTRA)) || failed=1; exit $$failed
 
 study-steps: $(STUDY_DONE)
-	@echo "study: all done; tables in $(STUDY_TABLES)"
+	@echo "study: done: $(STUDY_NETWORKS) $(STUDY_EXTRA); tables in $(STUDY_TABLES)"
 
 study-status:
 	@for step in $(STUDY_DONE); do test -f $$step && echo "done     $$step" || echo "missing  $$step"; done
