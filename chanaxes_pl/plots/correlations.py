@@ -24,7 +24,7 @@ from chanaxes_pl.plots.style import (
 )
 from chanaxes_pl.tables import HALVED
 
-_TICKS = 8
+_TICKS = 6
 
 
 def plot_correlations(correlations: pd.DataFrame, title: str = "") -> Figure:
