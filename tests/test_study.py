@@ -95,7 +95,8 @@ def test_a_training_without_a_checkpoint_is_begun_anew_and_each_step_has_its_com
 
 
 def test_one_network_has_its_tables_before_the_next_is_trained(tmp_path):
-    planned = call(study := tmp_path / "study", "--dry-run", "study-networks", "STUDY_NETWORKS=vgg16_bn resnet18")
+    study = tmp_path / "study"
+    planned = call(study, "--dry-run", "study-networks", "STUDY_NETWORKS=vgg16_bn resnet18")
     assert planned.returncode == 0, planned.stderr
     steps = [f"touch {study}/{name}.done" for name in ("vgg16_bn/seed_0/fit", "vgg16_bn/tables", "resnet18/seed_0/fit")]
     places = [planned.stdout.index(step) for step in steps]

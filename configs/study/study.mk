@@ -76,7 +76,7 @@ study: .venv/.ready
 # One network after the other, so that its tables are there before the next is trained: make would train them all first.
 study_make = $(MAKE) --no-print-directory --keep-going --jobs $(JOBS) study-steps STUDY_NETWORKS="$(1)" STUDY_EXTRA="$(2)"
 study-networks:
-	@failed=0; $(foreach network,$(STUDY_NETWORKS),$(call study_make,$(network)) || failed=1;) \
+	+@failed=0; $(foreach network,$(STUDY_NETWORKS),$(call study_make,$(network)) || failed=1;) \
 		$(call study_make,,$(STUDY_EXTRA)) || failed=1; exit $$failed
 
 study-steps: $(STUDY_DONE)
