@@ -210,6 +210,9 @@ def test_figure_of_the_grid(table, tmp_path):
     assert [panels[0].get_ylabel(), panels[3].get_ylabel()] == ["accuracy (%)"] * 2
     assert {text.get_text() for text in figure.legends[0].get_texts()} == {"l1", "taylor", "random"}
     figure.savefig(tmp_path / "figure.png")
+    assert len(panels[0].collections) == 3  # a band each
+    crowd = pd.concat([table, *(table[table["score"] == "l1"].assign(score=f"l1_{n}") for n in range(8))])
+    assert not plot_pruning(crowd).axes[0].collections
 
 
 def test_figures_of_one_budget_and_of_one_layer(table, tmp_path):

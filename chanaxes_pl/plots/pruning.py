@@ -12,12 +12,16 @@ from matplotlib.figure import Figure
 from chanaxes_pl.correlations import NETWORK
 from chanaxes_pl.plots.style import COLOURS, DASHES, MARKERS, WIDTH, layer_bar, styled, words
 
+#: More bands than this hide each other.
+_BANDS = 8
+
 
 def plot_pruning(grid: pd.DataFrame, title: str = "") -> Figure:
     """Accuracy over remaining MACs: a column an allocation, a row a kind of compensation, a line a score.
 
     Args:
-        grid: from ``pruning_grid``. Of several runs, and of several random draws, the mean is drawn with the range.
+        grid: from ``pruning_grid``. Of several runs, and of several random draws, the mean is drawn; with the range, if
+            there are few enough scores to tell their bands apart.
         title: above the figure.
 
     Returns:
@@ -35,7 +39,7 @@ def plot_pruning(grid: pd.DataFrame, title: str = "") -> Figure:
             axes = panels[row, column]
             panel = pruned[(pruned["compensate"] == strength) & (pruned["allocation"] == allocation)]
             for score, style in styles.items():
-                _draw_curve(axes, panel[panel["score"] == score], score, style)
+                _draw_curve(axes, panel[panel["score"] == score], score, style, band=len(styles) <= _BANDS)
             axes.axhline(100 * dense["accuracy"].mean(), color="black", linewidth=0.6)
             axes.set_title(f"{allocation}, {'no compensation' if strength == 'none' else strength}")
             axes.set(xlabel="MACs left (%)" if row == len(rows) - 1 else "", ylabel="" if column else "accuracy (%)")
@@ -57,11 +61,12 @@ def _styles(pruned: pd.DataFrame) -> dict[str, dict]:
     return styles
 
 
-def _draw_curve(axes: Axes, curve: pd.DataFrame, score: str, style: dict) -> None:
+def _draw_curve(axes: Axes, curve: pd.DataFrame, score: str, style: dict, band: bool) -> None:
     points = curve.groupby("budget")[["macs_share", "accuracy"]].agg(["mean", "min", "max"]) * 100
     x, y = points["macs_share"]["mean"], points["accuracy"]
     axes.plot(x, y["mean"], label=score, markersize=3.5, linewidth=1, **style)
-    axes.fill_between(x, y["min"], y["max"], color=style["color"], alpha=0.12, linewidth=0)
+    if band:
+        axes.fill_between(x, y["min"], y["max"], color=style["color"], alpha=0.12, linewidth=0)
 
 
 def plot_lesions(table: pd.DataFrame, correlations: pd.DataFrame, damage: str = "zero_loss", title: str = "") -> Figure:
