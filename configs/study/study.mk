@@ -127,7 +127,7 @@ study_runs = $(patsubst %/test.done,%,$(filter %/test.done,$^))
 
 define study_collect
 rm -rf $(study_tables) && mkdir -p $(study_tables) && cd $(@D) \
-	&& for table in accuracy groupings alignment early; do \
+	&& for table in accuracy groupings alignment; do \
 		test ! -f report/$$table.csv || cp report/$$table.csv $(abspath $(study_tables)) || exit 1; done \
 	&& gzip -9nc report/correlations.csv >$(abspath $(study_tables))/correlations.csv.gz \
 	&& for table in seed_*/lesion/lesions.parquet seed_*/*/pruning.parquet; do test ! -f $$table || { \
