@@ -10,6 +10,8 @@ import wandb
 import yaml
 
 from chanaxes_pl import cli, read_run
+from chanaxes_pl.report.sections import accuracy
+from chanaxes_pl.runs import read_runs
 from tests.small import FLAGS
 
 DIGITS = Path(__file__).parent.parent / "configs" / "digits" / "resnet18.yaml"
@@ -57,6 +59,9 @@ def test_all_of_a_run_is_in_its_folder_and_every_verb_finds_its_network(chanaxes
     assert {"metrics.csv", "config.yaml"} <= named(run / "test")
     assert pd.read_csv(run / "test" / "metrics.csv")["test/top1"].notna().sum() == 1
     assert yaml.safe_load((run / "test" / "config.yaml").read_text())["ckpt_path"] == str(run / "checkpoints/last.ckpt")
+    (drawn, _) = accuracy(read_runs([run])).blocks
+    tested = drawn.numbers[drawn.numbers["split"] == "test"]
+    assert tested["epoch"].tolist() == [1]  # though the Trainer that tested it had run for none
     lesion = {"layers": "[network.conv1]", "channels": 3, "operations": "[zero]", "probe_size": 32, "scores": "[l1]"}
     chanaxes("lesion", "--run", str(run), **{"trainer.limit_test_batches": 2} | lesion)
     assert len(pd.read_parquet(run / "lesions.parquet")) == 3

@@ -253,16 +253,19 @@ def _setting(config: dict[str, Any], key: str) -> str:
 
 
 def _accuracies(run: Run) -> Iterator[dict[str, Any]]:
-    for split, later in (("train", 1), ("val", 1), ("test", 0)):
-        if f"{split}/top1" in run.scalars:
-            rows = run.scalars.dropna(subset=[f"{split}/top1"])
-            for row in (rows if later else rows.tail(1)).to_dict("records"):
-                yield {"run": run.name, "split": split, "epoch": row["epoch"] + later, "accuracy": row[f"{split}/top1"]}
+    end = run.table["epoch"].max()
+    for split in ("train", "val", "test"):
+        if f"{split}/top1" not in run.scalars:
+            continue
+        rows = run.scalars.dropna(subset=[f"{split}/top1"])
+        for row in (rows.tail(1) if split == "test" else rows).to_dict("records"):
+            # A Trainer that only tests a checkpoint logs epoch 0, whatever the checkpoint's.
+            epoch = row["epoch"] + 1 if split != "test" else row["epoch"] or end
+            yield {"run": run.name, "split": split, "epoch": epoch, "accuracy": row[f"{split}/top1"]}
     if "test/top1" not in run.scalars:  # the pruning grid evaluates the dense network too
         for grid in run.pruning.values():
             dense = grid.loc[grid["score"] == DENSE, "accuracy"]
             if len(dense):
-                end = run.table["epoch"].max()
                 yield {"run": run.name, "split": "test", "epoch": end, "accuracy": dense.iloc[0]}
                 return
 
