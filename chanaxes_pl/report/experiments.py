@@ -108,7 +108,7 @@ def pruning(runs: Runs) -> Section:
         grids = [run.pruning[place] for run in runs.each if place in run.pruning]
         grid = pd.concat(grids, ignore_index=True)
         title = "" if place == "." else place
-        spread = f"Mean of {len(grids)} runs, their range as a band. " if len(grids) > 1 else ""
+        spread = f"Mean of {len(grids)} runs; a band, where there is one, is their range. " if len(grids) > 1 else ""
         caption = f"{spread}The horizontal line is the dense network."
         name = f"pruning-{nth}" if len(places) > 1 else "pruning"
         blocks += [Picture(name, plot_pruning(grid, title), grid, caption), *_accuracies(grid, title, runs.resamples)]
