@@ -133,5 +133,5 @@ L.Trainer(max_epochs=1, accelerator="cpu", default_root_dir=folder, **quiet).fit
 trainer.test(tuned, data, verbose=False)
 
 # %% [markdown]
-# On CIFAR-100, what these comparisons come to is in the README, with the commands that repeat it: `chanaxes lesion`,
+# On CIFAR-100, what these comparisons come to is in RESULTS.md, with the commands that repeat it: `chanaxes lesion`,
 # `chanaxes prune` and `chanaxes compare`.
