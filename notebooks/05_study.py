@@ -316,13 +316,14 @@ plot_pruning(refits["ResNet-18"], title="ResNet-18")
 # %% [markdown]
 # ## A harder task, and a network of another kind
 #
-# The same ResNet-18 on 20 classes of Tiny-ImageNet (64×64, 10,000 training images), and 312 steps of ConvNeXt-T on
-# them, one seed each: ρ at the first and at the last checkpoint.
+# The same ResNet-18 on 20 classes of Tiny-ImageNet (64×64, 10,000 training images, 52.9 % after 12 epochs), and 312
+# steps of ConvNeXt-T on them (21.3 %), one seed each: ρ at the first and at the last checkpoint. Coupled at first,
+# apart in the end, in both; the pilot of ConvNeXt-T is there to show that the path works.
 
 # %%
 others = {"tiny_resnet18": "ResNet-18, Tiny-ImageNet", "tiny_convnext": "ConvNeXt-T, 312 steps"}
 rows = [
     headline(pd.read_csv(FOLDER / key / "correlations.csv.gz")).assign(network=title) for key, title in others.items()
 ]
-columns = ["epoch", "rho", "null", "disattenuated"]
+columns = ["epoch", "rho", "null", "reliability_target"]
 pd.concat(rows).groupby("network", sort=False)[columns].agg(["first", "last"]).round(2)
