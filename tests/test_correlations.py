@@ -270,8 +270,7 @@ def test_over_runs_other_columns_can_say_what_belongs_together():
 
 
 def test_over_runs_several_columns_are_each_summarised():
-    frame = pd.DataFrame({"run": [0, 1], "rho": [1.0, 3.0], "null": [0.0, 0.5]})
-    frame = frame.assign(epoch=0)
+    frame = pd.DataFrame({"run": [0, 1], "epoch": 0, "rho": [1.0, 3.0], "null": [0.0, 0.5]})
     both = over_runs(frame, ["rho", "null"])
     for value in ("rho", "null"):
         alone = both[both["value"] == value].drop(columns="value").reset_index(drop=True)

@@ -14,7 +14,7 @@ from chanaxes_pl.prediction import early_prediction
 from chanaxes_pl.pruning.lesions import OPERATIONS
 from chanaxes_pl.pruning.protocol import DENSE, VARIANT
 from chanaxes_pl.pruning.removability import score_damage_correlation
-from chanaxes_pl.report.blocks import Missing, Picture, Section, Table, interval, number
+from chanaxes_pl.report.blocks import Missing, Picture, Section, Table, interval, intervals, number
 from chanaxes_pl.runs import Runs
 
 _POINT = ["run", "layer", "channel"]
@@ -121,18 +121,10 @@ def _accuracies(grid: pd.DataFrame, title: str, resamples: int) -> list[Table]:
     pruned = pruned.assign(accuracy=100 * pruned["accuracy"])
     tables = []
     for (allocation, strength), part in pruned.groupby(["allocation", "compensate"], sort=False):
-        means = over_runs(part[["run", *VARIANT, "accuracy"]], "accuracy", resamples).set_index(["score", "budget"])
+        means = over_runs(part[["run", *VARIANT, "accuracy"]], "accuracy", resamples)
         budgets = sorted(part["budget"].unique(), reverse=True)
-        rows = [
-            [
-                score,
-                *(
-                    interval(means.loc[(score, budget)], 1) if (score, budget) in means.index else "–"
-                    for budget in budgets
-                ),
-            ]
-            for score in part["score"].unique()
-        ]
+        cells = intervals(means, "score", "budget", digits=1).fillna("–")
+        rows = [[score, *cells.loc[score, budgets]] for score in part["score"].unique()]
         kind = f"{title + ': ' if title else ''}{allocation}, {'no compensation' if strength == 'none' else strength}"
         tables.append(
             Table(f"{kind}. Accuracy in %.", ["score", *(f"{100 * budget:g} % of MACs" for budget in budgets)], rows)

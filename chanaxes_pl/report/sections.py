@@ -26,7 +26,7 @@ from chanaxes_pl.plots import (
 )
 from chanaxes_pl.plots.style import words
 from chanaxes_pl.pruning.protocol import DENSE
-from chanaxes_pl.report.blocks import Folded, Missing, Picture, Section, Table, interval, number
+from chanaxes_pl.report.blocks import Folded, Missing, Picture, Section, Table, interval, intervals, number
 from chanaxes_pl.report.experiments import early, lesions, pruning
 from chanaxes_pl.runs import Run, Runs
 
@@ -216,9 +216,8 @@ def gradients(runs: Runs) -> Section:
     ends = runs.table[runs.table["step"].isin([runs.steps[0], runs.steps[-1]])]
     ends = ends.assign(angle=ends["alignment"].abs())
     table = ends.groupby(["run", "epoch", "step", "layer"], sort=False)["angle"].mean().reset_index()
-    means = over_runs(table, "angle", runs.resamples).set_index(["layer", "step"])
-    steps = sorted(ends["step"].unique())
-    rows = [[layer, *(interval(means.loc[[(layer, step)]].iloc[0]) for step in steps)] for layer in runs.each[0].widths]
+    cells = intervals(over_runs(table, "angle", runs.resamples), "layer", "step").sort_index(axis=1)
+    rows = [[layer, *cells.loc[layer]] for layer in runs.each[0].widths]
     known = {_setting(run.config, key) for run in runs.each for key in (_SHOWN["network"], _SHOWN["data"])}
     figure = plot_alignment(ends, published=known == {"resnet18", "CIFAR100DataModule"})
     caption = "Absolute values over channels: quartiles, 5 to 95 %, and the mean as a diamond."

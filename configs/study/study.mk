@@ -58,10 +58,11 @@ STUDY_PRUNE_mobilenet_v2 ?= --evaluation_size 1000
 STUDY_REPORT ?=
 endif
 
+STUDY_STEPS := test lesion protocol compensation
 STUDY_SEEDED := $(foreach network,$(STUDY_NETWORKS),$(STUDY_SEEDS:%=$(network)/seed_%))
 STUDY_RUNS := $(STUDY_SEEDED) $(STUDY_EXTRA:%=%/seed_0)
 STUDY_DONE = $(foreach network,$(STUDY_NETWORKS),$(patsubst %,$(STUDY)/$(network)/%.done,$(STUDY_SEEDS:%=seed_%/fit) \
-	$(foreach seed,$(STUDY_SEEDS),$(patsubst %,seed_$(seed)/%,test lesion protocol compensation)) tables)) \
+	$(foreach seed,$(STUDY_SEEDS),$(STUDY_STEPS:%=seed_$(seed)/%)) tables)) \
 	$(foreach network,$(STUDY_EXTRA),$(patsubst %,$(STUDY)/$(network)/%.done,seed_0/fit seed_0/test tables))
 
 .PHONY: study study-networks study-steps study-status
@@ -134,7 +135,7 @@ rm -rf $(study_tables) && mkdir -p $(study_tables) && cd $(@D) \
 endef
 
 $(foreach network,$(STUDY_NETWORKS),$(eval $(STUDY)/$(network)/tables.done: $(foreach \
-	seed,$(STUDY_SEEDS),$(foreach step,test lesion protocol compensation,$(STUDY)/$(network)/seed_$(seed)/$(step).done))))
+	seed,$(STUDY_SEEDS),$(STUDY_STEPS:%=$(STUDY)/$(network)/seed_$(seed)/%.done))))
 $(foreach network,$(STUDY_EXTRA),$(eval $(STUDY)/$(network)/tables.done: $(STUDY)/$(network)/seed_0/test.done))
 $(patsubst %,$(STUDY)/%/tables.done,$(STUDY_NETWORKS) $(STUDY_EXTRA)):
 	$(call study_step,$(chanaxes) report $(study_runs) --out $(@D)/report $(STUDY_REPORT) && ($(study_collect)))
