@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from chanaxes_pl.axes import Axes, compute_axes
-    from chanaxes_pl.pruning.module import PruneModule
+    from chanaxes_pl.prune_module import PruneModule
     from chanaxes_pl.pruning.plans import load_slim
-    from chanaxes_pl.pruning.slim import Slim, prune
+    from chanaxes_pl.pruning.pruner import Slim, prune
     from chanaxes_pl.tables import read_run
-    from chanaxes_pl.tracker import AxisTracker
+    from chanaxes_pl.tracking.tracker import AxisTracker
 
 _HOMES = {
-    "AxisTracker": "chanaxes_pl.tracker",
+    "AxisTracker": "chanaxes_pl.tracking.tracker",
     "Axes": "chanaxes_pl.axes",
-    "PruneModule": "chanaxes_pl.pruning.module",
-    "Slim": "chanaxes_pl.pruning.slim",
+    "PruneModule": "chanaxes_pl.prune_module",
+    "Slim": "chanaxes_pl.pruning.pruner",
     "compute_axes": "chanaxes_pl.axes",
     "load_slim": "chanaxes_pl.pruning.plans",
-    "prune": "chanaxes_pl.pruning.slim",
+    "prune": "chanaxes_pl.pruning.pruner",
     "read_run": "chanaxes_pl.tables",
 }
 

@@ -1,5 +1,5 @@
 """``python -m chanaxes_pl`` is the ``chanaxes`` command."""
 
-from chanaxes_pl.cli import main
+from chanaxes_pl.cli.main import main
 
 main()

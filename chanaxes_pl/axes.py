@@ -14,50 +14,13 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from chanaxes_pl.accumulators import Recorder
-from chanaxes_pl.correlations import axis_correlations, reliabilities
-from chanaxes_pl.groupings import groupings
-from chanaxes_pl.layers import LayerSpec, channel_count, select_layers
-from chanaxes_pl.metrics.input_capture import check_noise
-from chanaxes_pl.probe import MIN_IMAGES, Probe, Step, images_and_labels, observed, too_small
+from chanaxes_pl.analysis.correlations import axis_correlations, reliabilities
+from chanaxes_pl.analysis.groupings import groupings
+from chanaxes_pl.core.targets import TargetSpec
+from chanaxes_pl.network.layers import LayerSpec, channel_count
+from chanaxes_pl.network.probe import Probe, Step
+from chanaxes_pl.network.recording import Settings, record
 from chanaxes_pl.tables import axes_table
-from chanaxes_pl.targets import TargetSpec, target_function
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is measured, and how: the arguments that :func:`compute_axes` and ``AxisTracker`` share.
-
-    Raises:
-        ValueError: for a value that is out of range, quoting it and ``caller``.
-    """
-
-    layers: LayerSpec = "conv"
-    positions: int | str = 16
-    target: TargetSpec = "logit_margin"
-    noise: str | float = "median"
-    reliability: bool = True
-    step: Step | None = None
-    probe_size: int = 5000
-    caller: str = "compute_axes"
-    alignment: bool = False
-
-    def __post_init__(self) -> None:
-        whole = isinstance(self.positions, int) and self.positions > 0
-        if not whole and self.positions != "all":
-            raise ValueError(f"{self.caller}(positions={self.positions!r}): expected a whole number above 0, or 'all'")
-        if self.probe_size < MIN_IMAGES:
-            raise ValueError(f"{self.caller}(probe_size={self.probe_size}): expected at least {MIN_IMAGES} images")
-        target_function(self.target, self.caller)
-        if self.alignment and self.target == "label":
-            raise ValueError(
-                f"{self.caller}(alignment=True, target='label'): the label is K − 1 numbers an image, expected one, "
-                "for there is one gradient; use 'logit_margin' or 'log_probability'"
-            )
-        try:
-            check_noise(self.noise)
-        except ValueError as error:
-            raise ValueError(f"{self.caller}: {error}") from None
 
 
 def measure_axes(
@@ -79,48 +42,6 @@ def measure_axes(
     )
     widths = {name: channel_count(layer) for name, layer in recorder.layers.items()}
     return axes_table(recorder.moments(), widths, settings.noise)
-
-
-def record(
-    model: nn.Module,
-    probe: Probe,
-    settings: Settings,
-    *,
-    to_device: Callable[[Any], Any],
-    forward_context: Callable[[], AbstractContextManager] = nullcontext,
-    rank: int = 0,
-    world: int = 1,
-) -> Recorder:
-    """One pass of ``model`` over the probe: the moments that everything else is computed from.
-
-    Args:
-        model: gives logits (or whatever ``settings.step`` makes logits of); left as it was.
-        probe: the images.
-        settings: what is measured.
-        to_device: moves a batch to the model.
-        forward_context: what the forward pass runs in (a precision plugin's).
-        rank: of this process.
-        world: number of processes.
-
-    Raises:
-        ValueError: if the images or the layers are not what ``settings`` need.
-    """
-    layers = select_layers(model, settings.layers, settings.caller)
-    step = settings.step or images_and_labels
-    target = target_function(settings.target, settings.caller)
-    recorder = Recorder(layers, target, settings.positions, settings.reliability, settings.alignment)
-    with observed(model), recorder.attached():
-        for indices, batch in probe.batches(rank, world):
-            moved = to_device(batch)
-
-            def forward(moved: Any = moved) -> Any:
-                with forward_context():
-                    return step(model, moved)
-
-            recorder.record(indices, forward)
-    if world == 1 and recorder.images < MIN_IMAGES:
-        raise ValueError(too_small(recorder.images, settings.caller))
-    return recorder
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +99,7 @@ def compute_axes(
             negative, hence the same), ``"label"``, or ``(logits, labels) → [B]`` or ``[B, D]``.
         noise: σ₀² of input capture: ``"median"``, ``"mean"``, a quantile such as ``"q0.25"``, a number.
         reliability: keep the probe's two halves apart, for reliabilities.
-        alignment: add :data:`~chanaxes_pl.tables.ALIGNMENT`, the angle between the gradients of both informations.
+        alignment: add :data:`ALIGNMENT`, the angle between the gradients of both informations.
         probe_size: images at the most.
         step: ``(model, batch) → (logits, labels)`` for other batches or outputs.
         resamples: bootstrap resamples for the intervals of the correlations.

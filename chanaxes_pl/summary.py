@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from chanaxes_pl.correlations import headline
+from chanaxes_pl.analysis.correlations import headline
+from chanaxes_pl.analysis.runs import read_runs
 from chanaxes_pl.plots import plot_correlations
-from chanaxes_pl.runs import read_runs
 
 # What to call a run's landmarks.
 _WHEN = ["at initialisation", "at its highest", "at the end"]
@@ -47,7 +47,7 @@ def separation(rows: pd.DataFrame, share: float = 0.5) -> pd.DataFrame:
     """How fast the axes come apart: when each run's correlation has fallen to a share of its highest.
 
     Args:
-        rows: of :func:`~chanaxes_pl.correlations.headline`, of one run or several told apart by ``run``.
+        rows: of :func:`headline`, of one run or several told apart by ``run``.
         share: of the highest correlation.
 
     Returns:

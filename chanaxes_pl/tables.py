@@ -11,21 +11,20 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from chanaxes_pl.accumulators import LayerMoments
-from chanaxes_pl.files import replacing
-from chanaxes_pl.gaussian import MAX_CORRELATION, Association
-from chanaxes_pl.gradients import alignment
-from chanaxes_pl.metrics import (
+from chanaxes_pl.core.files import replacing
+from chanaxes_pl.core.gaussian import MAX_CORRELATION, Association
+from chanaxes_pl.core.gradients import alignment
+from chanaxes_pl.core.metrics import (
     METRICS,
     TARGET_METRICS,
     input_capture,
     peer_overlap,
-    peer_r2,
-    peer_reconstruction,
     target_excess,
     task_information,
 )
-from chanaxes_pl.moments import Moments, live_mask
+from chanaxes_pl.core.moments import Moments, live_mask
+from chanaxes_pl.core.peers import peer_r2, peer_reconstruction
+from chanaxes_pl.network.recording import LayerMoments
 
 #: What is computed of every channel on the whole probe, in nats but for the last three (shares and a count).
 COLUMNS = (*METRICS, "peer_r2", "hull_size", "hull_score")
@@ -34,7 +33,7 @@ HALVED = (*METRICS, "peer_r2")
 HALVES = ("even", "odd")
 #: The target metrics against a target that knows nothing, as ``<name>_null``.
 NULLED = tuple(TARGET_METRICS)
-#: The columns that ``alignment=True`` adds: see :func:`~chanaxes_pl.gradients.alignment`.
+#: The columns that ``alignment=True`` adds: see :func:`alignment`.
 ALIGNMENT = ("alignment", "signal_power", "task_covariance", "capture_norm", "task_norm", "residual_norm")
 #: Which checkpoint a row belongs to.
 KEYS = ("run", "epoch", "step")
@@ -222,3 +221,9 @@ def read_run(folder: str | Path) -> pd.DataFrame:
 def checkpoint_path(folder: Path, step: int) -> Path:
     """Where a tracker keeps the table of one step."""
     return folder / f"step-{step:09d}.parquet"
+
+
+#: The name of the unpruned network in the column ``score``.
+DENSE = "dense"
+#: What tells the rows of a grid apart.
+VARIANT = ("score", "allocation", "compensate", "budget")

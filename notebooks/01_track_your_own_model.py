@@ -35,7 +35,7 @@ import torchvision
 from lightning.pytorch.loggers import CSVLogger
 
 from chanaxes_pl import AxisTracker, compute_axes, read_run
-from chanaxes_pl.correlations import axis_correlations, headline
+from chanaxes_pl.analysis.correlations import axis_correlations, headline
 from chanaxes_pl.data import DigitsDataModule
 from chanaxes_pl.models import Classifier
 from chanaxes_pl.plots import plot_correlations

@@ -38,9 +38,10 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from chanaxes_pl import AxisTracker
-from chanaxes_pl.correlations import headline, over_runs, reliabilities
+from chanaxes_pl.analysis.correlations import headline, over_runs, reliabilities
+from chanaxes_pl.analysis.groupings import groupings
+from chanaxes_pl.analysis.runs import read_runs
 from chanaxes_pl.data import DigitsDataModule
-from chanaxes_pl.groupings import groupings
 from chanaxes_pl.models import Classifier
 from chanaxes_pl.plots import (
     channel_panels,
@@ -52,7 +53,6 @@ from chanaxes_pl.plots import (
     plot_groupings,
     plot_structure,
 )
-from chanaxes_pl.runs import read_runs
 
 warnings.filterwarnings("ignore", module="lightning")  # hints about workers and loggers
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -201,7 +201,7 @@ plot_early_prediction(early)
 # %% [markdown]
 # ## Structure within a layer
 #
-# `layer_structure(model, loader)` in `chanaxes_pl.structure` looks at a layer as a graph of channels, joined by overlap
+# `layer_structure(model, loader)` in `chanaxes_pl.analysis.structure` looks at a layer as a graph of channels, joined by overlap
 # or by excess, and asks a community detection how far it falls into groups, beside the same weights dealt at random; at
 # what triplets know beyond their best pair; and at whether a channel that reads channels high in a metric is high in it
 # too. Means of the three trained networks:

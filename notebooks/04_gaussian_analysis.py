@@ -32,9 +32,9 @@ import pandas as pd
 import torch
 
 from chanaxes_pl import compute_axes
-from chanaxes_pl.correlations import over_runs
+from chanaxes_pl.analysis.correlations import over_runs
+from chanaxes_pl.core.gradients import alignment, capture_gradient, residual, task_gradient
 from chanaxes_pl.data import DigitsDataModule
-from chanaxes_pl.gradients import alignment, capture_gradient, residual, task_gradient
 from chanaxes_pl.models import Classifier
 from chanaxes_pl.plots import plot_alignment, plot_simulation
 from chanaxes_pl.simulate import FLOWS, Problem, half_times, initial_coupling, simulate

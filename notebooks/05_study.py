@@ -35,12 +35,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from chanaxes_pl.correlations import headline, over_runs
+from chanaxes_pl.analysis.correlations import headline, over_runs
+from chanaxes_pl.analysis.grids import area_under_curve, paired_difference
+from chanaxes_pl.analysis.scores import SCORES
 from chanaxes_pl.plots import plot_correlations, plot_groupings, plot_pruning
 from chanaxes_pl.pruning.compare import read_grids
-from chanaxes_pl.pruning.protocol import area_under_curve, paired_difference
 from chanaxes_pl.pruning.removability import matched_comparison, rank_regression, score_damage_correlation
-from chanaxes_pl.pruning.scores import SCORES
 from chanaxes_pl.report.blocks import intervals
 from chanaxes_pl.summary import separation
 

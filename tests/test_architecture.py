@@ -126,11 +126,11 @@ def test_the_half_logarithm_has_one_home():
 @pytest.mark.parametrize(
     ("home", "source", "found"),
     [
-        ("moments", "from chanaxes_pl.gaussian import information", {"gaussian"}),
-        ("metrics", "import chanaxes_pl.tracker", {"tracker"}),
+        ("moments", "from chanaxes_pl.core.gaussian import information", {"gaussian"}),
+        ("metrics", "import chanaxes_pl.tracking.tracker", {"tracker"}),
         ("axes", "def f():\n    from chanaxes_pl import tracker", {"tracker"}),
         ("tables", "from .correlations import spearman", {"correlations"}),
-        ("tables", "from chanaxes_pl.moments import Moments\nimport torch", set()),
+        ("tables", "from chanaxes_pl.core.moments import Moments\nimport torch", set()),
     ],
 )
 def test_an_import_against_the_flow_would_be_noticed(home, source, found):

@@ -11,10 +11,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
 
 from chanaxes_pl import Axes, compute_axes
-from chanaxes_pl.probe import Probe
+from chanaxes_pl.core.targets import TARGETS, target_function, task_variable
+from chanaxes_pl.network.probe import Probe
 from chanaxes_pl.tables import COLUMNS
-from chanaxes_pl.targets import TARGETS, target_function, task_variable
-from tests import reference, zoo
+from tests.helpers import cases as zoo
+from tests.helpers import reference
 
 TARGET = ("task_information", "target_excess")
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from chanaxes_pl.models import Classifier
+from chanaxes_pl.network.groups import executed_layers, find_units
+from chanaxes_pl.network.removal import remove
 from chanaxes_pl.pruning import lockstep as home
 from chanaxes_pl.pruning.lockstep import lockstep
-from chanaxes_pl.pruning.units import executed_layers, find_units, remove
-from tests.pruned import IMAGES, NETS, ONE, Net, build, halves, head, pooled
+from tests.helpers.networks import IMAGES, NETS, ONE, Net, build, halves, head, pooled
 
 BATCHES = IMAGES.split(4)
 

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from chanaxes_pl.models import BACKBONES, Classifier, build_backbone
-from chanaxes_pl.pruning.budgets import count_macs
-from chanaxes_pl.pruning.plans import Plan, add_bias, apply_plan, load_slim, save_slim
-from chanaxes_pl.pruning.units import find_units, remove
+from chanaxes_pl.network.groups import find_units
+from chanaxes_pl.network.macs import count_macs
+from chanaxes_pl.network.removal import remove
+from chanaxes_pl.pruning.plan_json import Plan
+from chanaxes_pl.pruning.plans import add_bias, apply_plan, load_slim, save_slim
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(8))
 SETTINGS = {"num_classes": 7, "width": 0.25, "image_size": 32}

@@ -12,7 +12,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from chanaxes_pl.pruning.plans import Plan, apply_plan, load_slim, save_slim
+from chanaxes_pl.pruning.plan_json import Plan
+from chanaxes_pl.pruning.plans import apply_plan, load_slim, save_slim
 from tests.test_plans import Grouped, Tied, halved, logits, trained
 
 

@@ -13,14 +13,14 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from chanaxes_pl.lesions.damage_table import lesion_table
 from chanaxes_pl.models import Classifier
-from chanaxes_pl.pruning.checkpoints import load_classifier, load_weights, run_folder_of
-from chanaxes_pl.pruning.lesions import lesion_table
-from chanaxes_pl.pruning.module import PruneModule
+from chanaxes_pl.models.checkpoints import load_classifier, load_weights, run_folder_of
+from chanaxes_pl.prune_module import PruneModule
+from chanaxes_pl.pruning.grid import evaluate, pruning_grid
 from chanaxes_pl.pruning.plan_json import Plan
-from chanaxes_pl.pruning.protocol import evaluate, pruning_grid
-from chanaxes_pl.pruning.slim import prune
-from tests.small import QUIET, RecordingLogger, build, images, trainer
+from chanaxes_pl.pruning.pruner import prune
+from tests.helpers.training import QUIET, RecordingLogger, build, images, trainer
 
 pytestmark = [
     *(pytest.mark.filterwarnings(line) for line in QUIET),

@@ -6,7 +6,7 @@ import pytest
 from numpy.testing import assert_allclose
 from scipy import stats
 
-from chanaxes_pl.correlations import NETWORK
+from chanaxes_pl.analysis.correlations import NETWORK
 from chanaxes_pl.pruning.removability import (
     CALIPER,
     join_axes,

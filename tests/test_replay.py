@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from chanaxes_pl.models import BACKBONES, Classifier, build_backbone
-from chanaxes_pl.probe import observed
+from chanaxes_pl.network.hooks import observed
 from chanaxes_pl.pruning.replay import Replay, edited
-from tests import small
+from tests.helpers import training as small
 
 
 def lived_in(model: nn.Module) -> nn.Module:

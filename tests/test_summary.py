@@ -3,11 +3,11 @@
 import pytest
 from matplotlib.image import imread
 
-from chanaxes_pl.correlations import axis_correlations, headline
-from chanaxes_pl.runs import read_runs
+from chanaxes_pl.analysis.correlations import axis_correlations, headline
+from chanaxes_pl.analysis.runs import read_runs
 from chanaxes_pl.summary import summary
 from chanaxes_pl.tables import checkpoint_path
-from tests.test_runs import STEPS, write_run
+from tests.analysis.test_runs import STEPS, write_run
 
 
 @pytest.mark.parametrize("inner", ["", "axis"])

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from chanaxes_pl.files import replacing
+from chanaxes_pl.core.files import replacing
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
 

@@ -1,5 +1,7 @@
 """The LightningModule that trains a backbone."""
 
+from __future__ import annotations
+
 import math
 from functools import partial
 from typing import Any, Literal
@@ -13,6 +15,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from chanaxes_pl.models.backbones import build_backbone
+from chanaxes_pl.network.removal import crashes_channels_last
 
 
 def cosine_factor(step: int, total: int, warmup: int = 0) -> float:
@@ -189,18 +192,6 @@ class Classifier(ImageClassifier):
         super().__init__(network, num_classes, channels_last)
         self.save_hyperparameters()
         self.backbone_arguments = dict(self.hparams)  # what a pruned copy is built from again
-
-
-def crashes_channels_last(network: nn.Module) -> str:
-    """Name of a layer that corrupts the heap in PyTorch's CPU kernels (seen in 2.15) when maps are in NHWC order.
-
-    These are strided 1×1 convolutions of fewer than 8 inputs: wrong silently, or a crash later. Empty if there is none.
-    """
-    for name, layer in network.named_modules():
-        narrow = isinstance(layer, nn.Conv2d) and layer.in_channels < 8 and layer.groups == 1
-        if narrow and layer.kernel_size == (1, 1) and layer.stride != (1, 1):
-            return name
-    return ""
 
 
 def _check_channels_last(network: nn.Module) -> None:

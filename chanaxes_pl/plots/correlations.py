@@ -8,20 +8,8 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from chanaxes_pl.correlations import HEADLINE, NETWORK, PAIRS, headline
-from chanaxes_pl.plots.style import (
-    BLUE,
-    COLOURS,
-    DASHES,
-    GREY,
-    MARKERS,
-    ORANGE,
-    RHO,
-    WIDTH,
-    short,
-    styled,
-    words,
-)
+from chanaxes_pl.analysis.correlations import HEADLINE, NETWORK, PAIRS, headline
+from chanaxes_pl.plots.style import BLUE, COLOURS, DASHES, GREY, MARKERS, ORANGE, RHO, WIDTH, short, styled, words
 from chanaxes_pl.tables import HALVED
 
 _TICKS = 6
@@ -92,7 +80,7 @@ def plot_pairs(correlations: pd.DataFrame, reliabilities: pd.DataFrame, title: s
 
     Args:
         correlations: from :func:`axis_correlations`; of several runs the mean is drawn.
-        reliabilities: from :func:`~chanaxes_pl.correlations.reliabilities`; the same.
+        reliabilities: from :func:`reliabilities`; the same.
         title: above the figure.
 
     Returns:

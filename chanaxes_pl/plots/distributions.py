@@ -8,7 +8,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from chanaxes_pl.metrics import METRICS
+from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.plots.correlations import label_checkpoints
 from chanaxes_pl.plots.style import COLOURS, WIDTH, styled, words
 

@@ -7,7 +7,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from chanaxes_pl.correlations import over_runs
+from chanaxes_pl.analysis.correlations import over_runs
 from chanaxes_pl.plots.style import COLOURS, GREY, RHO, short, styled
 
 #: Range over hidden layers of a layer's mean |cos(Σw, g)|, ResNet-18 trained on CIFAR-100 (arXiv 2605.07086).

@@ -9,7 +9,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from chanaxes_pl.correlations import NETWORK
+from chanaxes_pl.analysis.correlations import NETWORK
 from chanaxes_pl.plots.style import COLOURS, DASHES, MARKERS, WIDTH, layer_bar, styled, words
 
 #: More bands than this hide each other.

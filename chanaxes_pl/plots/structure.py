@@ -8,7 +8,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from chanaxes_pl.metrics import METRICS
+from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.plots.style import BLUE, COLOURS, GREEN, GREY, RED, short, styled, words
 
 #: Layers whose names fit below a panel.

@@ -9,7 +9,7 @@ from typing import Any
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from chanaxes_pl.correlations import HEADLINE
+from chanaxes_pl.analysis.correlations import HEADLINE
 
 #: Width in inches of a figure over both columns of a paper.
 WIDTH = 7.2

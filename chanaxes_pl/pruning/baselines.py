@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from chanaxes_pl.layers import CONVOLUTIONS, channel_count
-from chanaxes_pl.probe import Step, observed
+from chanaxes_pl.network.groups import Units, library_importance
+from chanaxes_pl.network.hooks import observed
+from chanaxes_pl.network.layers import CONVOLUTIONS, channel_count
+from chanaxes_pl.network.probe import Step
+from chanaxes_pl.network.removal import twin
 from chanaxes_pl.pruning.feature_maps import before_layers
-from chanaxes_pl.pruning.units import Units, library_importance, twin
 
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from chanaxes_pl.correlations import over_runs
+from chanaxes_pl.analysis.correlations import over_runs
+from chanaxes_pl.analysis.grids import area_under_curve, paired_difference
+from chanaxes_pl.analysis.scores import SCORES
 from chanaxes_pl.plots import plot_pruning
-from chanaxes_pl.pruning.protocol import DENSE, VARIANT, area_under_curve, paired_difference
-from chanaxes_pl.pruning.scores import SCORES
+from chanaxes_pl.tables import DENSE, VARIANT
 
 
 def compare(tables: str, value: str = "accuracy", against: str = "l1", figure: str | None = None) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from chanaxes_pl.correlations import NETWORK
-from chanaxes_pl.metrics import METRICS
-from chanaxes_pl.pruning.lesions import OPERATIONS
-from chanaxes_pl.pruning.protocol import DENSE
+from chanaxes_pl.analysis.correlations import NETWORK
+from chanaxes_pl.core.metrics import METRICS
+from chanaxes_pl.lesions.interventions import OPERATIONS
 from chanaxes_pl.pruning.removability import matched_comparison, rank_regression, score_damage_correlation
+from chanaxes_pl.tables import DENSE
 
 _DOES = {
     "zero": "removed",

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from chanaxes_pl.moments import accumulation_device
-from chanaxes_pl.probe import observed
-from chanaxes_pl.pruning.units import Group
+from chanaxes_pl.core.moments import accumulation_device
+from chanaxes_pl.network.hooks import observed
+from chanaxes_pl.network.removal import Group
 
 #: Images that each score looks at, at the most: the probe's first ones.
 MAP_IMAGES = {"hrank": 64, "chip": 16}

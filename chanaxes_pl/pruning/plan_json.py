@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chanaxes_pl.pruning.units import Group
+from chanaxes_pl.network.removal import Group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Plan:
         biases: Iterable[str] = (),
         notes: Mapping[str, Any] | None = None,
     ) -> Plan:
-        """The plan by which :func:`~chanaxes_pl.pruning.units.remove` prunes a network.
+        """The plan by which :func:`remove` prunes a network.
 
         Args:
             dense: the network before pruning; its ``backbone_arguments`` go into the plan if they still make it.

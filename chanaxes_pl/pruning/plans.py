@@ -16,10 +16,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from chanaxes_pl.files import replacing
-from chanaxes_pl.layers import CONVOLUTIONS, channel_count
+from chanaxes_pl.core.files import replacing
+from chanaxes_pl.network.groups import find_units
+from chanaxes_pl.network.layers import CONVOLUTIONS, channel_count
+from chanaxes_pl.network.removal import Group, remove
 from chanaxes_pl.pruning.plan_json import Plan, build_from, check_kept, nearest, short, tensors_of
-from chanaxes_pl.pruning.units import Group, find_units, remove
 
 __all__ = ["Plan", "add_bias", "apply_plan", "load_slim", "save_slim"]
 
@@ -162,7 +163,7 @@ def load_slim(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         path: of both files, without a suffix or with one of theirs.
         model: a freshly built dense network of the same class and settings, on any device; it is pruned in place and
             returned, and is unchanged after an error. Without it the network is built by
-            :func:`~chanaxes_pl.models.build_backbone` or as a ``Classifier`` on the CPU, if it came from there.
+            :func:`build_backbone` or as a ``Classifier`` on the CPU, if it came from there.
 
     Raises:
         FileNotFoundError: if one of the files is not there.

@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import rankdata
 
-from chanaxes_pl.correlations import MIN_CHANNELS, NETWORK
+from chanaxes_pl.analysis.correlations import MIN_CHANNELS, NETWORK
 
 #: What the claim sets peer support beside.
 BASE = ("input_capture", "task_information")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from chanaxes_pl.layers import CONVOLUTIONS
+from chanaxes_pl.network.layers import CONVOLUTIONS
 
 #: What a module's output is replaced by.
 Edit = Callable[[Tensor], Tensor]
@@ -59,7 +59,7 @@ class Replay:
     is found to compute something else than its trace, runs as a whole every time: the numbers are the same.
 
     Memory is that of all the activations of a batch. Everything has to happen inside
-    :func:`~chanaxes_pl.probe.observed`, beginning with the constructor: a trace is of one mode, and hooks have to fire.
+    :func:`observed`, beginning with the constructor: a trace is of one mode, and hooks have to fire.
 
     Args:
         model: ``model(images)`` gives logits.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -13,69 +12,19 @@ from scipy.stats import rankdata
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from chanaxes_pl.accumulators import LayerMoments
-from chanaxes_pl.axes import Settings, record
-from chanaxes_pl.layers import channel_count
-from chanaxes_pl.moments import Moments
-from chanaxes_pl.probe import Probe, Step, images_and_labels
+from chanaxes_pl.analysis.scores import OWN_SCORES, REVERSE, SCORES, base_score, from_maximum, own_scores, score_family
+from chanaxes_pl.core.moments import Moments
+from chanaxes_pl.network.groups import LIBRARY_SCORES, Units
+from chanaxes_pl.network.layers import channel_count
+from chanaxes_pl.network.probe import Probe, Step, images_and_labels
+from chanaxes_pl.network.recording import LayerMoments, Settings, record
+from chanaxes_pl.network.removal import Group
 from chanaxes_pl.pruning.baselines import library_scores, norms_behind
 from chanaxes_pl.pruning.feature_maps import MAP_IMAGES, MAP_SCORES, map_scores
-from chanaxes_pl.pruning.units import LIBRARY_SCORES, Group, Units
 from chanaxes_pl.tables import measure
 
-#: Score → which axis it stands for.
-SCORES = {
-    "input_capture": "local",
-    "peer_overlap": "local",
-    "peer_r2": "local",
-    "local_axis": "local",
-    "task_information": "target",
-    "target_excess": "target",
-    "target_axis": "target",
-    "two_axis": "both",
-    "random": "baseline",
-    "l1": "baseline",
-    "l2": "baseline",
-    "bn_scale": "baseline",
-    "fpgm": "baseline",
-    "lamp": "baseline",
-    "taylor": "baseline",
-    "activation_rms": "baseline",
-    "hrank": "baseline",
-    "chip": "baseline",
-}
-#: Before the name of one of our own scores: its control, in the opposite order.
-REVERSE = "reverse_"
-_OWN = tuple(name for name, family in SCORES.items() if family != "baseline")
-_HIGH_GOES = ("peer_overlap", "peer_r2")
 #: What a forward pass of the probe is needed for.
-_RECORDED = {*_OWN, "activation_rms"}
-
-
-def score_family(score: str, caller: str = "score_family") -> str:
-    """Which axis a score stands for: ``"local"``, ``"target"``, ``"both"``, or ``"baseline"``.
-
-    Args:
-        score: a key of :data:`SCORES`, one of our own (no baseline) after ``"reverse_"``, or ``"random_1"``,
-            ``"random_2"`` and so on for further draws.
-        caller: how an error names the call.
-
-    Raises:
-        ValueError: for any other name.
-
-    Example:
-        >>> score_family("reverse_peer_r2"), score_family("random_3")
-        ('local', 'baseline')
-    """
-    base = _base(score)
-    if base in SCORES and (score == base or base == "random" or base in _OWN):
-        return SCORES[base]
-    near = get_close_matches(score, [*SCORES, *(REVERSE + name for name in _OWN)], n=2)
-    raise ValueError(
-        f"{caller}(score={score!r}): no such score{'; did you mean ' + ' or '.join(map(repr, near)) if near else ''}? "
-        f"Expected one of {', '.join(SCORES)}; random_1, random_2, … for further draws; {REVERSE}NAME for the "
-        f"opposite of {', '.join(_OWN)}"
-    )
+_RECORDED = {*OWN_SCORES, "activation_rms"}
 
 
 def default_scores(model: nn.Module, units: Units, images: Tensor) -> list[str]:
@@ -89,11 +38,6 @@ def default_scores(model: nn.Module, units: Units, images: Tensor) -> list[str]:
     producers = {name for group in units.groups.values() for name in group.producers}
     behind = norms_behind(model, units, lambda: model(images[:1]))
     return [score for score in SCORES if score != "bn_scale" or behind.keys() == producers]
-
-
-def _base(score: str) -> str:
-    kind, _, draw = score.rpartition("_")
-    return "random" if kind == "random" and draw.isdecimal() else score.removeprefix(REVERSE)
 
 
 def channel_scores(
@@ -144,7 +88,7 @@ def channel_scores(
     to_device = to_device or (lambda batch: move_data_to_device(batch, device))
     run = step or images_and_labels
     layers = {name: model.get_submodule(name) for group in units.groups.values() for name in group.producers}
-    asked = {_base(score) for score in scores}
+    asked = {base_score(score) for score in scores}
 
     def batches() -> Iterator[Any]:
         return (to_device(batch) for _, batch in Probe(source, probe_size, caller).batches())
@@ -154,7 +98,7 @@ def channel_scores(
         score: library_scores(score, model, units, batches, run, caller) for score in LIBRARY_SCORES if score in asked
     }
     for score in scores:
-        if _base(score) == "random":
+        if base_score(score) == "random":
             found[score] = _random(model, layers, seed, draw=int(score.removeprefix("random").strip("_") or 0))
     if asked & _RECORDED:
         probe = Probe(source, probe_size, caller)
@@ -178,15 +122,11 @@ def channel_scores(
 
 
 def _directed(score: str, found: Mapping[str, Mapping[str, Tensor]], layer: str) -> Tensor:
-    values = found[score if score in found else _base(score)][layer].detach().double().cpu()
+    values = found[score if score in found else base_score(score)][layer].detach().double().cpu()
     finite = values.isfinite()
     if score.startswith(REVERSE):
-        values = _from_maximum(values, finite)
+        values = from_maximum(values, finite)
     return torch.where(finite, values, -torch.inf)
-
-
-def _from_maximum(values: Tensor, finite: Tensor) -> Tensor:
-    return values[finite].max() - values if finite.any() else values
 
 
 def _recorded(
@@ -210,35 +150,6 @@ def _recorded(
         local = Moments.merge_all(moments.local)
         found["activation_rms"][layer] = (local.variance + local.mean.square()).sqrt()
     return found
-
-
-def own_scores(columns: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    """Our own scores of one layer; low = remove.
-
-    Args:
-        columns: a layer's columns of the table of channels, ``[C]`` each.
-
-    Returns:
-        ``[C]`` each: nats for metrics, unitless for ``peer_r2`` and the composites; −inf for dead channels. A metric
-        that needs peers ties all live channels at 0 where there are too few of them.
-    """
-    live = torch.from_numpy(~columns["dead"])
-    names = [name for name in _OWN if name in columns]
-    values = {name: torch.from_numpy(columns[name])[live].nan_to_num(0.0) for name in names}
-    for name in _HIGH_GOES:
-        values[name] = _from_maximum(values[name], values[name].isfinite())
-    local = (_z_scores(values["input_capture"]) + _z_scores(values["peer_overlap"])) / 2
-    target = (_z_scores(values["task_information"]) + _z_scores(values["target_excess"])) / 2
-    for name, axis in {"local_axis": local, "target_axis": target, "two_axis": (local + target) / 2}.items():
-        values[name] = axis - axis.min() if len(axis) else axis
-    whole = torch.full((len(live),), -torch.inf, dtype=torch.float64)
-    return {name: whole.masked_scatter(live, found) for name, found in values.items()}
-
-
-def _z_scores(values: Tensor) -> Tensor:
-    """0 throughout where all values are the same: such a metric prefers no channel."""
-    spread = values.std(correction=0) if len(values) else values
-    return (values - values.mean()) / torch.where(spread > 0, spread, 1.0)
 
 
 def _of_channels(values: Mapping[str, Tensor], units: Units, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:

@@ -6,16 +6,16 @@ from typing import Any
 
 import pandas as pd
 
-from chanaxes_pl.correlations import NETWORK, over_runs
-from chanaxes_pl.metrics import METRICS
+from chanaxes_pl.analysis.correlations import NETWORK, over_runs
+from chanaxes_pl.analysis.prediction import early_prediction
+from chanaxes_pl.analysis.runs import Runs
+from chanaxes_pl.core.metrics import METRICS
+from chanaxes_pl.lesions.interventions import OPERATIONS
 from chanaxes_pl.plots import plot_early_prediction, plot_lesions, plot_pruning
 from chanaxes_pl.plots.style import words
-from chanaxes_pl.prediction import early_prediction
-from chanaxes_pl.pruning.lesions import OPERATIONS
-from chanaxes_pl.pruning.protocol import DENSE, VARIANT
 from chanaxes_pl.pruning.removability import score_damage_correlation
 from chanaxes_pl.report.blocks import Missing, Picture, Section, Table, interval, intervals, number
-from chanaxes_pl.runs import Runs
+from chanaxes_pl.tables import DENSE, VARIANT
 
 _POINT = ["run", "layer", "channel"]
 

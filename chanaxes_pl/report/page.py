@@ -17,10 +17,10 @@ import pandas as pd
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 
-from chanaxes_pl.files import replacing
+from chanaxes_pl.analysis.runs import Runs
+from chanaxes_pl.core.files import replacing
 from chanaxes_pl.plots.style import words
 from chanaxes_pl.report.blocks import Picture, Section
-from chanaxes_pl.runs import Runs
 
 # Text as text in PDF, as outlines in the page: a reader's machine need not have the font. The same run, the same bytes.
 _LOOK: dict[Any, Any] = {"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "chanaxes", "savefig.dpi": 200}

@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from chanaxes_pl.correlations import HEADLINE, PAIRS, headline, over_runs, reliabilities, task_masses
-from chanaxes_pl.groupings import groupings
+from chanaxes_pl.analysis.correlations import HEADLINE, PAIRS, headline, over_runs, reliabilities, task_masses
+from chanaxes_pl.analysis.groupings import groupings
+from chanaxes_pl.analysis.runs import Run, Runs
 from chanaxes_pl.plots import (
     channel_panels,
     distributions,
@@ -25,10 +26,9 @@ from chanaxes_pl.plots import (
     plot_peer_support,
 )
 from chanaxes_pl.plots.style import words
-from chanaxes_pl.pruning.protocol import DENSE
 from chanaxes_pl.report.blocks import Folded, Missing, Picture, Section, Table, interval, intervals, number
 from chanaxes_pl.report.experiments import early, lesions, pruning
-from chanaxes_pl.runs import Run, Runs
+from chanaxes_pl.tables import DENSE
 
 #: What a reader looks for first, by the end of its key in the configuration.
 _SHOWN = {

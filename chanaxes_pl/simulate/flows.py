@@ -12,10 +12,10 @@ from scipy.integrate import DOP853
 from torch import Tensor
 from torch.func import vmap
 
-from chanaxes_pl.correlations import spearman
-from chanaxes_pl.gaussian import information
-from chanaxes_pl.gradients import alignment, capture_gradient, task_gradient
-from chanaxes_pl.metrics.input_capture import captured
+from chanaxes_pl.analysis.correlations import spearman
+from chanaxes_pl.core.gaussian import information
+from chanaxes_pl.core.gradients import alignment, capture_gradient, task_gradient
+from chanaxes_pl.core.metrics import captured
 from chanaxes_pl.simulate.problem import Draw, Problem
 
 #: What a flow ascends: input capture, task information, or a weighted mean of both.

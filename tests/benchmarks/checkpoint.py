@@ -23,14 +23,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from chanaxes_pl.accumulators import Recorder
-from chanaxes_pl.correlations import axis_correlations
-from chanaxes_pl.layers import channel_count, select_layers
+from chanaxes_pl.analysis.correlations import axis_correlations
+from chanaxes_pl.core.targets import TARGETS
 from chanaxes_pl.models import build_backbone
-from chanaxes_pl.probe import observed
-from chanaxes_pl.scalars import checkpoint_scalars
+from chanaxes_pl.network.hooks import observed
+from chanaxes_pl.network.layers import channel_count, select_layers
+from chanaxes_pl.network.recording import Recorder
 from chanaxes_pl.tables import axes_table
-from chanaxes_pl.targets import TARGETS
+from chanaxes_pl.tracking.logging import checkpoint_scalars
 
 IMAGES, BATCH = 5000, 125
 #: name: backbone, width, image size, budget of the time ratio

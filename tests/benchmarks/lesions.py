@@ -17,11 +17,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from chanaxes_pl.layers import channel_count, select_layers
+from chanaxes_pl.lesions.interventions import Intervention
+from chanaxes_pl.lesions.replacements import Replacement, replacement
 from chanaxes_pl.models import build_backbone
-from chanaxes_pl.probe import observed
-from chanaxes_pl.pruning.changes import Change
-from chanaxes_pl.pruning.repairs import Repair, replacement
+from chanaxes_pl.network.hooks import observed
+from chanaxes_pl.network.layers import channel_count, select_layers
 from chanaxes_pl.pruning.replay import Replay
 
 BATCH = 50
@@ -68,14 +68,14 @@ def compare(name: str, device: str, batch: int, repeats: int) -> tuple[float, fl
         for layer in layers.values():
             width = channel_count(layer)
             nothing = torch.zeros(width, width, dtype=torch.float64)
-            repair = Repair(nothing[0], nothing[0], nothing, nothing)
-            change = Change({paths[layer]: replacement(layer, 0, repair, "mean")})
+            repair = Replacement(nothing[0], nothing[0], nothing, nothing)
+            change = Intervention({paths[layer]: replacement(layer, 0, repair, "mean")})
 
-            def whole(change: Change = change) -> Tensor:
+            def whole(change: Intervention = change) -> Tensor:
                 with change.applied(model):
                     return model(images)
 
-            def fast(change: Change = change) -> Tensor:
+            def fast(change: Intervention = change) -> Tensor:
                 return change.replayed(model, replay)
 
             pairs = [(seconds(whole, device), seconds(fast, device)) for _ in range(repeats + 1)][1:]

@@ -23,10 +23,12 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from chanaxes_pl.models import build_backbone
-from chanaxes_pl.pruning import compensate as compensation
-from chanaxes_pl.pruning.budgets import GRID, Cost, count_macs, fit_budget, keep_best, uniform_order
-from chanaxes_pl.pruning.compensate import RIDGE, compensate
-from chanaxes_pl.pruning.units import Group, find_units, library_importance, remove
+from chanaxes_pl.network.groups import find_units, library_importance
+from chanaxes_pl.network.macs import Cost, count_macs
+from chanaxes_pl.network.removal import Group, remove
+from chanaxes_pl.pruning import compensation
+from chanaxes_pl.pruning.allocation import GRID, fit_budget, keep_best, uniform_order
+from chanaxes_pl.pruning.compensation import RIDGE, compensate
 
 EXAMPLE = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 #: name: backbone, budget of a grid in seconds

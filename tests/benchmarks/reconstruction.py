@@ -14,9 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from chanaxes_pl.metrics import peer_r2
-from chanaxes_pl.metrics.peer_reconstruction import RIDGE
-from chanaxes_pl.moments import Moments
+from chanaxes_pl.core.moments import Moments
+from chanaxes_pl.core.peers import RIDGE, peer_r2
 
 CHANNELS, REPEATS, BUDGET = 512, 3, 100
 

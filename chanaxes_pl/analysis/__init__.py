@@ -1,0 +1,1 @@
+"""From tables to findings: correlations, groupings, scores, damage, grids, prediction, structure, runs."""

@@ -1,0 +1,62 @@
+"""Do the two axes sort a layer's channels into the same groups?"""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pandas as pd
+from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import adjusted_rand_score
+from threadpoolctl import threadpool_limits
+
+from chanaxes_pl.analysis.correlations import AXES, checkpoints, coordinates
+from chanaxes_pl.tables import HALVES
+
+GROUPS = 4
+
+
+def groupings(table: pd.DataFrame, seed: int = 0, starts: int = 10) -> pd.DataFrame:
+    """Do the two axes group a layer's channels alike? Keys, ``layer, ari, ceiling_local, ceiling_target, n``.
+
+    ``ari`` is the adjusted Rand index between the k-means partitions (k = 4) on the z-scored local pair
+    and on the z-scored target pair; a ceiling is the index of the same axis between the two probe halves.
+    NaN where fewer than 4 channels are live, or the halves were not kept apart.
+    """
+    rows = []
+    for keys, checkpoint in checkpoints(table):
+        for layer, frame in checkpoint.groupby("layer", sort=False):
+            values = coordinates(frame)
+            labels = {
+                (axis, half): _clusters(np.stack([values[m + half] for m in metrics], 1), seed, starts)
+                for axis, metrics in AXES.items()
+                for half in ("", *(f"_{half}" for half in HALVES))
+            }
+            rows.append(
+                {
+                    **keys,
+                    "layer": layer,
+                    "ari": _rand_index(labels["local_axis", ""], labels["target_axis", ""]),
+                    "ceiling_local": _rand_index(labels["local_axis", "_even"], labels["local_axis", "_odd"]),
+                    "ceiling_target": _rand_index(labels["target_axis", "_even"], labels["target_axis", "_odd"]),
+                    "n": len(values["input_capture"]),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _clusters(values: np.ndarray, seed: int, starts: int) -> np.ndarray | None:
+    """``[n]`` k-means labels of ``[n, 2]`` points, z-scored; ``None`` where there is nothing to group."""
+    if len(values) < GROUPS or not np.isfinite(values).all():
+        return None
+    points = (values - values.mean(0)) / np.where(values.std(0) > 0, values.std(0), 1.0)
+    # On so few points threads only wait for each other: on a busy machine twenty times as long.
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct points than groups: some stay empty
+        model = KMeans(GROUPS, n_init=starts, random_state=seed)  # pyright: ignore[reportArgumentType]
+        return model.fit(points).labels_
+
+
+def _rand_index(first: np.ndarray | None, second: np.ndarray | None) -> float:
+    return float("nan") if first is None or second is None else float(adjusted_rand_score(first, second))

@@ -1,0 +1,239 @@
+"""Structure within a layer: graphs of its channels, what triplets add to pairs, and what weights carry onwards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from sklearn.metrics import adjusted_rand_score
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from chanaxes_pl.analysis.correlations import MIN_CHANNELS, spearman
+from chanaxes_pl.core.gaussian import Association, information
+from chanaxes_pl.core.metrics import METRICS
+from chanaxes_pl.core.moments import Moments
+from chanaxes_pl.core.targets import TargetSpec
+from chanaxes_pl.network.layers import LayerSpec, select_layers
+from chanaxes_pl.network.probe import MIN_IMAGES, Probe, Step, image_batches
+from chanaxes_pl.network.recording import LayerMoments, Settings, record
+from chanaxes_pl.network.upstream import Routes, find_routes, input_spread
+from chanaxes_pl.tables import associations, measure
+
+#: Weighted graphs over a layer's channels.
+GRAPHS = ("overlap", "excess")
+#: Triplets of a layer that are averaged over, at the most.
+TRIPLETS = 20_000
+_EXCESS = ("pair_excess", "triplet_excess", "pair_excess_null", "triplet_excess_null")
+_UNREACHED = "the forward pass did not reach it"
+
+
+def layer_structure(
+    model: nn.Module,
+    loader: DataLoader | Dataset,
+    *,
+    layers: LayerSpec = "conv",
+    positions: int | str = 16,
+    target: TargetSpec = "logit_margin",
+    probe_size: int = 5000,
+    step: Step | None = None,
+    example_input: Tensor | None = None,
+    widest: int = 512,
+    nulls: int = 10,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """How the channels of each layer hang together; the model is left as it was.
+
+    *Graphs.* Channels are joined by peer overlap (−½ ln(1 − ρ²) over local samples), and by excess (Gaussian MMI
+    synergy of a pair about the target, over image means). Louvain's communities, their modularity, and the same where
+    the weights have been dealt to other pairs at random.
+
+    *Triplets.* I(T; y_i, y_j, y_k) less the largest of what its pairs say, and I(T; y_i, y_j) less the larger of what
+    its members say. Means over all pairs, and over all triplets or :data:`TRIPLETS` drawn with a fixed seed; and the
+    same about the null target, which shows what so few images make of nothing.
+
+    *Propagation.* A layer's routed metric is what its inputs' metrics come to when each channel takes their mean,
+    weighted by ‖W_ij‖ times the standard deviation of input j as the layer reads it (behind norm and activation). Its
+    Spearman correlation with the layer's own metric, and the same with each channel's ‖W_ij‖ dealt to other inputs.
+    Inputs' metrics are z-scores within the layer that gives them; where several do, be it as a sum, their mean.
+
+    Args:
+        model: ``model(images)`` gives logits ``[B, K]``.
+        loader: the probe: a DataLoader or Dataset of images and labels.
+        layers: see :func:`select_layers`; only these are looked at, also as givers of inputs.
+        positions: local samples an image, or ``"all"``.
+        target: the task variable.
+        probe_size: images at the most.
+        step: ``(model, batch) → (logits, labels)`` for other batches or outputs.
+        example_input: ``[B, …]`` images to follow channels with; default the probe's first.
+        widest: layers of more live channels than this have no graphs: one takes about 0.2 s for 128 channels, 2 s for
+            512, 16 s for 1,280, and there are 2 × (1 + ``nulls``) of them.
+        nulls: random graphs, and random weights.
+        seed: of communities, nulls and triplets.
+
+    Returns:
+        One row a layer, in order of the model: ``layer, channels`` (live); for each of :data:`GRAPHS`
+        ``<graph>_modularity``, ``<graph>_null`` and ``<graph>_null_sd``, ``<graph>_communities``; ``agreement``, the
+        adjusted Rand index of both partitions; ``pair_excess``, ``triplet_excess``, ``pair_excess_null``,
+        ``triplet_excess_null`` (nats) and the number of ``triplets``; ``producers``, the layers that give its inputs,
+        and for each metric ``routed_<metric>`` with ``routed_<metric>_null`` and ``…_null_sd``; ``reason`` and
+        ``routed_reason``, why there is none.
+
+    Raises:
+        ValueError: for settings out of range, a probe that does not fit, or no layer that matches.
+    """
+    caller = "layer_structure"
+    settings = Settings(layers, positions, target, reliability=False, step=step, probe_size=probe_size, caller=caller)
+    if nulls < 2:
+        raise ValueError(f"{caller}(nulls={nulls}): expected at least 2, for their mean and spread")
+    device = next(model.parameters(), torch.empty(0)).device
+    move = partial(move_data_to_device, device=device)
+    tracked = select_layers(model, layers, caller)
+    example = image_batches(loader, MIN_IMAGES, move, caller)[0][:1] if example_input is None else example_input
+    with input_spread(tracked) as spread:
+        recorder = record(model, Probe(loader, probe_size, caller), settings, to_device=move)
+    rows, metrics = [], {}
+    for number, (name, moments) in enumerate(recorder.moments()):
+        row, metrics[name] = _layer_row(moments, widest, nulls, np.random.default_rng([seed, number]))
+        rows.append({"layer": name} | row)
+    routes = find_routes(model, tracked, spread, example, caller)
+    for number, row in enumerate(rows):
+        row |= _propagation(routes[row["layer"]], metrics, nulls, np.random.default_rng([seed, number, 1]))
+    return pd.DataFrame(rows)
+
+
+def joint_information(association: Association) -> Tensor:
+    """``[C, C]`` nats: what each pair of channels says about the target together; each alone on the diagonal."""
+    single = association.single
+    own = torch.arange(len(single), device=single.device)[:, None]
+    peers = (own + own.mT[:, 1:]) % len(single)
+    return torch.diag(single).scatter(1, peers, association.with_peers(peers))
+
+
+def pair_excess(association: Association) -> Tensor:
+    """``[C, C]`` nats ≥ 0: what each pair of channels says about the target beyond the better of the two."""
+    single = association.single
+    return (joint_information(association) - torch.maximum(single[:, None], single)).clamp(min=0)
+
+
+def triplet_excess(association: Association, triplets: Tensor) -> Tensor:
+    """``[n]`` nats: what channels ``triplets [n, 3]`` say about the target beyond the best of their three pairs."""
+    pairs = joint_information(association)
+    first, second, third = triplets.T
+    best = torch.stack([pairs[first, second], pairs[first, third], pairs[second, third]]).amax(0)
+    return (association.with_sets(triplets) - best).clamp(min=0)
+
+
+def choose_triplets(channels: int, rng: np.random.Generator, most: int = TRIPLETS) -> Tensor:
+    """``[n, 3]``: all triplets of so many channels, or ``most`` drawn with replacement where there are more."""
+    if math.comb(channels, 3) <= most:
+        return torch.combinations(torch.arange(channels), 3)
+    first, second, third = (rng.integers(channels - taken, size=most) for taken in range(3))
+    second += second >= first  # the second of those that are left, and so on
+    for taken in (np.minimum(first, second), np.maximum(first, second)):
+        third += third >= taken
+    return torch.from_numpy(np.stack([first, second, third], 1))
+
+
+def communities(weights: np.ndarray, seed: int = 0) -> tuple[np.ndarray, float]:
+    """Louvain communities of a weighted graph: labels ``[C]``, and their modularity; NaN without any weight.
+
+    Args:
+        weights: ``[C, C]``, symmetric, ≥ 0; the diagonal is not read.
+        seed: of the order in which the algorithm visits channels.
+    """
+    import networkx as nx  # 0.4 s, for those who ask for this alone
+
+    off = np.where(np.eye(len(weights), dtype=bool), 0.0, weights)
+    if not off.any():
+        return np.arange(len(weights)), math.nan
+    graph = nx.from_numpy_array(off)
+    parts = nx.community.louvain_communities(graph, seed=seed)
+    labels = np.zeros(len(weights), int)
+    for label, members in enumerate(parts):
+        labels[list(members)] = label
+    return labels, nx.community.modularity(graph, parts)
+
+
+def _layer_row(
+    moments: LayerMoments | None, widest: int, nulls: int, rng: np.random.Generator
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """A layer's graphs and triplets, and its metrics."""
+    names = [f"{graph}_{value}" for graph in GRAPHS for value in ("modularity", "null", "null_sd", "communities")]
+    row: dict[str, Any] = {"channels": 0} | dict.fromkeys([*names, "agreement", *_EXCESS], math.nan)
+    row |= {"triplets": 0, "reason": _UNREACHED}
+    if moments is None:
+        return row, {}
+    columns = measure(moments)
+    live = torch.from_numpy(~columns["dead"])
+    row["channels"] = count = int(live.sum())
+    local, joint = Moments.merge_all(moments.local), Moments.merge_all(moments.joint)
+    both = associations(joint, live.to(joint.mean.device), moments.targets)
+    if count < MIN_CHANNELS or not both[0].explained.isfinite().all():
+        few = f"{count} live channel{'s' * (count != 1)}, expected at least {MIN_CHANNELS}"
+        row["reason"] = few if count < MIN_CHANNELS else "target does not vary, or is not finite"
+        return row, columns
+    triplets = choose_triplets(count, rng).to(joint.mean.device)
+    means = [mean for association in both for mean in _mean_excess(association, triplets)]
+    row |= dict(zip(_EXCESS, means, strict=True)) | {"triplets": len(triplets), "reason": ""}
+    if count > widest:
+        row["reason"] = f"{count} live channels, graphs are left out above widest={widest}"
+        return row, columns
+    overlap = information(local.select(live.to(local.mean.device)).correlation.square())
+    labels = []
+    for graph, weights in zip(GRAPHS, (overlap, pair_excess(both[0])), strict=True):
+        partition, values = _graph(weights.cpu().numpy(), nulls, rng)
+        labels.append(partition)
+        row |= {f"{graph}_{name}": value for name, value in values.items()}
+        if math.isnan(values["modularity"]):
+            row["reason"] = f"the {graph} graph has no weight"
+    row["agreement"] = float(adjusted_rand_score(*labels))
+    return row, columns
+
+
+def _mean_excess(association: Association, triplets: Tensor) -> tuple[float, float]:
+    pairs = pair_excess(association)
+    return float(pairs.sum() / (len(pairs) * (len(pairs) - 1))), float(triplet_excess(association, triplets).mean())
+
+
+def _graph(weights: np.ndarray, nulls: int, rng: np.random.Generator) -> tuple[np.ndarray, dict[str, float]]:
+    """Labels, and modularity beside that of graphs whose weights lie at random."""
+    pairs = np.triu_indices(len(weights), 1)
+    labels, found = communities(weights)
+    shuffled = []
+    for _ in range(nulls):
+        other = np.zeros_like(weights)
+        other[pairs] = rng.permutation(weights[pairs])
+        shuffled.append(communities(other + other.T)[1])
+    values = {"modularity": found, "null": float(np.mean(shuffled)), "null_sd": float(np.std(shuffled, ddof=1))}
+    return labels, values | {"communities": int(labels.max()) + 1}
+
+
+def _propagation(
+    routes: Routes, metrics: Mapping[str, dict[str, np.ndarray]], nulls: int, rng: np.random.Generator
+) -> dict[str, Any]:
+    """Spearman correlation of a layer's own metrics with those that its weights route to it, beside nulls."""
+    names = [f"routed_{metric}{end}" for metric in METRICS for end in ("", "_null", "_null_sd")]
+    row: dict[str, Any] = {"producers": ", ".join(routes.channels)} | dict.fromkeys(names, math.nan)
+    row["routed_reason"] = routes.reason or ("" if all(metrics[name] for name in routes.channels) else _UNREACHED)
+    if row["routed_reason"]:
+        return row
+    dealt = [routes.norms, *(rng.permuted(routes.norms, axis=1) for _ in range(nulls))]
+    for metric in METRICS:
+        own, given = metrics[routes.layer][metric], {name: metrics[name][metric] for name in routes.channels}
+        found = []
+        for norms in dealt:
+            routed = routes.routed(given, norms)
+            both = np.isfinite(own) & np.isfinite(routed)
+            found.append(spearman(routed[both], own[both]))
+        values = (found[0], np.mean(found[1:]), np.std(found[1:], ddof=1))
+        row |= {f"routed_{metric}{end}": float(x) for end, x in zip(("", "_null", "_null_sd"), values, strict=True)}
+        if math.isnan(found[0]):
+            row["routed_reason"] = "fewer than 3 channels have both metrics, or one is the same for all"
+    return row

@@ -1,0 +1,152 @@
+"""``chanaxes simulate``: Gaussian channels at initialisation and under three gradient flows, in print and drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from chanaxes_pl.analysis.correlations import over_runs
+from chanaxes_pl.plots import plot_simulation
+from chanaxes_pl.plots.style import RHO
+from chanaxes_pl.simulate.flows import FLOWS, check_flow, half_times, initial_coupling, simulate
+from chanaxes_pl.simulate.problem import Problem
+from chanaxes_pl.tables import write_parquet
+
+
+def simulation(
+    out: str = "simulation.png",
+    spectrum: float | list[float] = 1.0,
+    inputs: int = 32,
+    leading: int = 1,
+    share: float = 0.9,
+    explained: float = 0.5,
+    mixture: float = 0.5,
+    channels: int = 128,
+    seeds: int = 10,
+    duration: float = 10.0,
+    records: int = 50,
+    tolerance: float = 1e-8,
+) -> None:
+    """Simulate channels y = wᵀx of a Gaussian input and task that ascend input capture, task information, or both.
+
+    Weights start at random and stay on the unit sphere, as under normalisation: input capture would grow without bound.
+
+    Args:
+        out: where to draw; the table goes beside it, as .parquet.
+        spectrum: the exponent a of the input covariance's eigenvalues ∝ k^−a, or the eigenvalues themselves.
+        inputs: how many eigenvalues a power law has.
+        leading: how many eigenvectors count as leading.
+        share: of the task covariance ‖c‖², what lies in the leading eigenvectors while the flows run.
+        explained: R², what the whole input explains of the target.
+        mixture: weight of task information in the flow on both.
+        channels: of a run.
+        seeds: runs, each with its own weights and task.
+        duration: of the flows, in learning rate × steps.
+        records: times at which a flow is looked at.
+        tolerance: of the integration, a step.
+    """
+    path = Path(out)
+    try:
+        problem = Problem(spectrum, inputs, leading, share, explained, channels, seeds)
+        check_flow(FLOWS[0], mixture, duration, records, tolerance)
+        _check_out(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    start = initial_coupling(problem)
+    print(describe_start(start, problem))
+    try:
+        flows = pd.concat([simulate(problem, flow, mixture, duration, records, tolerance) for flow in FLOWS])
+    except RuntimeError as error:
+        raise SystemExit(f"error: {error}") from error
+    print(f"\n{describe_flows(flows)}")
+    table = path.with_suffix(".parquet")
+    plot_simulation(start, flows).savefig(path, dpi=150)
+    write_parquet(pd.concat([start, flows], ignore_index=True), table)
+    print(f"\nfigure: {path}\ntable:  {table}")
+
+
+def _check_out(path: Path) -> None:
+    kinds = sorted(Figure().canvas.get_supported_filetypes())
+    if path.suffix[1:].lower() not in kinds:
+        raise ValueError(f"out={str(path)!r}: expected a figure's file name, one that ends in {', '.join(kinds)}")
+
+
+def describe_start(start: pd.DataFrame, problem: Problem) -> str:
+    """Coupling at initialisation as text, a line a share."""
+    one = problem.leading == 1
+    vectors = "leading eigenvector" if one else f"{problem.leading} leading eigenvectors"
+    held = problem.eigenvalues[: problem.leading].sum() / problem.eigenvalues.sum()
+    rho, angle = (over_runs(start, value, by=["share"]) for value in ("rho", "alignment"))
+    lines = [
+        f"{problem.channels} random channels of {len(problem.eigenvalues)} Gaussian inputs, {_runs(problem.seeds)}; "
+        f"the {vectors} {'has' if one else 'have'} {held:.0%} of the input's variance",
+        f"\nat initialisation, by the share of the task covariance in the {vectors}; mean [95 % over runs]",
+        f"{'share':>7}{RHO:>42}{'|cos(Σw, g)|':>23}",
+    ]
+    for place, share in enumerate(rho["share"]):
+        lines.append(f"{share:7.2f}{_interval(rho.iloc[place]):>42}{_interval(angle.iloc[place]):>23}")
+    if problem.seeds > 1:
+        above = rho[rho["low"] > 0]["share"]
+        lines.append(f"interval above 0 from a share of {above.min():g} on" if len(above) else "interval never above 0")
+    return "\n".join(lines)
+
+
+def describe_flows(flows: pd.DataFrame) -> str:
+    """What each flow does to coupling and alignment, as text, a line a flow."""
+    end, halves = flows["time"].max(), half_times(flows)
+    lines = [
+        f"gradient flows from a share of {flows['share'].iloc[0]:g}, weights of norm 1, to time {end:g} "
+        "(learning rate × steps);",
+        "mean [95 % over runs], ± over channels; half of ρ is lost at the median [95 %] time, in so many coupled runs",
+        f"{'flow':9}{'ρ':>21}{'|cos(Σw, g)|':>19}{'I_X (nats)':>17}{'I_T (nats)':>17}   half of ρ at",
+        f"{'(start)':9}{_state(flows[flows['time'] == 0].drop_duplicates('run'))}",
+    ]
+    for flow, path in flows.groupby("flow", sort=False):
+        halved = _half_time(halves[halves["flow"] == flow]["time"].dropna().to_numpy(), end)
+        lines.append(f"{flow:9}{_state(path[path['time'] == end])}   {halved}")
+    lines.append(_verdict(halves[halves["flow"] == "task"]["time"]))
+    lines += sorted({f"ρ is NaN: {reason}" for reason in flows["reason"] if reason})
+    return "\n".join(lines)
+
+
+def _verdict(times: pd.Series) -> str:
+    """Whether coupling at initialisation and its loss are there, from the half times under the task flow."""
+    runs, coupled, lost = len(times), times.notna().sum(), np.isfinite(times).sum()
+    reproduced = "reproduced" if 2 * lost > runs else "not reproduced"
+    return (
+        f"of {_runs(runs)}, {coupled} start coupled beyond chance, and {lost} of these lose half of it as task "
+        f"information grows:\ncoupling at initialisation and its loss are {reproduced}"
+    )
+
+
+def _state(rows: pd.DataFrame) -> str:
+    """One moment of a flow, a row a run."""
+    rho, angle = (_interval(over_runs(rows, value, by=["flow"]).iloc[0]) for value in ("rho", "alignment"))
+    spreads = {"input_capture": "capture_spread", "task_information": "task_spread"}
+    known = (f"{rows[value].mean():.3f} ± {rows[spread].mean():.3f}" for value, spread in spreads.items())
+    return f"{rho:>21}{angle:>19}" + "".join(f"{cell:>17}" for cell in known)
+
+
+def _half_time(times: np.ndarray, end: float) -> str:
+    """Median over runs with its 95 % bootstrap interval; a run that has not got there by the end counts as later."""
+    if not len(times):
+        return "– (no run starts coupled)"
+    picks = np.random.default_rng(0).integers(0, len(times), (1000, len(times)))
+    ends = np.quantile(np.median(times[picks], axis=1), [0.025, 0.975], method="nearest")
+    middle, low, high = (f"{value:.2f}" if value < np.inf else f"> {end:g}" for value in (np.median(times), *ends))
+    interval = f" [{low}, {high}]" if len(times) > 1 else ""
+    return f"{middle}{interval}, {np.isfinite(times).sum()}/{len(times)}"
+
+
+def _interval(row: pd.Series) -> str:
+    if row["runs"] == 0:
+        return "–"
+    return f"{row['mean']:.2f}" if row["runs"] < 2 else f"{row['mean']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+
+
+def _runs(count: int) -> str:
+    return f"{count} run{'s' * (count != 1)}"

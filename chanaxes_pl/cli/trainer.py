@@ -1,0 +1,276 @@
+"""The verbs that run a Trainer: LightningCLI with this package's defaults and one more check.
+
+Apart from ``cli.py`` because importing LightningCLI takes seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from chanaxes_pl.analysis.runs import keep_scalars
+from chanaxes_pl.lesions.interventions import OPERATIONS
+from chanaxes_pl.models.checkpoints import load_weights, read_checkpoint
+from chanaxes_pl.prune_module import PruneModule
+from chanaxes_pl.pruning.allocation import ALLOCATIONS, GRID
+from chanaxes_pl.pruning.describe import describe_lesions, describe_pruning
+from chanaxes_pl.pruning.pruner import IMAGES
+
+# What `fabric run` tells its processes, and the Trainer argument that means the same.
+FABRIC_RUN = {
+    "LT_ACCELERATOR": "accelerator",
+    "LT_STRATEGY": "strategy",
+    "LT_DEVICES": "devices",
+    "LT_NUM_NODES": "num_nodes",
+    "LT_PRECISION": "precision",
+}
+
+
+class _Parser(LightningArgumentParser):
+    """A parser whose errors are not preceded by fifty lines of usage."""
+
+    def print_usage(self, file: Any = None) -> None:
+        """Print nothing: the message that follows names the key at fault and points to ``--help``."""
+
+
+class PruningTrainer(Trainer):
+    """A Trainer with the verbs ``lesion`` and ``prune``, for checkpoints of the model that the config names."""
+
+    def lesion(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+        layers: str | list[str] = "conv",
+        operations: Sequence[str] = OPERATIONS,
+        channels: int | str = "all",
+        scores: Sequence[str] | None = None,
+        probe_size: int = 5000,
+        evaluation_size: int | None = None,
+        seed: int = 0,
+        out: str | None = None,
+    ) -> None:
+        """Lesion the channels of a checkpoint one by one, and set the damage beside their axes.
+
+        Args:
+            model: what the checkpoint is of.
+            datamodule: its test images are the evaluation data.
+            ckpt_path: the checkpoint.
+            weights_only: accepted for configs that ``fit`` saved; checkpoints are never unpickled here.
+            layers: "conv", "conv+linear", or globs over names.
+            operations: some of zero, mean, peer, hull.
+            channels: "all", or how many to draw from each layer.
+            scores: set beside the damage too; default all that the network has.
+            probe_size: images for axes, means and coefficients.
+            evaluation_size: test images for the damage, a fixed random choice; default all.
+            seed: of the channels drawn.
+            out: folder for lesions.parquet and lesions.png; default the checkpoint's run folder.
+        """
+        options = {"layers": layers, "operations": operations, "channels": channels, "seed": seed}
+        options |= {"scores": scores, "probe_size": probe_size, "evaluation_size": evaluation_size}
+        self._experiment("lesion", model, datamodule, ckpt_path, out, **options)
+
+    def prune(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+        budgets: Sequence[float] = GRID,
+        scores: Sequence[str] | None = None,
+        allocations: Sequence[str] = ALLOCATIONS,
+        compensate: Sequence[bool | str] = (False, "refit"),
+        protect: Sequence[str] = (),
+        finetune_epochs: int = 0,
+        lr: float = 0.01,
+        latency: bool = False,
+        probe_size: int = IMAGES,
+        evaluation_size: int | None = None,
+        seed: int = 0,
+        out: str | None = None,
+    ) -> None:
+        """Prune a checkpoint by every score, under every allocation, to every budget, and evaluate the results.
+
+        Args:
+            model: what the checkpoint is of.
+            datamodule: its test images are the evaluation data.
+            ckpt_path: the checkpoint.
+            weights_only: accepted for configs that ``fit`` saved; checkpoints are never unpickled here.
+            budgets: MACs that remain, as shares of the dense network's.
+            scores: which channels go first; default all that the network has.
+            allocations: some of uniform, shared, own.
+            compensate: some of false, fold, refit.
+            protect: globs over names of layers whose channels all stay.
+            finetune_epochs: of each network; 0 for none.
+            lr: of fine-tuning.
+            latency: time the slim networks.
+            probe_size: images for scores and compensation.
+            evaluation_size: test images for the accuracies, a fixed random choice; default all.
+            seed: of random scores.
+            out: folder for pruning.parquet and pruning.png; default the checkpoint's run folder.
+        """
+        options = {"budgets": budgets, "scores": scores, "allocations": allocations, "compensate": compensate}
+        options |= {"protect": protect, "finetune_epochs": finetune_epochs, "lr": lr, "latency": latency}
+        options |= {"probe_size": probe_size, "evaluation_size": evaluation_size, "seed": seed}
+        self._experiment("prune", model, datamodule, ckpt_path, out, **options)
+
+    def _experiment(
+        self,
+        name: Any,
+        model: LightningModule,
+        datamodule: LightningDataModule | None,
+        ckpt_path: str | None,
+        out: str | None,
+        **options: Any,
+    ) -> None:
+        if ckpt_path is None:
+            _fail(f"chanaxes {name} needs a trained network: add --ckpt_path RUN/checkpoints/last.ckpt")
+        try:
+            folder = load_weights(model, ckpt_path)
+            module = PruneModule(model, name, out=out or folder, **options)
+        except (ValueError, FileNotFoundError) as error:
+            _fail(str(error))
+        # The config's loggers and callbacks are those of a training run: they would begin another one.
+        self.loggers = []
+        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]  # which Lightning does not declare
+        callbacks[:] = [callback for callback in callbacks if isinstance(callback, ProgressBar)]
+        try:
+            self.test(module, datamodule=datamodule)
+        except ValueError as error:
+            _fail(str(error))
+        if self.is_global_zero:
+            stem, describe = {"lesion": ("lesions", describe_lesions), "prune": ("pruning", describe_pruning)}[name]
+            print(describe(module.table))
+            print(f"table:  {module.folder / stem}.parquet\nfigure: {module.folder / stem}.png")
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+class TrainerCLI(LightningCLI):
+    """``chanaxes fit | validate | test | lesion | prune``, parsed from ``sys.argv`` and run.
+
+    The model is a :class:`Classifier` unless ``--model`` names another LightningModule; ``--data`` names a
+    DataModule. Under ``fabric run`` that command's flags are the Trainer's defaults.
+
+    Raises:
+        SystemExit: with status 2 for arguments that do not parse, and for a launch of several processes that
+            the Trainer does not know of: each would train its own model, side by side.
+    """
+
+    def __init__(self) -> None:
+        launched = os.environ.get("LT_CLI_USED") == "1"
+        super().__init__(
+            LightningModule,
+            subclass_mode_model=True,
+            trainer_class=PruningTrainer,
+            trainer_defaults={
+                argument: os.environ[variable]
+                for variable, argument in FABRIC_RUN.items()
+                if launched and variable in os.environ
+            },
+            seed_everything_default=0,
+            # each run has a folder of its own; one that asks for no logger may run again in the same
+            save_config_kwargs={"overwrite": True},
+            parser_class=_Parser,
+            auto_configure_optimizers=False,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Trainer methods that are verbs, each with the arguments that the command line leaves out."""
+        verbs = LightningCLI.subcommands()
+        ours = {verb: {"model", "datamodule"} for verb in ("lesion", "prune")}
+        return {verb: verbs[verb] for verb in ("fit", "validate", "test")} | ours
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Make ``--model.backbone`` and the like mean :class:`Classifier` where no class is named; add ``--run``."""
+        parser.set_defaults({"model": {"class_path": "chanaxes_pl.models.Classifier"}})
+        parser.add_argument(
+            "--run",
+            type=str | None,
+            default=None,
+            help="folder of this run: fit writes all into it, and goes on there where it was interrupted; the other "
+            "verbs take the network that was trained in it",
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Find what ``--run`` names, and refuse a damaged checkpoint before Lightning takes the model's settings."""
+        super().parse_arguments(parser, args)
+        verb = self.config["subcommand"]
+        if self.config[verb].run is not None:
+            _enter(self.config[verb], verb)
+        if verb in ("lesion", "prune") and self.config[verb].ckpt_path is not None:
+            try:
+                read_checkpoint(self.config[verb].ckpt_path)
+            except (ValueError, FileNotFoundError) as error:
+                _fail(str(error))
+
+    def after_instantiate_classes(self) -> None:
+        """Refuse, before anything trains or is written, to run as one of several strangers."""
+        environment = TorchElasticEnvironment()
+        if environment.detect() and environment.world_size() > self.trainer.world_size:
+            _refuse(str(self.subcommand), environment.world_size(), self.trainer.world_size)
+        run = self.config[str(self.subcommand)].run
+        if run is not None and self.subcommand == "fit" and self.trainer.is_global_zero:
+            keep_scalars(Path(run))
+
+
+def _enter(config: Any, verb: str) -> None:
+    """Give a verb the folder that ``--run`` names, for all that it writes, and the network that is in it."""
+    folder = Path(config.run)
+    last = folder / "checkpoints" / "last.ckpt"
+    if config.ckpt_path is None and last.is_file():
+        config.ckpt_path = str(last)
+    elif config.ckpt_path is None and verb != "fit":
+        _fail(f"--run {folder}: no {last}; expected the folder of a training that kept one")
+    elif config.ckpt_path is None and any(folder.glob("*/step-*.parquet")):
+        _fail(
+            f"--run {folder}: a training there was interrupted before its first checkpoint, and cannot go on; remove "
+            "the folder to begin again, or name another one"
+        )
+    if verb not in ("lesion", "prune"):  # which write beside the checkpoint, and keep no logger
+        _log_into(folder if verb == "fit" else folder / verb, config.trainer, verb)
+
+
+def _log_into(folder: Path, trainer: Any, verb: str) -> None:
+    """Let the Trainer and its loggers have one folder; the first logger decides on that of checkpoints and tables."""
+    trainer.default_root_dir = str(folder)
+    if trainer.logger is False:
+        return
+    loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+    classes = [str(getattr(logger, "class_path", logger)).rpartition(".")[2] for logger in loggers]
+    if classes[0] not in ("CSVLogger", "TensorBoardLogger"):
+        _fail(
+            f"--run {folder}: expected a CSVLogger or TensorBoardLogger as the first of the loggers, whose folder all "
+            f"else goes to, or --trainer.logger false; chanaxes {verb} got {', '.join(classes)}"
+        )
+    for logger, name in zip(loggers, classes, strict=True):
+        options = logger.init_args
+        if name == "WandbLogger":
+            options.save_dir, options.name = str(folder), "/".join(folder.parts[-2:])
+        elif "version" in options:
+            options.save_dir, options.name = str(folder.parent.parent), folder.parent.name
+            options.version = folder.name
+
+
+def _refuse(verb: str, launched: int, known: int) -> NoReturn:
+    nodes = int(os.environ.get("LT_NUM_NODES", "1"))
+    devices = launched // nodes
+    _fail(
+        f"{launched} processes were launched, but the Trainer knows of {known}: each would run the "
+        f"whole of `chanaxes {verb}` by itself.\n"
+        f"Either add --trainer.strategy ddp --trainer.devices {devices} to this command, or let the Trainer "
+        f"launch the processes: chanaxes {verb} … --trainer.strategy ddp --trainer.devices {devices}"
+    )

@@ -1,0 +1,44 @@
+"""Atomic file writes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A draft that takes the place of ``path`` once the block is through; an error or a crash leaves ``path`` as it is.
+
+    Args:
+        path: the file to write; its folder is made when missing.
+
+    Yields:
+        Where to write: a name of its own in the same folder, so that renaming copies nothing.
+
+    Raises:
+        OSError: if the folder cannot be written, or the block wrote no draft.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "note.txt"
+        >>> with replacing(path) as draft:
+        ...     _ = draft.write_text("whole")
+        ...     path.exists()
+        False
+        >>> path.read_text()
+        'whole'
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Neither another process, be it on another machine, nor another thread gets the same name.
+    draft = path.with_name(f".{path.name}.{uuid4().hex[:12]}")
+    try:
+        yield draft
+        with draft.open("r+b") as file:
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)

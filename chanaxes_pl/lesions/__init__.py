@@ -1,0 +1,1 @@
+"""Lesions: a channel removed, set to its mean, or rebuilt from its peers, and the damage that does."""

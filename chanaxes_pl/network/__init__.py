@@ -1,0 +1,1 @@
+"""Looking at a model, and leaving it untouched: layers, samples, hooks, dependency groups, MACs."""

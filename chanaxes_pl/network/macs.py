@@ -1,0 +1,113 @@
+"""Multiply–accumulates (MACs) of a network, dense or with units removed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from chanaxes_pl.network.hooks import observed
+from chanaxes_pl.network.layers import CONVOLUTIONS, channel_count
+from chanaxes_pl.network.removal import Group
+
+
+def count_macs(model: nn.Module, example: Tensor) -> int:
+    """Multiply–accumulates that a model spends on one image: half of what PyTorch's flop counter says.
+
+    Convolutions, Linear layers and other matrix products count, nothing else does.
+
+    Args:
+        model: in any mode; left as it is.
+        example: ``[B, …]``, images.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> count_macs(nn.Conv2d(3, 8, 3, padding=1), torch.zeros(1, 3, 32, 32))
+        221184
+    """
+    with observed(model), FlopCounterMode(display=False) as counter:
+        model(example)
+    return counter.get_total_flops() // (2 * len(example))
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """MACs of one layer: ``scale`` × outputs × inputs that each of them reads."""
+
+    scale: float
+    outputs: int
+    inputs: int
+    groups: int
+    # Outputs and inputs that go with each unit, by the number of its group.
+    per_output: dict[int, int]
+    per_input: dict[int, int]
+
+    def macs(self, removed: np.ndarray) -> float:
+        outputs = self.outputs - sum(k * removed[g] for g, k in self.per_output.items())
+        if self.groups == self.inputs:  # depthwise: an output reads one input, whatever is left
+            return self.scale * outputs
+        inputs = self.inputs - sum(k * removed[g] for g, k in self.per_input.items())
+        return self.scale * outputs * inputs / self.groups
+
+
+class Cost:
+    """MACs of one image as a function of how many units each group has lost.
+
+    Args:
+        model: the dense network; left as it is.
+        groups: its removable groups.
+        example: ``[B, …]``, images.
+
+    Attributes:
+        groups: the groups, in the order in which ``removed`` counts them.
+        dense: MACs with all units.
+    """
+
+    def __init__(self, model: nn.Module, groups: Iterable[Group], example: Tensor) -> None:
+        self.groups = tuple(groups)
+        self.dense, runs = _runs(model, example)
+        self._layers = [_cost(name, *run, self.groups) for name, run in runs.items()]
+        # Products between activations and the like: taken not to change, and measured on the slim network anyway.
+        self._rest = self.dense - self._of_layers(np.zeros(len(self.groups)))
+
+    def macs(self, removed: np.ndarray) -> float:
+        """MACs after ``removed`` ``[G]`` units of each group are gone."""
+        return self._rest + self._of_layers(removed)
+
+    def _of_layers(self, removed: np.ndarray) -> float:
+        return sum(layer.macs(removed) for layer in self._layers)
+
+
+def _runs(model: nn.Module, example: Tensor) -> tuple[int, dict[str, tuple[nn.Module, int]]]:
+    """MACs, and every convolution and Linear layer that runs with the positions at which it computes its outputs."""
+    runs: dict[str, tuple[nn.Module, int]] = {}
+
+    def note(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        positions = output.numel() // (len(example) * channel_count(layer))
+        runs[name] = (layer, runs.get(name, (layer, 0))[1] + positions)
+
+    handles = [
+        module.register_forward_hook(partial(note, name))
+        for name, module in model.named_modules()
+        if isinstance(module, (*CONVOLUTIONS, nn.Linear))
+    ]
+    try:
+        return count_macs(model, example), runs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _cost(name: str, layer: nn.Module, positions: int, groups: Sequence[Group]) -> _Layer:
+    per_output = {g: group.producers[name].shape[1] for g, group in enumerate(groups) if name in group.producers}
+    per_input = {g: group.consumers[name].shape[1] for g, group in enumerate(groups) if name in group.consumers}
+    if isinstance(layer, nn.Linear):
+        return _Layer(positions, layer.out_features, layer.in_features, 1, per_output, per_input)
+    assert isinstance(layer, CONVOLUTIONS)
+    kernel = int(np.prod(layer.kernel_size))
+    return _Layer(positions * kernel, layer.out_channels, layer.in_channels, layer.groups, per_output, per_input)

@@ -1,0 +1,198 @@
+"""What each layer reads: which channels of which layers, and how strongly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from chanaxes_pl.network.groups import Units, find_units
+from chanaxes_pl.network.layers import CONVOLUTIONS
+from chanaxes_pl.network.removal import twin
+from chanaxes_pl.pruning.feature_maps import before_layers
+
+
+@dataclass(frozen=True, eq=False)
+class Routes:
+    """The inputs of one layer.
+
+    Attributes:
+        layer: its name.
+        channels: for each layer that gives inputs, with no other layer between, ``[F]``: the channel of it that each
+            input reads, −1 for none of its. An input may read several layers, whose maps have been summed.
+        norms: ``[C, F / groups]``, the norm of the weights between each channel and each input that it reads.
+        spread: ``[F]``, the inputs' standard deviations.
+        reason: why the inputs cannot be followed; empty where they can.
+    """
+
+    layer: str
+    channels: dict[str, np.ndarray]
+    norms: np.ndarray
+    spread: np.ndarray
+    reason: str
+
+    def routed(self, given: Mapping[str, np.ndarray], norms: np.ndarray | None = None) -> np.ndarray:
+        """``[C]``: what inputs are worth to each channel, their mean weighted by ‖W‖ times their standard deviation.
+
+        Args:
+            given: layer → ``[C']``, the worth of its channels; z-scored here, so that layers can be averaged. Inputs
+                that read only undefined ones are left out.
+            norms: ``[C, F / groups]``, in place of the layer's own.
+        """
+        worth = np.full((len(self.channels), len(self.spread)), np.nan)
+        for row, (name, channels) in zip(worth, self.channels.items(), strict=True):
+            scores, read = _z_scores(given[name]), channels >= 0
+            row[read] = scores[channels[read]]
+        defined = np.isfinite(worth)
+        mean = np.where(defined, worth, 0.0).sum(0) / np.maximum(defined.sum(0), 1)
+        weights = self._whole(self.norms if norms is None else norms) * self.spread * defined.any(0)
+        total = weights.sum(1)
+        return np.divide(weights @ mean, total, out=np.full_like(total, np.nan), where=total > 0)
+
+    def _whole(self, norms: np.ndarray) -> np.ndarray:
+        """``[C, F]`` from ``[C, F / groups]``: 0 between a channel and the inputs of other groups."""
+        groups = len(self.spread) // norms.shape[1]
+        whole = np.zeros((groups, len(norms) // groups, groups, norms.shape[1]))
+        each = np.arange(groups)
+        whole[each, :, each] = norms.reshape(groups, -1, norms.shape[1])
+        return whole.reshape(len(norms), -1)
+
+
+def find_routes(
+    model: nn.Module, layers: Mapping[str, nn.Module], spread: Mapping[str, Tensor], example: Tensor, caller: str
+) -> dict[str, Routes]:
+    """What each of some layers reads from the others; the model is left as it was.
+
+    Layers are followed back along autograd's graph of one forward pass, channels by their removable units.
+
+    Args:
+        model: gives logits.
+        layers: convolutions and Linear layers of the model, by the names to give them.
+        spread: from :func:`input_spread`; a layer that is missing was not reached.
+        example: ``[B, …]`` images.
+        caller: how an error names the call.
+    """
+    spelt = {module: name for name, module in model.named_modules()}  # as units spell compiled layers
+    ours = {spelt[module]: name for name, module in layers.items()}
+    try:
+        units, refused = find_units(model, example, caller), ""
+    except ValueError as error:
+        units, refused = Units({}, {}), str(error)
+    givers = {} if refused else direct_producers(model, example)
+    routes = {}
+    for name, layer in layers.items():
+        own = spelt[layer]
+        weight: Tensor = layer.weight.detach().double().cpu()  # type: ignore[union-attr,operator]
+        norms = weight.reshape(*weight.shape[:2], -1).norm(dim=2).numpy()
+        inputs = norms.shape[1] * (layer.groups if isinstance(layer, CONVOLUTIONS) else 1)
+        channels = {giver: _read(units, own, giver, inputs) for giver in givers.get(own, ())}
+        reason = refused or _why_unknown(layer, name in spread, channels, units, ours)
+        of_layer = spread[name].numpy() if name in spread else np.full(inputs, np.nan)
+        known = {} if reason else {ours[giver]: of for giver, of in channels.items()}
+        routes[name] = Routes(name, known, norms, of_layer, reason)
+    return routes
+
+
+def direct_producers(model: nn.Module, example: Tensor) -> dict[str, list[str]]:
+    """For each convolution and Linear layer those whose outputs reach its input with none of them between.
+
+    Args:
+        model: left as it is.
+        example: ``[B, …]`` images.
+    """
+    copied = twin(model).eval().requires_grad_(True)
+    outputs: dict[Any, str] = {}
+    inputs: dict[str, Any] = {}
+
+    def note(name: str, _layer: nn.Module, seen: tuple[Tensor, ...], output: Tensor) -> None:
+        outputs[output.grad_fn] = name
+
+    def look(name: str, _layer: nn.Module, seen: tuple[Tensor, ...]) -> None:
+        inputs[name] = seen[0].grad_fn
+
+    layers = [(n, m) for n, m in copied.named_modules() if isinstance(m, (*CONVOLUTIONS, nn.Linear))]
+    with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        for name, layer in layers:
+            layer.register_forward_hook(partial(note, name))
+            layer.register_forward_pre_hook(partial(look, name))
+        copied(example)
+    order = list(outputs.values())
+    return {name: sorted(_reached(node, outputs), key=order.index) for name, node in inputs.items()}
+
+
+def _reached(node: Any, outputs: Mapping[Any, str]) -> set[str]:
+    found, seen, waiting = set(), set(), [node]
+    while waiting:
+        node = waiting.pop()
+        if node in outputs:
+            found.add(outputs[node])
+        elif node is not None and node not in seen:
+            seen.add(node)
+            waiting += [before for before, _ in node.next_functions]
+    return found
+
+
+def _read(units: Units, layer: str, giver: str, inputs: int) -> np.ndarray:
+    """``[F]``: which channel of one layer each input of another reads; −1 for none."""
+    read = np.full(inputs, -1)
+    for group in units.groups.values():
+        if layer in group.consumers and giver in group.producers:
+            places, channels = group.consumers[layer].flatten(), group.producers[giver].flatten()
+            # Behind a flattened map a channel has several inputs, one after another.
+            read[places] = channels.repeat_interleave(len(places) // len(channels))
+    return read
+
+
+def _why_unknown(
+    layer: nn.Module, reached: bool, channels: Mapping[str, np.ndarray], units: Units, ours: Mapping[str, str]
+) -> str:
+    if not reached:
+        return "the forward pass did not reach it"
+    if isinstance(layer, CONVOLUTIONS) and layer.groups > 1 and layer.weight.shape[1] == 1:
+        return "depthwise: each channel reads one input alone, so that weights route nothing"
+    if not channels:
+        return "it reads the images"
+    others = [giver for giver in channels if giver not in ours]
+    if others:
+        return f"it reads {others[0]!r}, which is not among the layers"
+    lost = np.all([of < 0 for of in channels.values()], axis=0)
+    if lost.any():
+        why = next((f": {units.fixed[giver]}" for giver in channels if giver in units.fixed), "")
+        return f"{lost.sum()} of its {len(lost)} inputs cannot be followed to a channel{why}"
+    return ""
+
+
+@contextmanager
+def input_spread(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Standard deviation ``[F]`` of every input of some layers over positions and images, once the block is through.
+
+    Args:
+        layers: convolutions and Linear layers, by name; one that does not run in the block is left out.
+    """
+    sums: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def read(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        rows = inputs[0].movedim(-1 if isinstance(layer, nn.Linear) else 1, 0).flatten(1).float()
+        shift = sums[name][0] if name in sums else rows.mean(1, keepdim=True)
+        off = rows - shift  # so that a large mean costs no digits
+        new = torch.stack([off.new_full((len(off),), off.shape[1]), off.sum(1), off.square().sum(1)]).cpu().double()
+        sums[name] = (shift, sums[name][1] + new if name in sums else new)
+
+    spread: dict[str, Tensor] = {}
+    with before_layers((layer, partial(read, name)) for name, layer in layers.items()):
+        yield spread
+    for name, (_, (count, total, squares)) in sums.items():
+        spread[name] = (squares / count - (total / count).square()).clamp(min=0).sqrt()
+
+
+def _z_scores(values: np.ndarray) -> np.ndarray:
+    """NaN throughout where they are all the same, or none is defined."""
+    defined = values[np.isfinite(values)]
+    spread = defined.std() if len(defined) else 0.0
+    return (values - defined.mean()) / spread if spread > 0 else np.full(len(values), np.nan)

@@ -1,0 +1,324 @@
+"""``PruneModule``: lesions and pruning of a trained network under a Lightning Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as L
+import numpy as np
+import pandas as pd
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchmetrics import Metric
+
+from chanaxes_pl.axes import measure_axes
+from chanaxes_pl.core.metrics import METRICS
+from chanaxes_pl.lesions.damage_table import join_shares, lesion_table
+from chanaxes_pl.lesions.interventions import OPERATIONS
+from chanaxes_pl.models import ImageClassifier
+from chanaxes_pl.models.checkpoints import load_classifier, run_folder_of
+from chanaxes_pl.network.groups import find_units
+from chanaxes_pl.network.probe import MIN_IMAGES, Probe, image_batches
+from chanaxes_pl.network.recording import Settings
+from chanaxes_pl.plots import plot_lesions, plot_pruning
+from chanaxes_pl.pruning.allocation import ALLOCATIONS, GRID
+from chanaxes_pl.pruning.grid import pruning_grid
+from chanaxes_pl.pruning.plan_json import Plan
+from chanaxes_pl.pruning.plans import apply_plan
+from chanaxes_pl.pruning.pruner import IMAGES, Slim
+from chanaxes_pl.pruning.removability import join_axes, score_damage_correlation
+from chanaxes_pl.pruning.scores import channel_scores, default_scores
+from chanaxes_pl.tables import write_parquet
+
+_PLAN = "chanaxes_plan"  # its key in a checkpoint
+
+
+class PruneModule(ImageClassifier):
+    """A trained network, to be lesioned or pruned by ``trainer.test``, or a pruned one, fine-tuned by ``trainer.fit``.
+
+    ``trainer.test(PruneModule(model), datamodule=dm)`` evaluates the network on the test images, then runs the
+    experiment on them: ``"prune"`` is the grid of :func:`pruning_grid`, ``"lesion"`` the table of :func:`lesion_table`
+    beside the axes of the same channels. Table and figure go to ``<out>/pruning.parquet`` and ``.png``, or
+    ``lesions.…``. Several processes share the work, and get the same table as one.
+
+    ``trainer.fit(PruneModule(prune(…)), datamodule=dm)`` fine-tunes with one fixed recipe (SGD, momentum, cosine);
+    its checkpoints hold the plan, so that a run can be resumed with a module made from the same plan or from the dense
+    network.
+
+    Args:
+        model: a network from images to logits, a :class:`Slim`, or the path of a :class:`Classifier`'s checkpoint.
+        experiment: ``"prune"`` or ``"lesion"``; default ``"prune"``, but none for a :class:`Slim`, which is then only
+            evaluated.
+        probe: training images under the evaluation transform; default the datamodule's ``probe_dataloader()``.
+        probe_size: of its images, at the most.
+        evaluation_size: test images that the experiment uses, a fixed random choice; default all.
+        out: folder for the results; default the run folder of the checkpoint, else the Trainer's.
+        budgets: MACs that remain, as shares of the dense network's.
+        scores: which channels go first, see :func:`score_family`; default all that the network has. Lesions are set
+            beside them too.
+        allocations: how much each layer loses: some of ``"uniform"``, ``"shared"``, ``"own"``.
+        compensate: some of ``False``, ``"fold"``, ``"refit"``.
+        protect: globs over names of layers whose channels all stay.
+        latency: time the slim networks.
+        finetune_epochs: of each network of the grid, which is then evaluated again; 0 for none.
+        layers: to be lesioned: ``"conv"``, ``"conv+linear"``, or globs over names.
+        operations: some of ``"zero"``, ``"mean"``, ``"peer"``, ``"hull"``.
+        channels: ``"all"``, or how many to draw from each layer, or layer name → channels.
+        seed: of random scores, and of the channels drawn.
+        lr: of fine-tuning, the largest.
+        momentum: of fine-tuning.
+        weight_decay: of fine-tuning.
+        num_classes: number of logits; default the outputs of the last Linear layer.
+
+    Attributes:
+        table: the experiment's result, the same on every process.
+        plan: what a pruned network kept, ``None`` for a dense one.
+
+    Raises:
+        ValueError: for an unknown experiment, or a checkpoint that is no :class:`Classifier`'s.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Slim | str | Path,
+        experiment: Literal["prune", "lesion"] | None = None,
+        *,
+        probe: Dataset | DataLoader | None = None,
+        probe_size: int = IMAGES,
+        evaluation_size: int | None = None,
+        out: str | Path | None = None,
+        budgets: Sequence[float] = GRID,
+        scores: Sequence[str] | None = None,
+        allocations: Sequence[str] = ALLOCATIONS,
+        compensate: Sequence[bool | str] = (False,),
+        protect: Sequence[str] = (),
+        latency: bool = False,
+        finetune_epochs: int = 0,
+        layers: str | Sequence[str] = "conv",
+        operations: Sequence[str] = OPERATIONS,
+        channels: str | int | Mapping[str, Sequence[int]] = "all",
+        seed: int = 0,
+        lr: float = 0.01,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        num_classes: int | None = None,
+    ) -> None:
+        if experiment not in ("prune", "lesion", None):
+            raise ValueError(f"PruneModule(experiment={experiment!r}): expected 'prune' or 'lesion'")
+        source = Path(model) if isinstance(model, (str, Path)) else None
+        network = _network(model)
+        classes = num_classes or _outputs(network)
+        super().__init__(network, classes)
+        self.save_hyperparameters("lr", "momentum", "weight_decay")
+        self.plan = model.plan if isinstance(model, Slim) else None
+        self.experiment = experiment or (None if self.plan else "prune")
+        self.table = pd.DataFrame()
+        self.grid_options = {"budgets": budgets, "scores": scores, "allocations": allocations}
+        self.grid_options |= {"compensate": compensate, "protect": protect, "latency": latency}
+        self.lesion_options = {"layers": layers, "operations": operations, "channels": channels}
+        self._finetune_epochs = finetune_epochs
+        self._num_classes = classes
+        self._probe = probe
+        self._probe_size = probe_size
+        self._evaluation_size = evaluation_size
+        self._seed = seed
+        self._out = run_folder_of(source) if out is None and source else out
+
+    def on_fit_start(self) -> None:
+        """Train all of it: what comes out of pruning is in eval mode, in which Lightning would leave it."""
+        self.train()
+
+    def on_test_epoch_end(self) -> None:
+        """Run the experiment, and write what it found."""
+        if self.experiment is None:
+            return
+        # Pruning traces the network by its gradients; under inference mode there are none.
+        with torch.inference_mode(False), torch.enable_grad():
+            share = self._prune() if self.experiment == "prune" else self._lesion()
+            self.table = join_shares(_gathered(share, self.trainer))
+        if self.trainer.is_global_zero and not getattr(self.trainer, "fast_dev_run", False):
+            self._write()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the plan with the weights."""
+        if self.plan is not None:
+            checkpoint[_PLAN] = self.plan.to_json()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take on the checkpoint's shape, where this network is still dense.
+
+        Raises:
+            ValueError: if this network was pruned otherwise, or is another.
+        """
+        if _PLAN not in checkpoint:
+            return
+        plan = Plan.from_json(checkpoint[_PLAN], "PruneModule")
+        if self.plan is None:
+            apply_plan(self.network, plan, "PruneModule")
+            self.plan = plan
+        elif (self.plan.kept, self.plan.shapes) != (plan.kept, plan.shapes):
+            raise ValueError(
+                "the checkpoint is of a network that was pruned otherwise than this one: resume with "
+                "PruneModule(the Slim that was fine-tuned), or with the dense network, which takes on its shape"
+            )
+
+    @property
+    def folder(self) -> Path:
+        """Where the results go."""
+        return Path(self._out if self._out is not None else self.trainer.log_dir or self.trainer.default_root_dir)
+
+    def probe_images(self) -> Dataset | DataLoader:
+        """The probe.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if self._probe is not None:
+            return self._probe
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if datamodule is None or not hasattr(datamodule, "probe_dataloader"):
+            raise ValueError(
+                "PruneModule found no probe images: pass PruneModule(probe=a Dataset or DataLoader of training "
+                "images), or a datamodule with probe_dataloader()"
+            )
+        return datamodule.probe_dataloader()
+
+    def _prune(self) -> pd.DataFrame:
+        """This process's part of the pruning grid."""
+        return pruning_grid(
+            self.network,
+            self.probe_images(),
+            _evaluation(self.trainer, self._evaluation_size),
+            **self.grid_options,
+            images=self._probe_size,
+            finetune=self._finetune if self._finetune_epochs else None,
+            seed=self._seed,
+            **self._surroundings(),
+        )
+
+    def _lesion(self) -> pd.DataFrame:
+        """This process's lesions, beside the axes and scores of their channels."""
+        probe, around = self.probe_images(), self._surroundings()
+        place = {key: around[key] for key in ("to_device", "rank", "world")}
+        size, seed, caller = self._probe_size, self._seed, "PruneModule"
+        example = image_batches(probe, MIN_IMAGES, around["to_device"], caller)[0]
+        units = find_units(self.network, example, caller)
+        settings = Settings(self.lesion_options["layers"], reliability=False, probe_size=size, caller=caller)
+        axes = measure_axes(self.network, Probe(probe, size, caller), settings, **place)
+        names = self.grid_options["scores"]
+        names = default_scores(self.network, units, example) if names is None else names
+        scores = channel_scores(self.network, probe, units, names, probe_size=size, seed=seed, caller=caller, **place)
+        share = lesion_table(
+            self.network,
+            _evaluation(self.trainer, self._evaluation_size),
+            probe,
+            **self.lesion_options,
+            units=units,
+            probe_size=size,
+            seed=seed,
+            **around,
+        )
+        table = join_axes(axes, share)
+        for score, values in scores.items():
+            table[f"score_{score}"] = [
+                float(values[layer][channel]) if layer in values else float("nan")
+                for layer, channel in zip(table["layer"], table["channel"], strict=True)
+            ]
+        return table
+
+    def _surroundings(self) -> dict[str, Any]:
+        return {
+            "progress": self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero,
+            "to_device": self.trainer.strategy.batch_to_device,
+            "rank": self.trainer.global_rank,
+            "world": self.trainer.world_size,
+        }
+
+    def _finetune(self, slim: nn.Module) -> None:
+        """Train one network of the grid, on this process alone, with the recipe of this module."""
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        if datamodule is None:
+            raise ValueError("PruneModule(finetune_epochs=…): expected a datamodule, whose training images to use")
+        module = PruneModule(slim, num_classes=self._num_classes, **{key: self.hparams[key] for key in self.hparams})
+        for metric in module.modules():
+            if isinstance(metric, Metric):  # the other processes train other networks, and not as many
+                metric.distributed_available_fn = _alone
+        trainer = L.Trainer(
+            max_epochs=self._finetune_epochs,
+            accelerator=self.device.type,
+            devices=1 if self.device.index is None else [self.device.index],
+            precision=self.trainer.precision,
+            limit_val_batches=0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        # It was prepared for the test; Lightning would have this process wait for the others to do so too.
+        datamodule.prepare_data = None
+        try:
+            with isolate_rng():  # every network trains on the same draws, whichever process has its turn
+                torch.manual_seed(self._seed)
+                trainer.fit(module, datamodule=datamodule)
+        finally:
+            del datamodule.prepare_data
+            datamodule.trainer = self.trainer
+        slim.to(self.device)
+
+    def _write(self) -> None:
+        folder = self.folder
+        if self.experiment == "prune":
+            write_parquet(self.table, folder / "pruning.parquet")
+            plot_pruning(self.table).savefig(folder / "pruning.png", dpi=150)
+            return
+        write_parquet(self.table, folder / "lesions.parquet")
+        damage = f"{self.lesion_options['operations'][0]}_loss"
+        metrics = [*METRICS, "peer_r2"]
+        correlations = score_damage_correlation(self.table, metrics, damage)
+        plot_lesions(self.table, correlations, damage).savefig(folder / "lesions.png", dpi=150)
+
+
+def _network(model: nn.Module | Slim | str | Path) -> nn.Module:
+    if isinstance(model, (str, Path)):
+        return load_classifier(model)
+    return model.model if isinstance(model, Slim) else model
+
+
+def _outputs(network: nn.Module) -> int:
+    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise ValueError(f"PruneModule: {type(network).__name__} has no Linear layer; pass num_classes=")
+    return linear[-1].out_features
+
+
+def _evaluation(trainer: L.Trainer, size: int | None) -> Iterable[Any]:
+    """The test images, all or a fixed random choice, but not this process's share: processes share out the variants."""
+    loaders, limit = trainer.test_dataloaders, trainer.limit_test_batches
+    loader: Any = loaders[0] if isinstance(loaders, (list, tuple)) else loaders
+    images = loader.dataset
+    if size is not None and size < len(images):
+        images = Subset(images, np.sort(np.random.default_rng(0).permutation(len(images))[:size]).tolist())
+    if trainer.world_size > 1 or images is not loader.dataset:
+        loader = DataLoader(images, loader.batch_size, collate_fn=loader.collate_fn, num_workers=loader.num_workers)
+    if isinstance(limit, float) and limit == 1.0:
+        return loader
+    # Of the whole, not of this process's share, so that any number of processes evaluates on the same batches.
+    return list(islice(loader, limit if isinstance(limit, int) else int(limit * len(loader))))
+
+
+def _alone() -> bool:
+    return False
+
+
+def _gathered(share: pd.DataFrame, trainer: L.Trainer) -> list[pd.DataFrame]:
+    """The tables of all processes."""
+    if trainer.world_size == 1:
+        return [share]
+    shares: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(shares, share)
+    return shares

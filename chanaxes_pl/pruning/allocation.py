@@ -1,0 +1,101 @@
+"""How many units every group keeps under a budget of multiply–accumulates (MACs).
+
+Every allocation is an order in which units go, as a sequence of groups, whose turn it is; a budget is a prefix of it,
+found by bisection. Which unit goes when its group's turn comes is up to the score alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from chanaxes_pl.network.macs import Cost
+from chanaxes_pl.network.removal import Group
+
+#: How much each group loses: the same share everywhere; what a reference score would choose by one threshold for
+#: all; what each score would choose so for itself.
+ALLOCATIONS = ("uniform", "shared", "own")
+#: Budgets of the pruning grid, as shares of the dense network's MACs.
+GRID = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
+
+
+def uniform_order(groups: Sequence[Group]) -> np.ndarray:
+    """Turns at which every group has lost the same share of its units, ``[Σ(U − 1)]`` group numbers."""
+    return _by_key(
+        np.concatenate([[g] * (group.size - 1) for g, group in enumerate(groups)]),
+        [(turn + 0.5) / group.size for group in groups for turn in range(group.size - 1)],
+    )
+
+
+def threshold_order(groups: Sequence[Group], values: Mapping[str, Tensor]) -> np.ndarray:
+    """Turns as one threshold that rises over all groups takes them, ``[Σ(U − 1)]`` group numbers.
+
+    Args:
+        groups: the removable groups.
+        values: group name → ``[U]``, comparable between groups; low goes first, a group's highest never.
+    """
+    numbers = np.concatenate([[g] * (group.size - 1) for g, group in enumerate(groups)])
+    return _by_key(numbers, [value for group in groups for value in values[group.name].sort().values[:-1].tolist()])
+
+
+def _by_key(numbers: np.ndarray, keys: Sequence[float]) -> np.ndarray:
+    return numbers[np.argsort(np.asarray(keys), kind="stable")]
+
+
+def fit_budget(cost: Cost, order: np.ndarray, budget: float, caller: str = "fit_budget") -> np.ndarray:
+    """How many units of each group go, ``[G]``, so that MACs come as close to a budget as one unit allows.
+
+    Args:
+        cost: of the network.
+        order: the turns, from :func:`uniform_order` or :func:`threshold_order`.
+        budget: MACs that remain, as a share of the dense network's.
+        caller: how an error names the call.
+
+    Raises:
+        ValueError: if the budget is not in (0, 1], or lower than what remains with one unit left in every group.
+    """
+    check_budget(budget, caller)
+
+    def removed(turns: int) -> np.ndarray:
+        return np.bincount(order[:turns], minlength=len(cost.groups))
+
+    def share(turns: int) -> float:
+        return cost.macs(removed(turns)) / cost.dense
+
+    least = share(len(order))
+    if budget < least:
+        raise ValueError(
+            f"{caller}(budget={budget}): {least:.4f} of the MACs remain when every group is down to one unit, "
+            f"protected and unprunable layers included; expected a budget from {least:.4f} to 1, or a shorter protect="
+        )
+    above, below = 0, len(order)  # turns with at least, and with at most the budget
+    while below - above > 1:
+        middle = (above + below) // 2
+        above, below = (middle, below) if share(middle) >= budget else (above, middle)
+    closer = above if share(above) - budget <= budget - share(below) else below
+    return removed(closer)
+
+
+def check_budget(budget: float, caller: str) -> None:
+    """Refuse a budget that is no share."""
+    if not 0 < budget <= 1:
+        raise ValueError(
+            f"{caller}(budget={budget}): expected the share of the dense network's MACs that remains, above 0 and at "
+            "most 1, such as 0.5"
+        )
+
+
+def keep_best(groups: Sequence[Group], removed: np.ndarray, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The units that stay, ascending, when every group gives up its lowest.
+
+    Args:
+        groups: the removable groups.
+        removed: ``[G]``, how many units each of them loses.
+        scores: group name → ``[U]``; low = remove; of equals the first goes.
+    """
+    return {
+        group.name: scores[group.name].argsort(stable=True)[int(count) :].sort().values
+        for group, count in zip(groups, removed, strict=True)
+    }

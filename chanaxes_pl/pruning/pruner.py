@@ -1,0 +1,277 @@
+"""A smaller network that computes nearly the same: from a score, an allocation and a budget to a slim model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from chanaxes_pl.network.groups import find_units
+from chanaxes_pl.network.hooks import observed
+from chanaxes_pl.network.macs import Cost, count_macs
+from chanaxes_pl.network.probe import image_batches
+from chanaxes_pl.network.removal import masked, remove, twin
+from chanaxes_pl.pruning.allocation import (
+    ALLOCATIONS,
+    check_budget,
+    fit_budget,
+    keep_best,
+    threshold_order,
+    uniform_order,
+)
+from chanaxes_pl.pruning.compensation import RIDGE, compensate, reestimate_norms
+from chanaxes_pl.pruning.plan_json import Plan
+from chanaxes_pl.pruning.plans import save_slim
+from chanaxes_pl.pruning.scores import channel_scores, unit_ranks, unit_values
+
+#: The score whose allocation ``"shared"`` imposes on every other.
+REFERENCE = "taylor"
+#: Images that compensation fits to, unless told otherwise.
+IMAGES = 2000
+# A slim network's logits may differ from its masked twin's by this share of the largest.
+_AGREE = 1e-3
+
+
+#: Score → layer → ``[C]``, as :func:`channel_scores` gives them.
+Scores = Mapping[str, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class Slim:
+    """A pruned network, and what was done to it.
+
+    Attributes:
+        model: the slim network, in eval mode; a module like the dense one, with fewer channels.
+        plan: which units it kept, and how they were chosen.
+        report: what compensation did to each layer, see :func:`compensate`; ``None`` without.
+    """
+
+    model: nn.Module
+    plan: Plan
+    report: Any = None
+
+    @property
+    def macs(self) -> int:
+        """Multiply–accumulates of one image."""
+        return self.plan.macs
+
+    @property
+    def dense_macs(self) -> int:
+        """The same before pruning."""
+        return self.plan.dense_macs
+
+    def save(self, path: str | Path) -> None:
+        """Write ``<path>.safetensors`` and ``<path>.json``, which :func:`load_slim` reads."""
+        save_slim(path, self.model, self.plan)
+
+
+class Pruner:
+    """A dense network, ready to be pruned in many ways.
+
+    Args:
+        model: left as it is.
+        example: ``[B, …]``, images as the model takes them, on its device.
+        protect: globs over names of layers whose channels all stay.
+        caller: how an error names the call.
+
+    Attributes:
+        units: what can be removed.
+        cost: its MACs.
+
+    Raises:
+        ValueError: if the model does not run on the example, has nothing to remove, or a pattern matches nothing.
+    """
+
+    def __init__(self, model: nn.Module, example: Tensor, protect: Sequence[str] = (), caller: str = "Pruner") -> None:
+        self.model = model
+        self.units = find_units(model, example[:1], caller).protect(protect, caller)
+        if not self.units.groups:
+            raise ValueError(f"{caller}(protect={list(protect)!r}): protects every layer; expected some left to prune")
+        self.groups = tuple(self.units.groups.values())
+        self.cost = Cost(model, self.groups, example[:1])
+        self._example = example[:1]
+        self._caller = caller
+
+    def choose(self, scores: Scores, score: str, allocation: str, budget: float) -> dict[str, Tensor]:
+        """The units that stay.
+
+        Args:
+            scores: has ``score``, and :data:`REFERENCE` for ``"shared"``.
+            score: which units go first.
+            allocation: one of :data:`ALLOCATIONS`, how much each layer loses.
+            budget: MACs that remain, as a share of the dense network's.
+
+        Raises:
+            ValueError: for an unknown allocation, or a budget that cannot be reached.
+        """
+        self.check_reachable(allocation, budget)
+        by = unit_values if allocation == "own" else unit_ranks
+        values = {group.name: by(group, scores[score]) for group in self.groups}
+        removed = fit_budget(self.cost, self._order(scores, score, allocation), budget, self._caller)
+        return keep_best(self.groups, removed, values)
+
+    def check_reachable(self, allocation: str, budget: float) -> None:
+        """Refuse an allocation that does not exist, and a budget that none could reach.
+
+        Raises:
+            ValueError: in either case.
+        """
+        if allocation not in ALLOCATIONS:
+            raise ValueError(
+                f"{self._caller}(allocation={allocation!r}): expected one of {', '.join(map(repr, ALLOCATIONS))}"
+            )
+        fit_budget(self.cost, uniform_order(self.groups), budget, self._caller)
+
+    def macs(self, kept: Mapping[str, Tensor]) -> int:
+        """Multiply–accumulates of one image with these units."""
+        removed = np.array([group.size - len(kept.get(group.name, range(group.size))) for group in self.groups])
+        return round(self.cost.macs(removed))
+
+    def cut(self, kept: Mapping[str, Tensor]) -> nn.Module:
+        """A slim copy of the model, in eval mode."""
+        slim = twin(self.model).eval()
+        remove(slim, self.groups, kept)
+        return slim
+
+    def check(self, slim: nn.Module, kept: Mapping[str, Tensor], images: Tensor) -> None:
+        """Refuse a slim network that does not compute what the dense one does without the removed units.
+
+        Raises:
+            ValueError: if their logits differ: the model's path depends on its data, or on sizes that pruning changes.
+        """
+        with observed(self.model), observed(slim):
+            try:
+                after = slim(images)
+            except RuntimeError as error:
+                raise ValueError(f"{self._misfit()} (it fails with: {error})") from error
+            with masked(self.model, self.groups, kept):
+                before = self.model(images)
+        if not torch.allclose(after, before, rtol=0, atol=_AGREE * float(before.abs().max()), equal_nan=True):
+            raise ValueError(f"{self._misfit()} (logits differ by up to {float((after - before).abs().max()):.3g})")
+
+    def plan(self, slim: nn.Module, kept: Mapping[str, Tensor], notes: Mapping[str, Any]) -> Plan:
+        """What was done, for the record and to do it again."""
+        bare = {name for name, module in self.model.named_modules() if getattr(module, "bias", 0) is None}
+        biases = [name for name in sorted(bare) if slim.get_submodule(name).bias is not None]
+        return Plan.of(
+            self.model,
+            self.groups,
+            kept,
+            input_shape=self._example.shape[1:],
+            macs=count_macs(slim, self._example),
+            dense_macs=self.cost.dense,
+            biases=biases,
+            notes=notes,
+        )
+
+    def _order(self, scores: Scores, score: str, allocation: str) -> np.ndarray:
+        if allocation == "uniform":
+            return uniform_order(self.groups)
+        by = scores[score if allocation == "own" else REFERENCE]
+        return threshold_order(self.groups, {group.name: unit_values(group, by) for group in self.groups})
+
+    def _misfit(self) -> str:
+        return (
+            f"{self._caller}: {type(self.model).__name__} computes something else with channels removed than with the "
+            "same channels at 0: its path depends on its data, or it holds sizes that removal does not change; "
+            "protect= the layers concerned"
+        )
+
+
+def prune(
+    model: nn.Module,
+    loader: DataLoader | Dataset,
+    *,
+    budget: float,
+    score: str = "l1",
+    allocation: str = "uniform",
+    compensate: bool | str = True,
+    example_input: Tensor | None = None,
+    protect: Sequence[str] = (),
+    images: int = IMAGES,
+    reestimate: bool = False,
+    seed: int = 0,
+) -> Slim:
+    """A smaller network with a share of the multiply–accumulates of a trained one, without retraining.
+
+    Args:
+        model: the trained network, from images to logits; left as it is.
+        loader: training images under the evaluation transform, ``(images, labels)``, as for :func:`compute_axes`;
+            labels are used by scores that need the task only.
+        budget: MACs that remain, as a share of the dense network's, in (0, 1].
+        score: which channels go first, see :data:`SCORES`.
+        allocation: how much each layer loses: ``"uniform"``, ``"shared"`` (as Taylor would choose) or ``"own"``.
+        compensate: fit what is left to the dense network's signals: ``"refit"`` (or ``True``), ``"fold"``, or not.
+        example_input: images ``[B, …]`` as the model takes them; default the loader's first.
+        protect: globs over names of layers whose channels all stay.
+        images: of the loader that scores and compensation use, at the most.
+        reestimate: estimate BatchNorm statistics anew at the end.
+        seed: of random scores.
+
+    Raises:
+        ValueError: for a budget out of range or below what protected layers cost, unknown names, a model that does not
+            run on the images, or whose slim copy does not compute what the model does without those channels.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch.utils.data import TensorDataset
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.AdaptiveAvgPool2d(1),
+        ...                       nn.Flatten(), nn.Linear(8, 4))
+        >>> data = TensorDataset(torch.randn(64, 3, 8, 8), torch.arange(64) % 4)
+        >>> slim = prune(model, data, budget=0.5)
+        >>> slim.model[0], round(slim.macs / slim.dense_macs, 2)
+        (Conv2d(3, 10, kernel_size=(3, 3), stride=(1, 1)), 0.5)
+    """
+    caller = "prune"
+    check_budget(budget, caller)
+    strength = strength_of(compensate, caller)
+    device = next(model.parameters(), torch.empty(0)).device
+    batches = image_batches(loader, images, partial(move_data_to_device, device=device), caller)
+    example = batches[0] if example_input is None else example_input.to(device)
+    pruner = Pruner(model, example, protect, caller)
+    needed = [score, REFERENCE] if allocation == "shared" else [score]
+    scores = channel_scores(model, loader, pruner.units, needed, probe_size=images, seed=seed, caller=caller)
+    kept = pruner.choose(scores, score, allocation, budget)
+    slim = pruner.cut(kept)
+    pruner.check(slim, kept, example)
+    report = fit_back(slim, pruner, kept, batches, strength, reestimate)
+    notes = {"budget": budget, "score": score, "allocation": allocation, "compensate": strength or "none"}
+    return Slim(slim, pruner.plan(slim, kept, notes), report)
+
+
+def fit_back(
+    slim: nn.Module,
+    pruner: Pruner,
+    kept: Mapping[str, Tensor],
+    batches: Sequence[Tensor],
+    strength: str,
+    reestimate: bool = False,
+) -> Any:
+    """Compensate a slim network in place, if ``strength`` says so; the report of :func:`compensate`."""
+    report = compensate(slim, pruner.model, pruner.groups, kept, batches, strength) if strength else None
+    if reestimate:
+        reestimate_norms(slim, batches)
+    return report
+
+
+def strength_of(choice: bool | str, caller: str) -> str:
+    """``""``, ``"fold"`` or ``"refit"`` from what a user may say.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(choice, str) and choice in RIDGE:
+        return choice
+    if choice in (True, False, "none"):
+        return "refit" if choice is True else ""
+    raise ValueError(f"{caller}(compensate={choice!r}): expected True (the same as 'refit'), 'fold', or False")

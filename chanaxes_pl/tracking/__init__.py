@@ -1,0 +1,1 @@
+"""The callback, its schedule, its history and what it logs."""

@@ -1,0 +1,240 @@
+"""How early the axes predict the end: runs whose answer is known, and every number by its slow definition."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from numpy.testing import assert_allclose
+from scipy import stats
+
+from chanaxes_pl.analysis.correlations import AXES, NETWORK
+from chanaxes_pl.analysis.prediction import PREDICTORS, early_prediction
+from chanaxes_pl.core.metrics import METRICS
+from chanaxes_pl.plots import plot_early_prediction
+from chanaxes_pl.plots.style import words
+from chanaxes_pl.prune_module import PruneModule
+from chanaxes_pl.pruning.removability import score_damage_correlation
+from chanaxes_pl.tables import COLUMNS, HALVED, HALVES, NULLED, checkpoint_path, write_parquet
+from chanaxes_pl.tracking.tracker import AxisTracker
+from tests.helpers.training import QUIET, build, images, loaders, trainer
+
+pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
+STEPS = (0, 1, 10, 100)
+WIDTHS = {"first": 12, "second": 20, "third": 16}
+
+
+def table(rng: np.random.Generator, drift: float, end: pd.DataFrame | None) -> pd.DataFrame:
+    """A checkpoint's table: the end's plus noise of standard deviation ``drift``; without an end, noise alone."""
+    frames = [pd.DataFrame({"layer": layer, "channel": np.arange(width)}) for layer, width in WIDTHS.items()]
+    result = pd.concat(frames, ignore_index=True)
+    halves = [f"{column}_{half}" for column in HALVED for half in HALVES]
+    for column in (*COLUMNS, *halves, *(f"{name}_null" for name in NULLED)):
+        noise = rng.normal(size=len(result))
+        result[column] = noise if end is None else end[column] + drift * noise
+    return result.assign(dead=False, at_ceiling=False, reason="")
+
+
+def written(folder: Path, seed: int = 0) -> pd.DataFrame:
+    """A run whose channels come ever closer to what they are at the end; returns the end."""
+    rng = np.random.default_rng(seed)
+    end = table(rng, 0.0, None)
+    for epoch, step in enumerate(STEPS):
+        frame = table(rng, 3.0 - epoch, end)
+        frame.insert(0, "step", step)
+        frame.insert(0, "epoch", float(epoch))
+        frame.insert(0, "run", "synthetic")
+        write_parquet(frame, checkpoint_path(folder / "axis", step))
+    return end
+
+
+def lesioned(end: pd.DataFrame) -> pd.DataFrame:
+    """Two channels of three, damaged by how much input they capture; in pairs they share a unit and its damage."""
+    rows = end[end["channel"] % 3 < 2].reset_index(drop=True)
+    pair = rows["channel"] // 3
+    unit = rows["layer"] + "[" + pair.astype(str) + "]"
+    damage = rows.groupby(unit)["input_capture"].transform("mean")
+    return rows[["layer", "channel"]].assign(unit=unit, zero_loss=damage, mean_loss=-damage, score_l1=-damage)
+
+
+def read(folder: Path, step: int) -> pd.DataFrame:
+    return pd.read_parquet(checkpoint_path(folder / "axis", step))
+
+
+def network(result: pd.DataFrame, target: str) -> pd.DataFrame:
+    rows = result[(result["layer"] == NETWORK) & (result["target"] == target)]
+    return rows.pivot(index="step", columns="metric", values="rho")[list(PREDICTORS)]
+
+
+def slow(checkpoint: pd.DataFrame, wanted: pd.Series, metric: str) -> float:
+    """Mean over layers of SciPy's Spearman correlation with ``wanted``, indexed by layer and channel."""
+    found = []
+    for layer, frame in checkpoint.groupby("layer", sort=False):
+        frame = frame.set_index("channel")
+        parts = AXES.get(metric)
+        values = sum((frame[p] - frame[p].mean()) / frame[p].std() for p in parts) if parts else frame[metric]
+        target = wanted[layer]
+        found.append(stats.spearmanr(values[target.index], target).statistic)
+    return float(np.mean(found))
+
+
+def test_every_number_agrees_with_its_definition(tmp_path):
+    end = written(tmp_path)
+    lesions = lesioned(end)
+    result = early_prediction(tmp_path, lesions, order="peer_overlap", resamples=20)
+    damage = lesions.set_index(["layer", "channel"])["zero_loss"]
+    removal = -end.set_index(["layer", "channel"])["peer_overlap"]  # much overlap goes first
+    for target, wanted in (("damage", damage), ("order", removal)):
+        found = network(result, target)
+        assert found.index.tolist() == list(STEPS)
+        for step in STEPS:
+            slowly = [slow(read(tmp_path, step), wanted, metric) for metric in PREDICTORS]
+            assert_allclose(found.loc[step], slowly, rtol=1e-10, atol=1e-12)
+    assert network(result, "order").loc[100, "peer_overlap"] == pytest.approx(-1)
+    sizes = result[result["metric"] == "peer_r2"].groupby(["target", "layer"])["n"].unique().map(list)
+    assert sizes["order", "second"] == [20]
+    assert sizes["damage", "second"] == [14]
+    assert sizes["damage", NETWORK] == [8 + 14 + 11]
+    assert (result["reason"] == "").all()
+
+
+def test_prediction_grows_as_the_end_comes_near_and_of_what_matters_alone(tmp_path):
+    result = early_prediction(tmp_path, lesioned(written(tmp_path)), resamples=300)
+    rows = result[(result["layer"] == NETWORK) & (result["target"] == "damage")].set_index(["metric", "step"])
+    assert rows.loc["input_capture", "rho"][[1, 10, 100]].is_monotonic_increasing
+    assert rows.loc["input_capture", "low"][100] > 0.5
+    useless = rows.loc["target_excess"]
+    assert ((useless["low"] < 0) & (useless["high"] > 0)).all()
+    assert (rows["low"] < rows["high"]).all()
+
+
+def test_resamples_are_the_same_for_all_checkpoints_and_hold_units_together(tmp_path):
+    """What does not change between checkpoints has the same interval; a bootstrap of its own would differ."""
+    end = written(tmp_path)
+    copy = read(tmp_path, 100).assign(step=200, epoch=9.0)
+    write_parquet(copy, checkpoint_path(tmp_path / "axis", 200))
+    lesions = lesioned(end)
+    result = early_prediction(tmp_path, lesions, resamples=200)
+    late, later = (result[result["step"] == step].reset_index(drop=True) for step in (100, 200))
+    pd.testing.assert_frame_equal(late[["rho", "low", "high"]], later[["rho", "low", "high"]], check_exact=True)
+    joined = copy.merge(lesions, on=["layer", "channel"])
+    wanted = score_damage_correlation(joined, ["peer_r2"], resamples=200)
+    found = later[(later["target"] == "damage") & (later["metric"] == "peer_r2")]
+    assert_allclose(found[["rho", "low", "high"]], wanted[["rho", "low", "high"]], rtol=1e-12)
+    free = early_prediction(tmp_path, lesions.drop(columns="unit"), resamples=200)
+    assert not np.allclose(free["low"][free["target"] == "damage"], result["low"][result["target"] == "damage"])
+    assert early_prediction(tmp_path, lesions, resamples=200, seed=1)["low"].ne(result["low"]).any()
+
+
+def test_dead_channels_leave_only_the_checkpoints_where_they_are_dead(tmp_path):
+    end = written(tmp_path)
+    early = read(tmp_path, 1)
+    early.loc[early.index[:3], ["dead", *METRICS, "peer_r2"]] = [True, *[np.nan] * 5]
+    write_parquet(early, checkpoint_path(tmp_path / "axis", 1))
+    result = early_prediction(tmp_path, resamples=10).query("target == 'order' and metric == 'local_axis'")
+    assert result[result["layer"] == "first"]["n"].tolist() == [12, 9, 12, 12]
+    rest = early[~early["dead"]]
+    wanted = end.loc[rest.index].set_index(["layer", "channel"])["input_capture"]
+    assert_allclose(result.query("step == 1 and layer == 'network'")["rho"], slow(rest, wanted, "local_axis"))
+    last = read(tmp_path, 100)
+    last.loc[0, "dead"] = True  # goes first, whatever its numbers were
+    write_parquet(last, checkpoint_path(tmp_path / "axis", 100))
+    values = last["input_capture"].where(~last["dead"], -np.inf).set_axis(pd.MultiIndex.from_frame(last.iloc[:, 3:5]))
+    assert_allclose(
+        network(early_prediction(tmp_path), "order").loc[0, "peer_r2"], slow(read(tmp_path, 0), values, "peer_r2")
+    )
+
+
+def test_without_lesions_the_order_is_still_predicted_and_the_rest_says_why_not(tmp_path):
+    written(tmp_path)
+    result = early_prediction(tmp_path, resamples=10)
+    damage = result[result["target"] == "damage"]
+    assert len(damage) == len(STEPS) * len(PREDICTORS)
+    assert damage[["rho", "low", "high"]].isna().all(axis=None)
+    assert damage["reason"].str.contains("no lesions.parquet in the run folder").all()
+    assert network(result, "order").notna().all(axis=None)
+    assert result["target"].unique().tolist() == ["damage", "order"]
+
+
+def test_a_single_checkpoint_is_its_own_end(tmp_path):
+    rng = np.random.default_rng(0)
+    frame = table(rng, 0.0, None).assign(run="one", epoch=0.0, step=0)
+    write_parquet(frame, checkpoint_path(tmp_path / "axis", 0))
+    result = early_prediction(tmp_path, order="reverse_task_information", resamples=0)
+    assert network(result, "order")["task_information"].tolist() == [pytest.approx(-1)]
+    assert result["low"].isna().all()
+
+
+def test_lesions_are_found_in_the_folder_and_scores_in_the_lesions(tmp_path):
+    lesions = lesioned(written(tmp_path))
+    write_parquet(lesions, tmp_path / "late" / "lesions.parquet")
+    found = early_prediction(tmp_path, order="l1", damage="mean_loss", resamples=5)
+    given = early_prediction(
+        tmp_path, tmp_path / "late" / "lesions.parquet", order="l1", damage="mean_loss", resamples=5
+    )
+    pd.testing.assert_frame_equal(found, given, check_exact=True)
+    # L1 and this damage are the same here, but for the units that share the latter.
+    assert_allclose(network(found, "order"), network(found, "damage"), rtol=1e-12)
+    write_parquet(lesions, tmp_path / "later" / "lesions.parquet")
+    with pytest.raises(ValueError, match=r"holds 2 tables of lesions, .*late/lesions.parquet.*; pass lesions="):
+        early_prediction(tmp_path)
+
+
+def test_bad_input_is_named(tmp_path):
+    end = written(tmp_path)
+    lesions = lesioned(end)
+    with pytest.raises(FileNotFoundError, match=r"nothing/axis holds no step-\*\.parquet"):
+        early_prediction(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        early_prediction(tmp_path, tmp_path / "gone.parquet")
+    with pytest.raises(ValueError, match=r"damage='peer_loss'.*there are \['zero_loss', 'mean_loss'\]"):
+        early_prediction(tmp_path, lesions, damage="peer_loss")
+    with pytest.raises(ValueError, match="no such score; did you mean"):
+        early_prediction(tmp_path, order="input_captur")
+    with pytest.raises(ValueError, match=r"no lesions have the column 'score_l2'; .*--scores"):
+        early_prediction(tmp_path, lesions, order="l2")
+    path = checkpoint_path(tmp_path / "axis", 10)
+    path.write_bytes(path.read_bytes()[:900])
+    with pytest.raises(ValueError, match=r"step-000000010.parquet: not a whole Parquet file .*cut off"):
+        early_prediction(tmp_path)
+
+
+def test_lesions_of_another_network_are_refused(tmp_path):
+    end = written(tmp_path)
+    lesions = lesioned(end)
+    with pytest.raises(ValueError, match="no channel in common"):
+        early_prediction(tmp_path, lesions.assign(layer="other." + lesions["layer"]))
+    wider = pd.concat([lesions, lesions.iloc[:1].assign(channel=99)])
+    with pytest.raises(ValueError, match="the run has no channel 99 of 'first'"):
+        early_prediction(tmp_path, wider)
+    theirs = table(np.random.default_rng(5), 0.0, None)["input_capture"]
+    with pytest.raises(
+        ValueError, match=r"another network than the run's last checkpoint: .* rank correlation -?0\.\d"
+    ):
+        early_prediction(tmp_path, end[["layer", "channel"]].assign(zero_loss=1.0, input_capture=theirs))
+    early_prediction(tmp_path, lesions.merge(end[["layer", "channel", "input_capture"]]), resamples=0)
+
+
+def test_from_training_to_figure(tmp_path):
+    model, fit = build(), trainer(tmp_path, AxisTracker(schedule="log"))
+    fit.fit(model, **loaders())
+    lesions = PruneModule(model, "lesion", probe=images(), operations=("zero",), scores=("l1",), out=tmp_path)
+    trainer(tmp_path).test(lesions, loaders()["val_dataloaders"], verbose=False)
+    result = early_prediction(tmp_path, order="l1", resamples=50)
+    assert set(result["metric"]) == {*METRICS, "peer_r2", *AXES}
+    assert result[result["layer"] == NETWORK]["rho"].notna().all()
+    figure = plot_early_prediction(result, "small")
+    panels = figure.axes
+    assert [panel.get_title() for panel in panels] == ["final damage (zero_loss)", "final pruning order (l1)"]
+    wanted = network(result, "damage")
+    lines = {line.get_label(): line.get_ydata() for line in panels[0].lines}
+    for metric in PREDICTORS:
+        assert_allclose(lines[words(metric)], wanted[metric])
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [words(name) for name in PREDICTORS]
+
+
+def test_the_figure_says_what_is_missing(tmp_path):
+    written(tmp_path)
+    left = plot_early_prediction(early_prediction(tmp_path, resamples=0)).axes[0]
+    assert "run chanaxes lesion" in left.texts[0].get_text()

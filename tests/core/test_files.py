@@ -1,0 +1,110 @@
+"""What is written is there whole or not at all, and a pruned network only with the plan that it belongs to."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from chanaxes_pl.core.files import replacing
+from chanaxes_pl.pruning.plan_json import Plan
+from chanaxes_pl.pruning.plans import load_slim, save_slim
+from tests.test_plans import Grouped, Tied, halved, logits, trained
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, nn.Module, Plan]:
+    slim, plan = halved(trained(Grouped()), biases=("stem",))
+    save_slim(tmp_path / "pair" / "slim", slim, plan)
+    return tmp_path / "pair" / "slim", slim, plan
+
+
+def listed(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def interrupted(path: Path) -> None:
+    with replacing(path) as draft:
+        draft.write_text("second")
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_draft_disappears(tmp_path):
+    path = tmp_path / "folder" / "file"
+    with replacing(path) as draft:
+        draft.write_text("first")
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(path)
+    assert path.read_text() == "first"
+    assert listed(path.parent) == ["file"]
+
+
+def test_two_drafts_of_one_file_do_not_meet(tmp_path):
+    with replacing(tmp_path / "file") as first, replacing(tmp_path / "file") as second:
+        first.write_text("outer")
+        second.write_text("inner")
+    assert (tmp_path / "file").read_text() == "outer"
+    assert listed(tmp_path) == ["file"]
+
+
+class WithState(Grouped):
+    def get_extra_state(self) -> dict:
+        return {"seen": 3}
+
+    def set_extra_state(self, state: dict) -> None:
+        """Not kept."""
+
+
+@pytest.mark.parametrize(
+    ("model", "match"),
+    [
+        (Grouped, "another network than this Grouped: stem.bias is in one of them only"),
+        (Tied, "another network than this Tied: body.0.bias, body.0.weight, body.2.bias are in one of them only"),
+        (WithState, "WithState's state dict holds '_extra_state', which is no tensor"),
+        (partial(Grouped, bias=True), "has the shapes of the dense network, but the plan removes units"),
+    ],
+)
+def test_a_model_that_is_not_the_plans_is_not_saved(saved, tmp_path, model, match):
+    with pytest.raises(ValueError, match=match):
+        save_slim(tmp_path / "new", model(), saved[2])
+    assert listed(tmp_path) == ["pair"]
+
+
+@pytest.mark.parametrize("notes", [{"loss": float("nan")}, {"model": Grouped}])
+def test_notes_that_json_cannot_hold_are_refused_before_anything_is_written(tmp_path, notes):
+    slim, plan = halved(Grouped(), **notes)
+    with pytest.raises(ValueError, match=r"save_slim\('.*new'\): the plan holds what JSON cannot .*see its notes"):
+        save_slim(tmp_path / "new", slim, plan)
+    assert not list(tmp_path.iterdir())
+
+
+def fail(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
+STEPS = ["pathlib.Path.write_text", "pathlib.Path.write_bytes", "os.fsync", "pathlib.Path.replace"]
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_save_that_fails_leaves_the_old_pair(saved, monkeypatch, step):
+    path, slim, _ = saved
+    with monkeypatch.context() as patch:
+        patch.setattr(step, fail)
+        with pytest.raises(OSError, match="No space left"):
+            save_slim(path, *halved(trained(Grouped())))
+    assert listed(path.parent) == ["slim.json", "slim.safetensors"]
+    assert logits(load_slim(path, Grouped())).equal(logits(slim))
+
+
+def test_a_crash_between_the_two_files_never_loads_a_mixed_pair(saved, monkeypatch):
+    path = saved[0]
+    replace = Path.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda draft, to: (fail if to.suffix == ".json" else replace)(draft, to))
+        with pytest.raises(OSError, match="No space left"):
+            save_slim(path, *halved(trained(Grouped()), biases=("stem",)))
+    with pytest.raises(ValueError, match="of different saves"):
+        load_slim(path, Grouped())
+    assert listed(path.parent) == ["slim.json", "slim.safetensors"]

@@ -1,0 +1,297 @@
+"""Lesions: what they do to a model and for how long, and the table of damage against a slow loop."""
+
+import copy
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from numpy.testing import assert_allclose
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from chanaxes_pl.lesions.damage_table import join_shares, lesion_table
+from chanaxes_pl.lesions.interventions import OPERATIONS, lesion
+from chanaxes_pl.lesions.replacements import as_filter
+from chanaxes_pl.models import BACKBONES
+from chanaxes_pl.network.groups import find_units
+from chanaxes_pl.network.hooks import observed
+from chanaxes_pl.network.probe import images_and_labels
+from chanaxes_pl.network.removal import remove
+from tests.helpers import cases as zoo
+from tests.helpers import reference
+from tests.helpers import training as small
+from tests.lesions.test_replacements import assert_unchanged, loader, repairs_of, snapshot
+from tests.test_replay import Branching, backbone, batch, build
+
+#: A few layers of each backbone: the first, inner ones, and such as a residual sum ties to others.
+LAYERS = {
+    "resnet18": ["conv1", "layer2.0.conv?", "layer2.0.downsample.0"],
+    "vgg16_bn": ["features.0", "features.24"],
+    "mobilenet_v2": ["features.0.0", "features.3.conv.*"],
+    "convnext_tiny": ["features.0.0", "features.3.1.block.?", "features.2.1"],
+}
+
+
+def model() -> nn.Module:
+    """Small, in training mode but for a frozen norm; its last norm is used as far as it comes."""
+    return small.build(dropout=0.3).double()
+
+
+def table(network=None, **options) -> pd.DataFrame:
+    options = {"progress": False, "positions": "all", **options}
+    return lesion_table(network or model(), loader(), loader(seed=3), **options)
+
+
+# ---------------------------------------------------------------- contexts
+
+
+@pytest.mark.parametrize("operation", [*OPERATIONS, "filter"])
+def test_everything_is_as_before_after_an_error(operation):
+    network = backbone("convnext_tiny")
+    data = loader(side=32)
+    layer = "features.2.1" if operation != "filter" else "features.1.0.block.3"
+    repair = repairs_of(network, [layer], data)[layer]
+    units = find_units(network, batch(1))
+    before = snapshot(network)
+    context = lesion(network, layer, 1, operation, repair=repair, units=units)
+    if operation == "filter":
+        context = as_filter(network.get_submodule(layer), 1, repair)
+    differs = []
+
+    def fail():
+        with context:
+            differs.append(not network(batch()).allclose(whole))
+            raise KeyError("on purpose")
+
+    with observed(network):
+        whole = network(batch())
+        with pytest.raises(KeyError, match="on purpose"):
+            fail()
+    assert differs == [True]
+    assert_unchanged(before, network)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_zero_is_what_removal_does(name):
+    network, images = backbone(name), batch()
+    units = find_units(network, images[:1])
+    with observed(network):
+        for group in list(units.groups.values())[::5]:
+            layer, members = list(group.producers.items())[-1]
+            unit = group.size // 2
+            slim = copy.deepcopy(network)
+            remove(slim, [group], {group.name: torch.tensor([u for u in range(group.size) if u != unit])})
+            with lesion(network, layer, int(members[unit][0]), "zero", units=units):
+                torch.testing.assert_close(network(images), slim(images), rtol=1e-9, atol=1e-10)
+
+
+# ---------------------------------------------------------------- the table
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_running_in_part_gives_the_table_of_whole_forwards(name):
+    network = backbone(name)
+    before = snapshot(network)
+    data = loader(12, 32, 8)
+    options = {"layers": LAYERS[name], "channels": 1, "progress": False, "positions": 4}
+    fast, slow = (lesion_table(network, data, data, fast=fast, **options) for fast in (True, False))
+    pd.testing.assert_frame_equal(fast, slow, rtol=1e-8, atol=1e-10)
+    assert (fast[[f"{op}_loss" for op in OPERATIONS]].abs() > 1e-6).to_numpy().mean() > 0.9
+    assert (fast["reason"] == "").all()
+    assert_unchanged(before, network)
+
+
+def test_a_network_without_a_graph_gives_the_same_either_way():
+    options = {"layers": "conv+linear", "units": find_units(build(Branching), batch(2, 8))}
+    fast, slow = (table(build(Branching), fast=fast, **options) for fast in (True, False))
+    pd.testing.assert_frame_equal(fast, slow, rtol=1e-9)
+    custom = table(build(Branching), step=images_and_labels, **options)
+    pd.testing.assert_frame_equal(custom, slow, rtol=1e-9)
+
+
+def slow_table(network, layer, channel) -> dict[str, float]:
+    """One row by explicit surgery on copies, image by image."""
+    images, labels = (torch.cat(part) for part in zip(*loader(), strict=True))
+    network = network.eval()
+    seen = []
+    handle = network.get_submodule(layer).register_forward_hook(lambda *args: seen.append(args[2].detach()))
+    for probed, _ in loader(seed=3):
+        network(probed)
+    handle.remove()
+    samples = torch.cat(seen).movedim(1, -1).flatten(0, -2).numpy()
+    coefficients = reference.peer_reconstruction(samples)[0] * samples.std(0)[:, None] / samples.std(0)
+
+    def mean(output):
+        return torch.full_like(output[:, 0], samples[:, channel].mean())
+
+    def peer(output):
+        shift = output - torch.from_numpy(samples.mean(0))[:, None, None]
+        return mean(output) + sum(coefficients[channel, j] * shift[:, j] for j in range(output.shape[1]))
+
+    def logits(replace):
+        twin = copy.deepcopy(network)
+
+        def hook(_module, _inputs, output):
+            output = output.clone()
+            output[:, channel] = replace(output)
+            return output
+
+        if replace:
+            twin.get_submodule(layer).register_forward_hook(hook)
+        return torch.cat([twin(image[None]) for image in images]).detach()
+
+    def numbers(z):
+        margin = reference.margins(z.numpy(), labels)
+        return F.cross_entropy(z, labels, reduction="none").numpy(), (z.argmax(1) == labels).numpy() * 1.0, margin
+
+    row, intact = {}, numbers(logits(None))
+    for name, replace in (("mean", mean), ("peer", peer)):
+        loss, accuracy, margin = (hurt - whole for hurt, whole in zip(numbers(logits(replace)), intact, strict=True))
+        row |= {f"{name}_loss": loss.mean(), f"{name}_loss_se": loss.std(ddof=1) / np.sqrt(len(loss))}
+        row |= {f"{name}_accuracy": accuracy.mean(), f"{name}_margin": margin.mean()}
+    row |= dict(zip(("loss", "accuracy", "margin"), (x.mean() for x in intact), strict=True))
+    return row
+
+
+@pytest.mark.parametrize(("layer", "channel"), [("net.0", 4), ("net.4", 0), ("net.4", 7)])
+def test_damage_agrees_with_surgery_image_by_image(layer, channel):
+    found = table()
+    row = found[(found["layer"] == layer) & (found["channel"] == channel)].iloc[0]
+    expected = slow_table(model(), layer, channel)
+    baseline = found.attrs["baseline"]
+    assert baseline["images"] == 24
+    assert_allclose(
+        [baseline[name] for name in ("loss", "accuracy", "margin")], list(expected.values())[-3:], rtol=1e-9
+    )
+    for name, value in list(expected.items())[:-3]:
+        assert_allclose(row[name], value, rtol=1e-7, atol=1e-12, err_msg=name)
+
+
+def test_recovery_is_a_share_of_clear_damage_only():
+    network = model()
+    network.net[9].weight.data *= 30
+    images = loader().dataset.tensors[0]
+    with observed(network):
+        own = DataLoader(TensorDataset(images, network(images).argmax(1)), batch_size=10)
+    found = lesion_table(network, own, loader(seed=3), channels={"net.4": range(8)}, progress=False)
+    clear = found["mean_loss"] > 2 * found["mean_loss_se"]
+    assert clear.any()
+    assert not clear.all()
+    for name in ("peer", "hull"):
+        assert found[f"{name}_recovery"].notna().equals(clear)
+        expected = 1 - found[f"{name}_loss"][clear] / found["mean_loss"][clear]
+        assert_allclose(found[f"{name}_recovery"][clear], expected, rtol=1e-12)
+    assert "peer_recovery" not in table(operations=["peer"], channels=1)
+
+
+def test_channels_that_cannot_be_removed_say_why():
+    network, images = model(), next(iter(loader()))[0]
+    why = find_units(network, images).fixed["net.9"]
+    found = table(network, layers="conv+linear").set_index("layer").loc["net.9"]
+    assert found["zero_loss"].isna().all()
+    assert found["mean_loss"].notna().all()
+    assert (found["reason"] == f"cannot be removed: {why}").all()
+    assert (found["unit"] == "").all()
+    units = find_units(network, images)
+    with pytest.raises(ValueError, match=f"layer='net.9', channel=0, .*: cannot be removed: {why}"):
+        lesion(network, "net.9", 0, "zero", units=units).__enter__()
+
+
+def test_layers_that_are_not_reached_and_outputs_that_are_not_finite_say_so():
+    network, data = zoo.case("dead channels")
+    network.add_module("spare", nn.Identity())
+    network.spare.conv = nn.Conv2d(3, 2, 3).double()
+    found = lesion_table(network, data, data, operations=["mean"], progress=False).set_index(["layer", "channel"])
+    assert found["reason"]["spare.conv"].tolist() == ["the forward pass did not reach this layer"] * 2
+    assert found["reason"]["0"].tolist() == ["output not finite" if k in (6, 7) else "" for k in range(10)]
+    assert found["mean_loss"].isna().equals(found["reason"] != "")
+    assert_allclose(found["mean_loss"]["0"][[1, 4]], 0.0, atol=1e-12)  # dead: the mean is all there is
+
+
+def test_tied_layers_share_their_units_damage_and_its_cost():
+    network, data = backbone("resnet18"), loader(6, 32, 6)
+    options = {"units": find_units(network, batch(1)), "operations": ["zero"], "progress": False}
+    calls = []
+    network.fc.register_forward_hook(lambda *_: calls.append(1))
+    channels = {"conv1": [3, 5], "layer1.0.conv2": [5], "layer1.1.conv2": [3, 7]}
+    found = lesion_table(network, data, None, channels=channels, **options)
+    units = found["unit"].unique()
+    assert units.tolist() == ["conv1[3]", "conv1[5]", "conv1[7]"]
+    assert found.groupby("unit")["zero_loss"].nunique().eq(1).all()
+    intact = 2  # as a whole, and by its graph
+    assert len(calls) == intact + len(units)
+
+
+def test_shares_make_the_whole_table(tmp_path):
+    whole = table(channels=3)
+    shares = []
+    for rank in range(4):
+        table(channels=3, rank=rank, world=4).to_parquet(tmp_path / f"{rank}.parquet")
+        shares.append(pd.read_parquet(tmp_path / f"{rank}.parquet"))
+    joined = join_shares(shares)
+    pd.testing.assert_frame_equal(joined, whole, rtol=1e-12)
+    assert joined.attrs == whole.attrs
+    assert len(whole) == 6
+    assert table(channels=3, seed=1)["channel"].tolist() != whole["channel"].tolist()
+
+
+def test_the_model_and_the_random_stream_are_left_as_they_were():
+    network = model()
+    before, stream = snapshot(network), torch.get_rng_state()
+    table(network, channels=1)
+    assert_unchanged(before, network)
+    assert torch.get_rng_state().equal(stream)
+    assert network.training
+    assert not network.frozen.training
+
+
+def test_the_bar_counts_lesions(capsys):
+    table(channels=1, operations=["mean"], progress=True)
+    assert "6/6" in capsys.readouterr().err  # two layers on three batches
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"operations": ["zero", "pear"]},
+            r"unknown operation 'pear'; expected 'zero', .*; did you mean 'peer'",
+        ),
+        ({"channels": {"net.5": [0]}}, r"no layer 'net\.5'; did you mean 'net\.\d' or 'net\.\d'"),
+        ({"channels": {"net.4": [0, 8]}}, r"layer 'net\.4' has no channel 8; expected 0 to 7"),
+        ({"channels": 0}, r"channels=0\): expected 'all', how many a layer"),
+        ({"layers": "covn"}, r"lesion_table\(layers='covn'\): no tracked module"),
+        ({"rank": 2, "world": 2}, r"rank=2, world=2\): expected rank from 0"),
+        ({"step": images_and_labels}, r"'zero' needs units=find_units\(model, example\)"),
+    ],
+)
+def test_errors_of_the_table_quote_the_call(options, message):
+    with pytest.raises(ValueError, match=message):
+        table(**options)
+
+
+def test_errors_of_the_data_say_what_is_missing():
+    empty = DataLoader(TensorDataset(torch.zeros(0, 3, 8, 8), torch.zeros(0)))
+    for operations in (["zero"], ["mean"]):
+        with pytest.raises(ValueError, match=r"evaluation_loader\): it holds no images"):
+            lesion_table(model(), empty, loader(), operations=operations, progress=False)
+    with pytest.raises(ValueError, match="expected a probe for all operations but 'zero'"):
+        lesion_table(model(), loader(), None, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (("net.0", 0, "zero"), r"pass units=find_units"),
+        (("net.0", 0, "hull"), r"pass repair=measure_repairs\(…\)\['net\.0'\]"),
+        (("net.0", 6, "mean"), "no channel 6; expected 0 to 5"),
+        (("net.1", 0, "mean"), r"no layer 'net\.1'; did you mean"),
+        (("net.0", 0, "one"), "unknown operation 'one'"),
+    ],
+)
+def test_errors_of_the_context_quote_the_call(place, message):
+    network = model()
+    with pytest.raises(ValueError, match=message), lesion(network, *place):
+        pass

@@ -1,0 +1,317 @@
+"""Units: what is masked is what is removed, nothing else changes, and what cannot be removed stays."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from chanaxes_pl.models import BACKBONES, Classifier
+from chanaxes_pl.network.groups import LIBRARY_SCORES, find_units, library_importance
+from chanaxes_pl.network.removal import masked, remove
+from tests.helpers.networks import IMAGES, NETS, ONE, Net, build, halves, head, pooled, relative_error
+
+READERS = "no convolution or Linear layer reads it"
+
+
+@torch.no_grad()
+def both(model: nn.Module, kept: dict[str, Tensor], groups) -> tuple[Tensor, Tensor]:
+    """Logits of the masked network, and of the slim one."""
+    slim = copy.deepcopy(model)
+    remove(slim, groups, kept)
+    with masked(model, groups, kept):
+        return model(IMAGES), slim(IMAGES)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_masked_and_slim_give_the_same_logits(name):
+    model = build(name)
+    groups = find_units(model, ONE).groups.values()
+    for seed in range(2):
+        kept = halves(groups, seed)
+        hidden, slim = both(model, kept, groups)
+        assert relative_error(slim, hidden) < 1e-5
+        assert relative_error(hidden, model(IMAGES).detach()) > 1e-2
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_each_group_by_itself_down_to_one_unit(name):
+    model = build(name)
+    groups = find_units(model, ONE).groups
+    for group in list(groups.values())[:: 3 if name in BACKBONES else 1]:
+        hidden, slim = both(model, {group.name: torch.tensor([group.size // 2])}, groups.values())
+        assert relative_error(slim, hidden) < 1e-5
+
+
+def test_a_removal_is_seen_by_the_weights_that_stay():
+    model = build("concatenating")
+    groups = find_units(model, ONE).groups.values()
+    slim = copy.deepcopy(model)
+    remove(slim, groups, {"stem.0": torch.tensor([1, 4]), "second.0": torch.tensor([3])})
+    inputs = [1, 4, *range(10, 16), 19, *range(20, 26)]
+    assert torch.equal(slim.head.weight, model.head.weight[:, inputs])
+    assert torch.equal(slim.third[0].weight, model.third[0].weight[:, inputs[:9]])
+    assert torch.equal(slim.stem[1].running_var, model.stem[1].running_var[[1, 4]])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny", "normed"])
+def test_a_mask_leaves_no_trace(name):
+    model = build(name)
+    units = find_units(model, ONE)
+    groups, kept = units.groups.values(), halves(units.groups.values())
+    with torch.no_grad():
+        before, state = model(IMAGES), copy.deepcopy(model.state_dict())
+        with masked(model, groups, kept):
+            assert not torch.equal(model(IMAGES), before)
+        assert torch.equal(model(IMAGES), before)
+        with pytest.raises(KeyError, match="on purpose"), masked(model, groups, kept):
+            raise KeyError("on purpose")
+        assert torch.equal(model(IMAGES), before)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_a_mask_of_all_units_and_of_none_changes_nothing():
+    model = build("mobilenet_v2")
+    groups = find_units(model, ONE).groups.values()
+    whole = {group.name: torch.arange(group.size) for group in groups}
+    with torch.no_grad():
+        for kept in (whole, {}):
+            hidden, slim = both(model, kept, groups)
+            assert torch.equal(hidden, model(IMAGES))
+            assert torch.equal(slim, hidden)
+
+
+def test_finding_leaves_the_model_as_it_is():
+    model = build("resnet18").requires_grad_(False)
+    model.fc.requires_grad_(True)
+    model.train()
+    model.bn1.eval()
+    state = copy.deepcopy(model.state_dict())
+    training = [module.training for module in model.modules()]
+    stream = torch.get_rng_state()
+    units = find_units(model, ONE)
+    assert list(units.groups) == list(find_units(build("resnet18"), ONE).groups)
+    assert [module.training for module in model.modules()] == training
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["fc.weight", "fc.bias"]
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), stream)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_removal_keeps_frozen_parameters_frozen():
+    model = build("normed").requires_grad_(False)
+    groups = find_units(model, ONE).groups.values()
+    remove(model, groups, halves(groups))
+    assert not any(p.requires_grad for p in model.parameters())
+    assert model.position.shape == (1, 16, 6)
+
+
+def test_residual_sums_tie_their_producers():
+    units = find_units(build("resnet18"), ONE)
+    first = next(iter(units.groups.values()))
+    assert first.name == "conv1"
+    assert list(first.producers) == ["conv1", "layer1.0.conv2", "layer1.1.conv2"]
+    assert list(first.consumers) == ["layer1.0.conv1", "layer1.1.conv1", "layer2.0.conv1", "layer2.0.downsample.0"]
+    assert list(units.groups)[1:4] == ["layer1.0.conv1", "layer1.1.conv1", "layer2.0.conv1"]
+    assert units.fixed == {"fc": READERS}
+
+
+def test_a_depthwise_layer_goes_with_its_expansion():
+    group = find_units(build("mobilenet_v2"), ONE).groups["features.2.conv.0.0"]
+    assert list(group.producers) == ["features.2.conv.0.0", "features.2.conv.1.0"]
+    assert list(group.consumers) == ["features.2.conv.2"]
+
+
+def test_units_of_grouped_layers_take_one_channel_of_each_group():
+    groups = find_units(build("grouped"), ONE).groups
+    assert groups["down.0"].producers["down.0"].tolist() == [[u, u + 4, u + 8] for u in range(4)]
+    assert groups["mix.0"].consumers["up.0"].tolist() == [[u, u + 4, u + 8] for u in range(4)]
+    assert list(groups["stem.0"].producers) == ["stem.0", "up.0"]
+
+
+def test_a_flattened_map_is_read_at_all_its_positions():
+    group = find_units(build("flattening"), ONE).groups["body.2.0"]
+    assert group.consumers["hidden"].tolist() == [[4 * u + p for p in range(4)] for u in range(10)]
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_groups_come_in_order_of_execution(name):
+    model, ran = build(name), []
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    for layer_name, layer in layers.items():
+        layer.register_forward_hook(lambda *_, layer_name=layer_name: ran.append(layer_name))
+    model(ONE)
+    units = find_units(build(name), ONE)
+    places = [ran.index(group) for group in units.groups]
+    assert places == sorted(places)
+    producers = [name for group in units.groups.values() for name in group.producers]
+    assert sorted([*producers, *units.fixed]) == sorted(ran)
+    assert units.fixed[ran[-1]] == READERS
+
+
+def test_protection_by_glob():
+    units = find_units(build("resnet18"), ONE)
+    rest = units.protect(["layer1.*"])
+    assert not any(name.startswith("layer1") for group in rest.groups.values() for name in group.producers)
+    assert rest.fixed["conv1"] == rest.fixed["layer1.0.conv1"] == "protected by name"
+    assert len(rest.groups) == len(units.groups) - 3
+    assert units.fixed == {"fc": READERS}
+    assert set(units.protect(["fc"]).groups) == set(units.groups)
+    with pytest.raises(ValueError, match=r"prune\(protect='conv9'\): matches no layer; did you mean 'conv1'"):
+        units.protect(["conv1", "conv9"], "prune")
+
+
+def test_what_does_not_run_is_an_error():
+    with pytest.raises(ValueError, match=r"prune: _ResNet does not run on a torch.float32 batch of shape \(1, 5, 32"):
+        find_units(build("resnet18"), torch.zeros(1, 5, 32, 32), "prune")
+    with pytest.raises(ValueError, match="gave dict without a gradient: expected logits that autograd can follow"):
+        find_units(Net(lambda net, x: {"logits": net.head(pooled(x))}, head=head(3)), ONE)
+    with pytest.raises(ValueError, match=r"Net has no channels that can be removed \(head: no convolution or Linear"):
+        find_units(Net(lambda net, x: net.head(pooled(x)), head=head(3)), ONE)
+
+
+def conv(inputs: int, outputs: int, **options) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, padding=1, **options)
+
+
+def between(function: Callable[[Net, Tensor], Tensor], outputs: int = 8, inputs: int = 8, **layers) -> nn.Module:
+    """``a``, then a function, then ``b``."""
+    return Net(
+        lambda net, x: net.head(pooled(net.b(function(net, net.a(x))).relu())),
+        a=conv(3, outputs),
+        b=conv(inputs, 6),
+        head=head(6),
+        **layers,
+    )
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 8, stride=8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.b, self.c, self.head = nn.Linear(8, 6), nn.Linear(6, 8), head(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).flatten(2).mT
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return self.head((x + self.c(self.b(x).relu())).mean(1))
+
+
+def own_attention() -> nn.Module:
+    def forward(net, x):
+        x = net.b(x).flatten(2).mT
+        x = x + net.o((net.a(x) @ net.k(x).mT).softmax(-1) @ net.v(x))
+        return net.head(x.mean(1))
+
+    layers = {"o": nn.Linear(4, 6), "a": nn.Linear(6, 4), "k": nn.Linear(6, 4), "v": nn.Linear(6, 4)}
+    return Net(forward, b=nn.Conv2d(3, 6, 8, stride=8), **layers, head=head(6))
+
+
+def with_an_output_inside() -> nn.Module:
+    def forward(net, x):
+        x = net.a(x)
+        return pooled(x + net.c(net.b(x).relu()))
+
+    return Net(forward, a=conv(3, 8), b=conv(8, 6), c=conv(6, 8))
+
+
+MIXES, RUNS, READ = "mixes channels", "does not run without", "the others are read in another way"
+FIXED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "GroupNorm": (lambda: between(lambda n, x: n.n(x), n=nn.GroupNorm(2, 8)), "it passes GroupNorm, which mixes"),
+    "GroupNorm without weights": (lambda: between(lambda n, x: n.n(x), n=nn.GroupNorm(2, 8, affine=False)), RUNS),
+    "group_norm": (lambda: between(lambda n, x: F.group_norm(x, 1)), READ),
+    "LayerNorm over maps": (lambda: between(lambda n, x: n.n(x), n=nn.LayerNorm([8, 32, 32])), RUNS),
+    "LayerNorm over positions": (lambda: between(lambda n, x: n.n(x), n=nn.LayerNorm(32)), RUNS),
+    "RMSNorm": (lambda: between(lambda n, x: n.n(x.movedim(1, -1)).movedim(-1, 1), n=nn.RMSNorm(8)), RUNS),
+    "attention": (Attention, "it passes MultiheadAttention, which mixes channels"),
+    "attention by hand": (own_attention, READ),
+    "ConvTranspose2d": (lambda: between(lambda n, x: n.n(x), n=nn.ConvTranspose2d(8, 8, 1)), MIXES),
+    "softmax over channels": (lambda: between(lambda n, x: x.softmax(1)), READ),
+    "mean over channels": (lambda: between(lambda n, x: x * x.mean(1, keepdim=True)), READ),
+    "two halves": (lambda: between(lambda n, x: x[:, :4] * x[:, 4:].sigmoid(), 8, 4), "uneven parts"),
+    "glu": (lambda: between(lambda n, x: F.glu(x, 1), 8, 4), RUNS),
+    "channel shuffle": (lambda: between(lambda n, x: x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)), RUNS),
+    "pixel shuffle": (lambda: between(lambda n, x: F.pixel_shuffle(x, 2), 8, 2), RUNS),
+    "flip": (lambda: between(lambda n, x: x.flip(1)), READ),
+    "roll": (lambda: between(lambda n, x: x.roll(1, 1)), READ),
+    "permutation": (lambda: between(lambda n, x: x[:, [3, 1, 0, 2, 7, 6, 5, 4]]), RUNS),
+    "flattened channels last": (
+        lambda: Net(
+            lambda net, x: net.head(net.b(net.a(x).movedim(1, -1).flatten(1)).relu()),
+            a=nn.Conv2d(3, 8, 16, stride=16),
+            b=nn.Linear(32, 6),
+            head=head(6),
+        ),
+        READ,
+    ),
+    "fixed number of channels": (lambda: between(lambda n, x: x * torch.arange(1.0, 9.0)[:, None, None]), RUNS),
+    "weights outside of layers": (
+        lambda: between(lambda n, x: F.conv2d(x, n.w), 8, 8, w=nn.Parameter(torch.ones(8, 8, 1, 1))),
+        RUNS,
+    ),
+    "network's output": (with_an_output_inside, "its channels are the network's output"),
+    "depthwise multiplier": (lambda: between(lambda n, x: n.n(x), 8, 16, n=conv(8, 16, groups=8)), "single unit"),
+}
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_what_cannot_be_removed_is_fixed_with_the_reason(name):
+    make, reason = FIXED[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = make().eval()
+    units = find_units(model, ONE)
+    assert reason in units.fixed["a"]
+    groups = units.groups.values()
+    for seed in range(3):
+        hidden, slim = both(model, halves(groups, seed), groups)
+        assert relative_error(slim, hidden) < 1e-5
+
+
+def test_reasons_are_found_whatever_the_weights():
+    """Where a new network's layer scales or zeros hide a wrong removal, weights of the trial's own show it."""
+    model = between(lambda n, x: x.flip(1)).eval()
+    nn.init.zeros_(model.b.weight)
+    assert list(find_units(model, torch.zeros(1, 3, 32, 32)).groups) == ["b"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_have_the_same_units(dtype):
+    wanted = find_units(build("resnet18"), ONE)
+    found = find_units(build("resnet18").to(dtype), ONE.to(dtype))
+    assert list(found.groups) == list(wanted.groups)
+
+
+def test_a_classifier_that_runs_channels_last():
+    """Kept to the narrow: with fewer than 8 inputs, a strided 1×1 convolution would crash in that order."""
+    model = Classifier("resnet18", 7, width=0.125, channels_last=True)
+    units = find_units(model, ONE)
+    assert next(iter(units.groups)) == "network.conv1"
+    assert model.memory_format == torch.channels_last
+
+
+@pytest.mark.parametrize("score", sorted(LIBRARY_SCORES))
+def test_library_scores_are_one_number_a_channel(score):
+    layer, norm = conv(3, 8), nn.BatchNorm2d(8)
+    norm.weight.data = torch.linspace(-1, 2, 8)
+    norm(layer(IMAGES)).square().sum().backward()
+    found = library_importance(score, norm if score == "bn_scale" else layer)
+    assert found.shape == (8,)
+    assert not found.requires_grad
+    flat = layer.weight.detach().flatten(1)
+    wanted = {
+        "l1": flat.abs().sum(1),
+        "l2": flat.square().sum(1),
+        "bn_scale": norm.weight.detach().abs(),
+        "taylor": (flat * layer.weight.grad.flatten(1)).sum(1).abs(),
+        "fpgm": torch.cdist(flat.square(), flat.square()).sum(1),  # the library's reading: of squared weights
+    }
+    if score in wanted:
+        assert torch.equal(found.argsort(), wanted[score].argsort())
+    else:  # LAMP keeps the order of magnitudes within a layer
+        assert torch.equal(found.argsort(), flat.square().sum(1).argsort())

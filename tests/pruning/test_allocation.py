@@ -1,0 +1,200 @@
+"""Budgets: what a network costs, what it would cost without some units, and how many have to go."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torchvision.models import resnet18 as torchvision_resnet18
+
+from chanaxes_pl.models import BACKBONES
+from chanaxes_pl.network.groups import find_units
+from chanaxes_pl.network.macs import Cost, count_macs
+from chanaxes_pl.network.removal import Group, remove
+from chanaxes_pl.pruning.allocation import GRID, check_budget, fit_budget, keep_best, threshold_order, uniform_order
+from tests.helpers.networks import IMAGES, NETS, ONE, build, halves
+
+ORDERS = ("uniform", "threshold")
+#: Found once: name → model, groups, cost.
+_FOUND: dict[str, tuple[nn.Module, list[Group], Cost]] = {}
+
+
+def found(name: str) -> tuple[nn.Module, list[Group], Cost]:
+    if name not in _FOUND:
+        model = build(name)
+        groups = list(find_units(model, ONE).groups.values())
+        _FOUND[name] = model, groups, Cost(model, groups, ONE)
+    return _FOUND[name]
+
+
+def fake(name: str, size: int) -> Group:
+    return Group(name, size, {}, {}, {}, ())
+
+
+def noise(groups: list[Group], seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {group.name: torch.rand(group.size, generator=generator) for group in groups}
+
+
+def order_of(kind: str, groups: list[Group]) -> np.ndarray:
+    return uniform_order(groups) if kind == "uniform" else threshold_order(groups, noise(groups))
+
+
+def test_macs_by_hand():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1),  # 8 outputs at 16×16, each from 3×3×3
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, 8, 5, groups=8),  # at 12×12, each from 5×5
+        nn.Conv2d(8, 6, 1, groups=2),  # each from 4
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(24, 5),
+    )
+    by_hand = 8 * 16 * 16 * 27 + 8 * 12 * 12 * 25 + 6 * 12 * 12 * 4 + 24 * 5
+    assert count_macs(model, ONE) == by_hand
+    assert count_macs(model, IMAGES) == by_hand
+    assert model.training
+    assert model[1].num_batches_tracked == 0
+
+
+def test_macs_of_torchvisions_resnet18():
+    """The convention: 74,033,152 operations of PyTorch's counter, two to a multiply–add."""
+    assert count_macs(torchvision_resnet18(num_classes=10), ONE) == 74_033_152 // 2
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_cost_is_that_of_the_slim_network(name):
+    model, groups, cost = found(name)
+    assert cost.dense == count_macs(model, ONE) == cost.macs(np.zeros(len(groups)))
+    for seed, share in enumerate((0.5, 0.2, 0.9)):
+        kept = halves(groups, seed, share)
+        if seed == 2:  # only some of the groups
+            kept = {group.name: kept[group.name] for group in groups[::2]}
+        slim = copy.deepcopy(model)
+        remove(slim, groups, kept)
+        lost = np.array([group.size - len(kept.get(group.name, range(group.size))) for group in groups])
+        assert cost.macs(lost) == count_macs(slim, ONE)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from(["grouped", "concatenating", "squeezing", "flattening"]), st.data())
+def test_cost_of_any_removal(name, data):
+    model, groups, cost = found(name)
+    lost = np.array([data.draw(st.integers(0, group.size - 1)) for group in groups])
+    slim = copy.deepcopy(model)
+    remove(slim, groups, {g.name: torch.arange(n, g.size) for g, n in zip(groups, lost, strict=True)})
+    assert cost.macs(lost) == count_macs(slim, ONE)
+
+
+def test_a_layer_that_runs_twice_costs_twice():
+    first, second = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+    model = nn.Sequential(first, second, nn.ReLU(), second, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2))
+    groups = list(find_units(model, ONE).groups.values())
+    slim = copy.deepcopy(model)
+    remove(slim, groups, {groups[0].name: torch.arange(4)})
+    assert Cost(model, groups, ONE).macs(np.array([2])) == count_macs(slim, ONE) == 32 * 32 * 9 * (3 * 4 + 2 * 16) + 8
+
+
+@pytest.mark.parametrize("kind", ORDERS)
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_budget_is_met_to_half_a_percent_or_one_unit(name, kind):
+    _, groups, cost = found(name)
+    order = order_of(kind, groups)
+    for budget in GRID:
+        lost = fit_budget(cost, order, budget)
+        turns = lost.sum()
+        assert np.array_equal(np.bincount(order[:turns], minlength=len(groups)), lost)
+        share = cost.macs(lost) / cost.dense
+        around = order[max(0, turns - 1) : turns + 1]  # the units on both sides of where it stops
+        unit = max(
+            abs(share - cost.macs(lost + sign * (np.arange(len(groups)) == g)) / cost.dense)
+            for g in around
+            for sign in (1, -1)
+            if 0 <= lost[g] + sign < groups[g].size
+        )
+        assert abs(share - budget) <= max(0.005, unit)
+        assert all(lost < [group.size for group in groups])
+
+
+@pytest.mark.parametrize("kind", ORDERS)
+@pytest.mark.parametrize("name", ["resnet18", "grouped", "concatenating"])
+def test_bisection_finds_the_closest_prefix(name, kind):
+    _, groups, cost = found(name)
+    order = order_of(kind, groups)
+    shares = np.array(
+        [cost.macs(np.bincount(order[:turns], minlength=len(groups))) / cost.dense for turns in range(len(order) + 1)]
+    )
+    assert (np.diff(shares) < 0).all()
+    for budget in (*GRID, 1.0, 0.99, shares[-1], (shares[3] + shares[4]) / 2 + 1e-9):
+        assert fit_budget(cost, order, budget).sum() == np.abs(shares - budget).argmin()
+
+
+@pytest.mark.parametrize("kind", ORDERS)
+@pytest.mark.parametrize("name", NETS)
+def test_no_layer_loses_its_last_channel(name, kind):
+    model, groups, cost = found(name)
+    order = order_of(kind, groups)
+    ends = np.array([group.size - 1 for group in groups])
+    least = cost.macs(ends) / cost.dense
+    lost = fit_budget(cost, order, least)
+    assert np.array_equal(lost, ends)
+    slim = copy.deepcopy(model)
+    remove(slim, groups, keep_best(groups, lost, noise(groups)))
+    assert slim(ONE).isfinite().all()
+    assert count_macs(slim, ONE) / cost.dense == pytest.approx(least)
+
+
+@given(st.lists(st.integers(2, 40), min_size=1, max_size=6), st.data())
+def test_a_uniform_order_takes_equal_shares_at_every_turn(sizes, data):
+    groups = [fake(str(g), size) for g, size in enumerate(sizes)]
+    order = uniform_order(groups)
+    assert np.array_equal(np.bincount(order, minlength=len(sizes)), np.array(sizes) - 1)
+    turns = data.draw(st.integers(0, len(order)))
+    lost = np.bincount(order[:turns], minlength=len(sizes))
+    shares = [(n / size, 1 / size) for n, size in zip(lost, sizes, strict=True) if n < size - 1]
+    for share, unit in shares:
+        for other, other_unit in shares:
+            assert share - other <= max(unit, other_unit) + 1e-9
+
+
+@given(st.lists(st.lists(st.integers(-5, 5), min_size=2, max_size=9), min_size=1, max_size=5), st.data())
+def test_a_threshold_order_takes_what_is_below_one_threshold(columns, data):
+    groups = [fake(str(g), len(column)) for g, column in enumerate(columns)]
+    values = {group.name: torch.tensor(column) / 2 for group, column in zip(groups, columns, strict=True)}
+    order = threshold_order(groups, values)
+    assert np.array_equal(np.bincount(order, minlength=len(groups)), [group.size - 1 for group in groups])
+    threshold = data.draw(st.sampled_from(np.unique(np.concatenate(columns)).tolist())) / 2
+    lost = np.array([min(int((values[g.name] < threshold).sum()), g.size - 1) for g in groups])
+    assert np.array_equal(np.bincount(order[: lost.sum()], minlength=len(groups)), lost)
+
+
+def test_the_lowest_go_and_of_equals_the_first():
+    groups = [fake("a", 5), fake("b", 3), fake("c", 2)]
+    scores = {"a": torch.tensor([3.0, -1.0, 2.0, 0.0, 5.0]), "b": torch.tensor([1.0, 1.0, 1.0]), "c": torch.rand(2)}
+    kept = keep_best(groups, np.array([2, 1, 0]), scores)
+    assert {name: units.tolist() for name, units in kept.items()} == {"a": [0, 2, 4], "b": [1, 2], "c": [0, 1]}
+
+
+@pytest.mark.parametrize("budget", [0, 0.0, 1.2, -0.5, float("nan"), float("inf")])
+def test_a_budget_that_is_no_share_is_refused(budget):
+    _, groups, cost = found("grouped")
+    message = rf"prune\(budget={budget}\): expected the share of the dense network's MACs that remains, above 0"
+    with pytest.raises(ValueError, match=message):
+        check_budget(budget, "prune")
+    with pytest.raises(ValueError, match=message):
+        fit_budget(cost, uniform_order(groups), budget, "prune")
+
+
+def test_a_budget_below_what_is_protected_names_the_least():
+    model, _, _ = found("resnet18")
+    units = find_units(model, ONE).protect(["layer[1-3]*"])
+    groups = list(units.groups.values())
+    cost = Cost(model, groups, ONE)
+    least = cost.macs(np.array([group.size - 1 for group in groups])) / cost.dense
+    assert 0.3 < least < 0.9
+    with pytest.raises(ValueError, match=rf"budget=0\.2\): {least:.4f} of the MACs remain .* expected a budget from"):
+        fit_budget(cost, uniform_order(groups), 0.2)
+    assert fit_budget(cost, uniform_order(groups), 1.0).sum() == 0

@@ -1,0 +1,316 @@
+"""Compensation: what can be made up for is, exactly; every fit is the least squares that it claims to be."""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor, nn
+
+from chanaxes_pl.network.groups import executed_layers, find_units
+from chanaxes_pl.network.removal import Group, remove
+from chanaxes_pl.pruning import compensation as home
+from chanaxes_pl.pruning import lockstep as lockstep_home
+from chanaxes_pl.pruning.compensation import RIDGE, compensate, kept_channels, reestimate_norms
+from chanaxes_pl.pruning.lockstep import lockstep
+from tests.helpers.networks import NETS, ONE, Net, build, halves, head, pooled
+
+BATCHES = torch.randn(96, 3, 32, 32, generator=torch.Generator().manual_seed(6)).split(40)
+OTHERS = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(7))
+
+
+def cut(model: nn.Module, kept: Mapping[str, Tensor], groups: Iterable[Group]) -> nn.Module:
+    slim = copy.deepcopy(model)
+    remove(slim, groups, kept)
+    return slim
+
+
+@torch.no_grad()
+def duplicate(model: nn.Module, group: Group, unit: int, double: int) -> None:
+    """Let one unit compute what another does."""
+    for part in group.cuts:
+        if part.path in group.consumers and "in_channels" in part.function.__name__:
+            continue
+        if part.dimension is not None:
+            tensors = [model.get_parameter(part.path).movedim(part.dimension, 0)]
+        else:
+            module = model.get_submodule(part.path)
+            tensors = [tensor for tensor in module.state_dict().values() if tensor.ndim]
+        for tensor in tensors:
+            tensor[part.indices[double]] = tensor[part.indices[unit]]
+
+
+EXACT = [  # network, group, strengths that can make up for it
+    ("flattening", "body.0.0", ("fold", "refit")),  # read by a strided convolution
+    ("flattening", "body.2.0", ("fold", "refit")),  # at all positions, by a Linear
+    ("flattening", "hidden", ("fold", "refit")),
+    ("concatenating", "stem.0", ("fold", "refit")),
+    ("concatenating", "second.0", ("fold", "refit")),
+    ("grouped", "stem.0", ("fold", "refit")),  # a residual sum
+    ("grouped", "mix.0", ("fold", "refit")),
+    ("grouped", "down.0", ("refit",)),  # read by a grouped convolution
+    ("normed", "up", ("fold", "refit")),  # one vector a token
+    ("squeezing", "stem.0", ("fold", "refit")),  # behind a gate
+    ("resnet18", "conv1", ("fold", "refit")),
+    ("inverted", "expand.0", ("fold", "refit")),  # through a depthwise layer
+    ("convnext block", "block.block.3", ("fold", "refit")),  # channels last
+]
+
+
+@pytest.mark.parametrize(("name", "of", "strength"), [(n, g, s) for n, g, strengths in EXACT for s in strengths])
+@torch.no_grad()
+def test_a_duplicate_is_made_up_for_exactly(name, of, strength):
+    model = build(name)
+    groups = find_units(model, ONE).groups
+    group = groups[of]
+    duplicate(model, group, 0, group.size - 1)
+    kept = {of: torch.arange(group.size - 1)}
+    slim = cut(model, kept, groups.values())
+    wanted, without = model(OTHERS), slim(OTHERS)
+    # Shrinkage leaves an error in proportion to λ; much below 1e-4, rounding in float32 leaves a larger one.
+    report = compensate(slim, model, groups.values(), kept, BATCHES, strength, ridge=1e-4, positions=64)
+    spread = (wanted - wanted.mean(0)).abs().max()  # logits of random networks hardly depend on the image
+    error = (slim(OTHERS) - wanted).abs().max()
+    assert error < 1e-3 * spread
+    assert error < 0.03 * (without - wanted).abs().max()
+    assert report.after.max() < 1e-6
+
+
+@pytest.mark.parametrize("strength", RIDGE)
+@pytest.mark.parametrize("name", NETS)
+@torch.no_grad()
+def test_every_fit_helps_and_so_do_all_together(name, strength):
+    model = build(name)
+    groups = find_units(model, ONE).groups.values()
+    kept = halves(groups, share=0.7)
+    slim = cut(model, kept, groups)
+    images = torch.cat(BATCHES)
+    wanted, without = model(images), slim(images)
+    report = compensate(slim, model, groups, kept, BATCHES, strength)
+    assert (slim(images) - wanted).square().mean() < 0.75 * (without - wanted).square().mean()
+    assert list(report.columns) == ["layer", "before", "after", "reason"]
+    assert list(report.layer) == executed_layers(model, ONE)
+    fitted = report[report.reason == ""]
+    assert (fitted.after <= fitted.before * (1 + 1e-9)).all()
+    assert (fitted.before > 0).sum() > len(fitted) / 3
+    grouped = {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.groups > 1}
+    expected = grouped if strength == "fold" else set()
+    assert set(report.layer[report.reason != ""]) == expected
+    assert report.reason[report.reason != ""].str.contains("read groups of inputs, which have nothing to fold").all()
+
+
+@torch.no_grad()
+def test_fits_see_the_errors_upstream():
+    """Fitting each layer to what the uncompensated network gives it, and putting the fits together, is worse."""
+    model = build("concatenating")
+    groups = find_units(model, ONE).groups.values()
+    kept = halves(groups)
+    slim, pieces, images = cut(model, kept, groups), cut(model, kept, groups), torch.cat(BATCHES)
+    channels = kept_channels(model, groups, kept)
+    compensate(slim, model, groups, kept, BATCHES)
+    for name in executed_layers(model, ONE):
+        alone = cut(model, kept, groups)
+        for _, signals in lockstep(model, alone, BATCHES, [name]):
+            task = home._Task(name, alone.get_submodule(name), model.get_submodule(name), *channels[name], 16)
+            home._refit(task, signals, RIDGE["refit"])
+        fitted, layer = alone.get_submodule(name), pieces.get_submodule(name)
+        layer.weight, layer.bias = fitted.weight, fitted.bias
+    wanted = model(images)
+    in_order, apart = ((net(images) - wanted).square().mean() for net in (slim, pieces))
+    assert in_order < 0.9 * apart
+
+
+@pytest.mark.parametrize("strength", RIDGE)
+@pytest.mark.parametrize("name", ["resnet18", "concatenating", "normed"])
+def test_with_nothing_removed_nothing_changes(name, strength):
+    model = build(name)
+    groups = find_units(model, ONE).groups.values()
+    slim = copy.deepcopy(model)
+    report = compensate(slim, model, groups, {g.name: torch.arange(g.size) for g in groups}, BATCHES, strength)
+    state = model.state_dict()
+    assert list(slim.state_dict()) == list(state)
+    assert all(torch.equal(value, state[key]) for key, value in slim.state_dict().items())
+    assert (report.before == 0).all()
+    assert (report.after == 0).all()
+
+
+@pytest.mark.parametrize("strength", RIDGE)
+def test_layers_before_the_first_removal_are_left_alone(strength):
+    model = build("vgg16_bn")
+    groups = find_units(model, ONE).groups.values()
+    kept = {"features.14": torch.arange(40)}
+    slim = cut(model, kept, groups)
+    whole = copy.deepcopy(slim)
+    compensate(slim, model, groups, kept, BATCHES[2:], strength)
+    changed = [name for name, value in whole.state_dict().items() if not torch.equal(value, slim.state_dict()[name])]
+    assert changed[0] == "features.17.weight"
+    assert not any("running" in name or name.startswith("features.14") for name in changed)
+
+
+@pytest.mark.parametrize("strength", RIDGE)
+@pytest.mark.parametrize("name", ["resnet18", "normed", "grouped", "inverted"])
+def test_a_network_that_cannot_be_traced_gets_the_same_weights(name, strength, monkeypatch):
+    model = build(name)
+    groups = find_units(model, ONE).groups.values()
+    kept = halves(groups)
+    images = [batch[:12] for batch in BATCHES[:2]]
+    traced, whole = cut(model, kept, groups), cut(model, kept, groups)
+    first = compensate(traced, model, groups, kept, images, strength)
+    monkeypatch.setattr(lockstep_home, "_traced", lambda *_: None)
+    second = compensate(whole, model, groups, kept, images, strength)
+    pd.testing.assert_frame_equal(first, second)
+    for key, value in traced.state_dict().items():
+        torch.testing.assert_close(whole.state_dict()[key], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_that_runs_twice_is_reported():
+    twice, last = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 6, 3)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), twice, nn.ReLU(), twice, nn.ReLU(), last, nn.ReLU())
+    model = Net(lambda net, x: net.head(pooled(net.body(x))), body=net, head=head(6)).eval()
+    groups = find_units(model, ONE).groups.values()
+    kept = halves(groups)
+    slim = cut(model, kept, groups)
+    before = slim.body[2].weight.clone()
+    report = compensate(slim, model, groups, kept, BATCHES).set_index("layer")
+    assert report.reason["body.2"] == "runs more than once in a forward pass"
+    assert report.loc["body.2", ["before", "after"]].isna().all()
+    assert (report.reason == "").sum() == 3
+    assert torch.equal(slim.body[2].weight, before)
+
+
+def test_the_networks_modes_and_the_dense_one_are_as_before():
+    model = build("resnet18")
+    groups = find_units(model, ONE).groups.values()
+    kept = halves(groups)
+    slim = cut(model, kept, groups).train()
+    model.train()
+    model.bn1.eval()
+    state, stream = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    modes = [m.training for m in model.modules()]
+    norms = {key: value.clone() for key, value in slim.state_dict().items() if "running" in key}
+    compensate(slim, model, groups, kept, BATCHES)
+    assert [m.training for m in model.modules()] == modes
+    assert all(m.training for m in slim.modules())
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert all(torch.equal(slim.state_dict()[key], value) for key, value in norms.items())
+    assert torch.equal(torch.get_rng_state(), stream)
+    assert not any(m._forward_hooks for net in (model, slim) for m in net.modules())
+    assert all(p.requires_grad and p.grad is None for p in slim.parameters())
+
+
+@pytest.mark.parametrize("strength", RIDGE)
+@torch.no_grad()
+def test_signals_that_do_not_vary_give_no_figure_and_no_harm(strength):
+    model = build("concatenating")
+    model.first[1].weight.zero_()
+    model.second[0].weight.zero_()
+    model.second[1].bias.fill_(-50)
+    groups = find_units(model, ONE).groups.values()
+    kept = halves(groups)
+    slim = cut(model, kept, groups)
+    report = compensate(slim, model, groups, kept, BATCHES, strength).set_index("layer")
+    assert all(value.isfinite().all() for value in slim.state_dict().values())
+    if strength == "refit":
+        assert np.isnan(report.before["second.0"])
+        assert report.reason["second.0"] == "what it was to be fitted to does not vary"
+    assert report[["before", "after"]].isna().any(axis=1).equals(report.reason != "")
+
+
+def test_an_unknown_strength_is_refused():
+    model = build("grouped")
+    with pytest.raises(ValueError, match=r"compensate='bend': expected one of 'fold', 'refit', True or False"):
+        compensate(model, model, [], {}, BATCHES, "bend")
+
+
+def test_depthwise_layers_lose_inputs_with_their_outputs():
+    model = build("squeezing")
+    groups = find_units(model, ONE).groups.values()
+    kept = {"image.0": torch.tensor([0]), "wide.0": torch.tensor([1, 2])}
+    channels = {name: [part.tolist() for part in both] for name, both in kept_channels(model, groups, kept).items()}
+    assert channels["image.0"] == [[0, 1, 2], [0, 2, 4]]  # it reads the image, which stays
+    assert channels["stem.0"][0] == [0, 2, 4]
+    assert channels["wide.0"] == [[0, 1, 2, 3], [1, 2, 5, 6, 9, 10, 13, 14]]
+    assert channels["head"][0] == channels["wide.0"][1]
+    mobile = build("mobilenet_v2")
+    groups = find_units(mobile, ONE).groups.values()
+    channels = kept_channels(mobile, groups, {"features.2.conv.0.0": torch.tensor([3, 5])})
+    assert [part.tolist() for part in channels["features.2.conv.1.0"]] == [[3, 5], [3, 5]]
+
+
+def slow_ridge(rows: np.ndarray, weight: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
+    """Least squares with λ·(mean variance) of each predictor's as further observations of the weights."""
+    features = weight.shape[1]
+    centred = rows - rows.mean(0)
+    penalty = ridge * centred[:, :features].var(0).mean()
+    among = np.vstack([centred[:, :features] / np.sqrt(len(rows)), np.sqrt(penalty) * np.eye(features)])
+    toward = np.vstack([centred[:, features:] / np.sqrt(len(rows)), np.sqrt(penalty) * weight.T])
+    fitted = np.linalg.lstsq(among, toward, rcond=None)[0].T
+    return fitted, rows[:, features:].mean(0) - fitted @ rows[:, :features].mean(0)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+@pytest.mark.parametrize("ridge", [0.0, 1e-3, 10.0])
+@pytest.mark.parametrize("sizes", [(200,), (3, 150, 47)])
+def test_ridge_is_least_squares(offset, ridge, sizes):
+    rng = np.random.default_rng(0)
+    blocks, features, outputs = 3, 6, 2
+    mixing = rng.normal(size=(blocks, 8, 8)) + np.eye(8)
+    rows = (np.einsum("nbi,bij->nbj", rng.normal(size=(200, blocks, 8)), mixing) + offset).astype(np.float32)
+    weight, bias = rng.normal(size=(blocks, outputs, features)), rng.normal(size=(blocks, outputs))
+    sums = home._Sums()
+    for part in np.split(rows, np.cumsum(sizes)[:-1]):
+        sums.update(torch.from_numpy(part))
+    fitted, shift, before, after = home._ridge(sums, torch.tensor(weight), torch.tensor(bias), ridge)
+    rest: dict[str, float] = {"before": 0, "after": 0, "own": 0}
+    for b in range(blocks):
+        block = rows[:, b].astype(np.float64)
+        slow, slow_shift = slow_ridge(block, weight[b], ridge)
+        np.testing.assert_allclose(fitted[b], slow, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(shift[b], slow_shift, rtol=1e-4, atol=1e-4 * (1 + offset))
+        x, y = block[:, :features], block[:, features:]
+        rest["before"] += np.square(y - x @ weight[b].T - bias[b]).mean(0).sum()
+        rest["after"] += np.square(y - x @ slow.T - slow_shift).mean(0).sum()
+        rest["own"] += y.var(0).sum()
+    assert before == pytest.approx(rest["before"] / rest["own"], rel=1e-3)
+    assert after == pytest.approx(rest["after"] / rest["own"], rel=1e-3, abs=1e-5)
+
+
+def test_much_ridge_leaves_the_weights_and_corrects_the_mean():
+    sums, rng = home._Sums(), torch.Generator().manual_seed(0)
+    sums.update(torch.randn(50, 1, 4, generator=rng) + 2)
+    weight = torch.randn(1, 1, 3, generator=rng, dtype=torch.float64)
+    fitted, shift, _, _ = home._ridge(sums, weight, torch.zeros(1, 1), 1e9)
+    torch.testing.assert_close(fitted, weight, rtol=0, atol=1e-6)
+    torch.testing.assert_close(shift, sums.mean[:, 3:] - weight[:, 0] @ sums.mean[0, :3, None], rtol=0, atol=1e-5)
+
+
+def statistics_of(model: nn.Module, norm: Callable[[nn.Module], nn.Module]) -> tuple[Tensor, Tensor]:
+    """Means over batches of the mean and the unbiased variance that a norm reads, when all norms use their batch's."""
+    twin, read = copy.deepcopy(model).train(), []
+    norm(twin).register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].transpose(0, 1).flatten(1)))
+    for images in BATCHES:
+        twin(images)
+    return tuple(torch.stack(parts).mean(0) for parts in ([x.mean(1) for x in read], [x.var(1) for x in read]))
+
+
+@torch.no_grad()
+def test_norms_are_estimated_anew():
+    model = build("resnet18").train()
+    model.layer2.eval()
+    model.bn1.momentum = 0.3
+    modes = [m.training for m in model.modules()]
+    wanted = [statistics_of(model, norm) for norm in (lambda m: m.bn1, lambda m: m.layer4[1].bn2)]
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    reestimate_norms(model, BATCHES)
+    for norm, (mean, variance) in zip((model.bn1, model.layer4[1].bn2), wanted, strict=True):
+        torch.testing.assert_close(norm.running_mean, mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(norm.running_var, variance, rtol=1e-4, atol=1e-5)
+    assert [m.training for m in model.modules()] == modes
+    assert [model.bn1.momentum, model.layer4[1].bn2.momentum] == [0.3, 0.1]
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    with pytest.raises(RuntimeError, match="to have 3 channels"):
+        reestimate_norms(model, [torch.zeros(2, 5, 32, 32)])
+    assert [m.training for m in model.modules()] == modes
+    assert model.bn1.momentum == 0.3

@@ -1,0 +1,230 @@
+"""The pruning grid: every row is what ``prune`` and ``evaluate`` give by themselves."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from chanaxes_pl.analysis.grids import area_under_curve, paired_difference
+from chanaxes_pl.lesions.damage_table import join_shares
+from chanaxes_pl.network.macs import count_macs
+from chanaxes_pl.plots import plot_lesions, plot_pruning
+from chanaxes_pl.pruning import grid as protocol
+from chanaxes_pl.pruning.grid import evaluate, milliseconds, pruning_grid
+from chanaxes_pl.pruning.pruner import prune
+from tests.helpers.training import CLASSES, images
+
+PROBE, TEST = images(32, 1), DataLoader(images(24, 3), batch_size=10)
+SCORES, BUDGETS = ("l1", "taylor", "random_2"), (0.8, 0.5)
+same = partial(lambda batch: batch)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 16, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, CLASSES),
+    ).eval()  # fmt: skip
+
+
+def grid(**options) -> pd.DataFrame:
+    settings = {"budgets": BUDGETS, "scores": SCORES, "progress": False, "compensate": (False, "refit")}
+    return pruning_grid(network(), PROBE, TEST, **settings | options)
+
+
+@pytest.fixture(scope="module")
+def table() -> pd.DataFrame:
+    return grid()
+
+
+def test_evaluate_is_a_plain_loop():
+    model, rows = network().train(), []
+    for pictures, labels in zip(*images(24, 3)[:], strict=True):
+        with torch.no_grad():
+            out = model.eval()(pictures[None])[0].double()
+        own, rest = out[labels], out[torch.arange(CLASSES) != labels]
+        rows.append([float(out.logsumexp(0) - own), float(out.argmax() == labels), float(own - rest.max())])
+    model.train()
+    found = evaluate(model, TEST, same)
+    assert list(found) == ["loss", "accuracy", "margin"]
+    np.testing.assert_allclose(list(found.values()), np.mean(rows, 0), rtol=1e-5)
+    assert model.training
+
+
+def test_one_row_a_variant_and_one_for_the_dense_network(table):
+    keys = table[list(protocol.VARIANT)]
+    assert len(table) == 1 + len(SCORES) * 3 * 2 * len(BUDGETS)
+    assert not keys.duplicated().any()
+    dense = table.iloc[0]
+    assert (dense["score"], dense["family"], dense["budget"], dense["macs_share"]) == ("dense", "dense", 1.0, 1.0)
+    assert dense["macs"] == count_macs(network(), PROBE[0][0][None])
+    assert dense[["loss", "accuracy", "margin"]].to_dict() == evaluate(network(), TEST, same)
+    assert set(table["compensate"]) == {"", "none", "refit"}
+    assert not table.isna().any().any()
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "shared", "own"])
+@pytest.mark.parametrize("compensate", [False, "refit"])
+def test_rows_are_what_prune_makes(table, allocation, compensate):
+    for score in SCORES:
+        for budget in BUDGETS:
+            settings = {"score": score, "allocation": allocation, "compensate": compensate, "budget": budget}
+            slim = prune(network(), PROBE, **settings)
+            row = table.query(
+                "score == @score and allocation == @allocation and budget == @budget and compensate == @strength",
+                local_dict=settings | {"strength": compensate or "none"},
+            ).iloc[0]
+            assert row["macs"] == slim.macs
+            assert row["macs_share"] == slim.macs / slim.dense_macs
+            assert row["parameters"] == sum(p.numel() for p in slim.model.parameters())
+            assert row[["loss", "accuracy", "margin"]].to_dict() == evaluate(slim.model, TEST, same)
+
+
+def test_shared_allocation_imposes_taylors_widths(table):
+    taylor = table[(table["score"] == "taylor") & (table["allocation"] == "own")].set_index(["compensate", "budget"])
+    shared = table[table["allocation"] == "shared"]
+    for row in shared.to_dict("records"):
+        assert row["macs"] == taylor.loc[(row["compensate"], row["budget"]), "macs"]
+    widths = [prune(network(), PROBE, budget=0.5, score=s, allocation=a).model[0].out_channels
+              for s, a in [("taylor", "own"), ("l1", "shared"), ("random_2", "shared")]]  # fmt: skip
+    assert len(set(widths)) == 1
+
+
+def test_uniform_allocation_takes_equal_shares(table):
+    uniform = table[table["allocation"] == "uniform"]
+    assert (uniform.groupby("budget")["macs"].nunique() == 1).all()
+    slim = prune(network(), PROBE, budget=0.5).model
+    assert slim[0].out_channels / 12 == pytest.approx(slim[3].out_channels / 16, abs=1 / 12)
+
+
+def test_the_shares_of_two_processes_make_the_whole(table):
+    shares = [grid(rank=rank, world=2) for rank in (0, 1)]
+    assert abs(len(shares[0]) - len(shares[1])) <= 1
+    pd.testing.assert_frame_equal(join_shares(shares), table, check_exact=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scores": ("l1", "chipp")}, r"pruning_grid\(score='chipp'\): no such score; did you mean 'chip'"),
+        ({"budgets": (0.8, 0.0)}, r"pruning_grid\(budget=0.0\)"),
+        ({"budgets": (0.8, 0.001)}, r"pruning_grid\(budget=0.001\): 0.\d+ of the MACs remain"),
+        ({"allocations": ("uniform", "ownn")}, r"pruning_grid\(allocation='ownn'\)"),
+        ({"compensate": (False, "fould")}, r"pruning_grid\(compensate='fould'\)"),
+        ({"protect": ["9"]}, r"protect='9'\): matches no layer"),
+    ],
+)
+def test_errors_come_before_the_first_network_is_pruned(monkeypatch, options, message):
+    monkeypatch.setattr(protocol, "evaluate", lambda *_: pytest.fail("began"))
+    with pytest.raises(ValueError, match=message):
+        grid(**options)
+
+
+@torch.no_grad()
+def silence(model: nn.Module) -> None:
+    """As fine-tuning goes, the worst: all logits 0."""
+    for parameter in model.parameters():
+        parameter.zero_()
+
+
+def test_fine_tuned_networks_are_evaluated_again(table):
+    model = network()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    settings = {"budgets": (0.5,), "scores": ("l1",), "allocations": ("uniform",), "progress": False}
+    found = pruning_grid(model, PROBE, TEST, **settings, finetune=silence, latency=True)
+    assert found["tuned_loss"].tolist()[1:] == pytest.approx([math.log(CLASSES)])
+    assert np.isnan(found["tuned_loss"][0])
+    wanted = table.query("score == 'l1' and allocation == 'uniform' and budget == 0.5 and compensate == 'none'")
+    assert found["loss"][1] == wanted["loss"].item()
+    assert (found[["latency_1", "latency_64"]] > 0).all().all()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("size", [1, 5, 64])
+def test_latency_is_of_a_batch_of_that_size(size):
+    seen = []
+
+    class Watches(nn.Module):
+        def forward(self, batch):
+            seen.append(tuple(batch.shape))
+            return batch
+
+    assert milliseconds(Watches(), torch.zeros(4, 3, 8, 8), size) > 0
+    assert set(seen) == {(size, 3, 8, 8)}
+
+
+def curves(**accuracy: list[float]) -> pd.DataFrame:
+    """A grid at 0.5 and 0.75 of the MACs, for each score, with a dense accuracy of 1."""
+    rows = [
+        {"score": "dense", "family": "dense", "allocation": "", "compensate": "", "macs_share": 1.0, "accuracy": 1.0}
+    ]
+    for score, values in accuracy.items():
+        same = {"score": score, "family": "baseline", "allocation": "uniform", "compensate": "none"}
+        rows += [same | {"macs_share": x, "accuracy": y} for x, y in zip((0.75, 0.5), values, strict=True)]
+    return pd.DataFrame(rows)
+
+
+def test_area_by_hand():
+    areas = area_under_curve(curves(a=[0.8, 0.4], b=[1.0, 1.0])).set_index("score")["area"]
+    # two trapezes of width ¼ over a range of ½: (0.4 + 0.8)/2/2 + (0.8 + 1)/2/2
+    assert areas.to_dict() == pytest.approx({"a": 0.75, "b": 1.0})
+
+
+def test_areas_of_several_runs_use_their_own_dense_network():
+    other = curves(a=[0.8, 0.4])
+    other.loc[other["score"] == "dense", "accuracy"] = 0.6
+    areas = area_under_curve(pd.concat([curves(a=[0.8, 0.4]).assign(run="one"), other.assign(run="two")]))
+    assert areas.set_index("run")["area"].to_dict() == pytest.approx({"one": 0.75, "two": 0.65})
+
+
+def test_paired_difference_by_hand():
+    runs = [curves(a=[0.8, 0.8], b=[0.6, 0.6], c=[0.4, 0.4]), curves(a=[0.9, 0.9], b=[0.5, 0.5], c=[0.5, 0.5])]
+    areas = area_under_curve(pd.concat([table.assign(run=run) for run, table in enumerate(runs)]))
+    (row,) = paired_difference(areas, ["a"], ["b", "c"]).to_dict("records")
+    # the dense end is shared: areas differ by ¾ of what accuracies do, 0.3 and 0.4
+    assert row["mean"] == pytest.approx(0.75 * 0.35)
+    assert (row["low"], row["high"], row["runs"]) == pytest.approx((0.75 * 0.3, 0.75 * 0.4, 2))
+    (opposite,) = paired_difference(areas, ["b", "c"], ["a"]).to_dict("records")
+    assert opposite["mean"] == pytest.approx(-row["mean"])
+
+
+def test_a_single_run_has_no_interval():
+    (row,) = paired_difference(area_under_curve(curves(a=[0.8, 0.8], b=[0.6, 0.6])), ["a"], ["b"]).to_dict("records")
+    assert row["mean"] == pytest.approx(0.15)
+    assert np.isnan(row["low"])
+    assert np.isnan(row["high"])
+    assert row["runs"] == 1
+
+
+def test_figure_of_the_grid(table, tmp_path):
+    figure = plot_pruning(table, "title")
+    panels = figure.axes
+    assert len(panels) == 3 * 2
+    assert [axes.get_xlabel() for axes in panels[-3:]] == ["MACs left (%)"] * 3
+    assert [panels[0].get_ylabel(), panels[3].get_ylabel()] == ["accuracy (%)"] * 2
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == {"l1", "taylor", "random"}
+    figure.savefig(tmp_path / "figure.png")
+    assert len(panels[0].collections) == 3  # a band each
+    crowd = pd.concat([table, *(table[table["score"] == "l1"].assign(score=f"l1_{n}") for n in range(8))])
+    assert not plot_pruning(crowd).axes[0].collections
+
+
+def test_figures_of_one_budget_and_of_one_layer(table, tmp_path):
+    figure = plot_pruning(table[table["budget"].isin([1.0, 0.5])])
+    figure.savefig(tmp_path / "one.png")
+    assert len(figure.axes) == 6
+    lesions = pd.DataFrame({"layer": "a", "channel": range(6), "zero_loss": np.arange(6) / 9, "l": np.arange(6.0)})
+    mean = pd.DataFrame(
+        [{"layer": layer, "score": "l", "rho": 1.0, "low": 0.9, "high": 1.0} for layer in ("a", "network")]
+    )
+    figure = plot_lesions(lesions, mean)
+    figure.savefig(tmp_path / "layer.png")
+    assert "damage" in figure.axes[0].get_ylabel()
+    assert figure.axes[0].get_xlabel() == "rank in its layer (%)"
