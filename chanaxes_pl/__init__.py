@@ -1,36 +1,68 @@
-"""chanaxes_pl: two information axes of every channel of a vision network, while it trains.
+"""Two information axes of every channel of a vision network while it trains, and pruning that uses them.
 
-The names below load on first use, so that ``chanaxes --help`` does not wait for torch and Lightning.
+    trainer = L.Trainer(callbacks=[AxisTracker()])              # both axes at every checkpoint of a training
+    axes = compute_axes(model, loader)                          # the same once, without a Trainer
+    slim = prune(model, loader, budget=0.5)                     # half the multiply-accumulates, nothing retrained
+    trainer.test(PruneModule(model, "lesion"), datamodule=dm)   # what removing each channel costs
+
+The names load on first use, so that ``chanaxes --help`` does not wait for torch and Lightning.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from chanaxes_pl.axes import Axes, compute_axes
-    from chanaxes_pl.prune_module import PruneModule
-    from chanaxes_pl.pruning.plans import load_slim
-    from chanaxes_pl.pruning.pruner import Slim, prune
-    from chanaxes_pl.tables import read_run
-    from chanaxes_pl.tracking.tracker import AxisTracker
+    from chanaxes_pl.analysis.correlations import axis_correlations as axis_correlations
+    from chanaxes_pl.analysis.prediction import early_prediction as early_prediction
+    from chanaxes_pl.analysis.runs import read_runs as read_runs
+    from chanaxes_pl.analysis.structure import layer_structure as layer_structure
+    from chanaxes_pl.axes import Axes as Axes
+    from chanaxes_pl.axes import compute_axes as compute_axes
+    from chanaxes_pl.lesions.damage_table import lesion_table as lesion_table
+    from chanaxes_pl.models.checkpoints import load_classifier as load_classifier
+    from chanaxes_pl.network.groups import find_units as find_units
+    from chanaxes_pl.network.macs import count_macs as count_macs
+    from chanaxes_pl.prune_module import PruneModule as PruneModule
+    from chanaxes_pl.pruning.grid import pruning_grid as pruning_grid
+    from chanaxes_pl.pruning.plans import load_slim as load_slim
+    from chanaxes_pl.pruning.pruner import Slim as Slim
+    from chanaxes_pl.pruning.pruner import prune as prune
+    from chanaxes_pl.simulation import simulate as simulate
+    from chanaxes_pl.tables import read_run as read_run
+    from chanaxes_pl.tracking.tracker import AxisTracker as AxisTracker
 
 _HOMES = {
-    "AxisTracker": "chanaxes_pl.tracking.tracker",
-    "Axes": "chanaxes_pl.axes",
-    "PruneModule": "chanaxes_pl.prune_module",
-    "Slim": "chanaxes_pl.pruning.pruner",
-    "compute_axes": "chanaxes_pl.axes",
-    "load_slim": "chanaxes_pl.pruning.plans",
-    "prune": "chanaxes_pl.pruning.pruner",
-    "read_run": "chanaxes_pl.tables",
+    "Axes": "axes",
+    "AxisTracker": "tracking.tracker",
+    "PruneModule": "prune_module",
+    "Slim": "pruning.pruner",
+    "axis_correlations": "analysis.correlations",
+    "compute_axes": "axes",
+    "count_macs": "network.macs",
+    "early_prediction": "analysis.prediction",
+    "find_units": "network.groups",
+    "layer_structure": "analysis.structure",
+    "lesion_table": "lesions.damage_table",
+    "load_classifier": "models.checkpoints",
+    "load_slim": "pruning.plans",
+    "prune": "pruning.pruner",
+    "pruning_grid": "pruning.grid",
+    "read_run": "tables",
+    "read_runs": "analysis.runs",
+    "simulate": "simulation",
 }
+__version__ = version("chanaxes_pl")
+__all__ = list(_HOMES)
 
-__all__ = ["Axes", "AxisTracker", "PruneModule", "Slim", "compute_axes", "load_slim", "prune", "read_run"]
 
-
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+        return getattr(import_module(f"chanaxes_pl.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

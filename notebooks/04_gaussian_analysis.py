@@ -37,7 +37,7 @@ from chanaxes_pl.core.gradients import alignment, capture_gradient, residual, ta
 from chanaxes_pl.data import DigitsDataModule
 from chanaxes_pl.models import Classifier
 from chanaxes_pl.plots import plot_alignment, plot_simulation
-from chanaxes_pl.simulate import FLOWS, Problem, half_times, initial_coupling, simulate
+from chanaxes_pl.simulation import FLOWS, Problem, half_times, initial_coupling, simulate
 
 warnings.filterwarnings("ignore", module="lightning")  # hints about workers and loggers
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

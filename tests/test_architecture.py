@@ -1,4 +1,4 @@
-"""Data flows one way: a module imports only from rooms above its own."""
+"""Data flows one way: a module imports only from its own chapter and those above it."""
 
 import ast
 from pathlib import Path
@@ -6,54 +6,38 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "chanaxes_pl"
-#: From the first to the last; a room may import from those before it, and files of one folder from each other.
-ROOMS = [
-    "files",
-    "moments",
-    "gaussian",
-    "metrics",
-    "gradients",
-    "layers",
-    "targets",
-    "probe",
-    "patch_moments",
-    "accumulators",
-    "tables",
-    "correlations",
-    "groupings",
-    "scalars",
-    "wandb_media",
-    "axes",
-    "schedules",
-    "history",
-    "tracker",
-    "data",
+#: From the first to the last; a chapter may import from those before it, and its files from each other.
+CHAPTERS = [
+    "core",
+    "network",
     "models",
+    "data",
+    "run_folder",
+    "tables",
+    "analysis",
+    "axes",
     "plots",
-    "simulate",
+    "tracking",
+    "lesions",
     "pruning",
-    "structure",
-    "prediction",
-    "runs",
-    "summary",
+    "prune_module",
+    "simulation",
     "report",
-    "wandb_dashboard",
-    "trainer_cli",
-    "demo",
     "cli",
     "__main__",
 ]
-#: What is pure mathematics, and may import neither a framework around torch nor a table.
-PURE = ("moments", "gaussian", "metrics", "gradients", "layers", "targets")
+#: What is pure mathematics, and may import neither a framework around torch nor pandas (but for statistics over tables).
 FRAMEWORKS = {"lightning", "pytorch_lightning", "torchmetrics", "torchvision", "wandb", "pandas", "matplotlib"}
+TABLES = {"statistics.py"}
+MOST_FILES = 12
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-def room(path: Path) -> str:
+def chapter(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imports(source: str, home: str = "chanaxes_pl") -> set[str]:
+def imports(source: str) -> set[str]:
     """Dotted names of what a module imports, at its top or inside a function; not what only type checkers see."""
     found = set()
     tree = ast.parse(source)
@@ -69,67 +53,94 @@ def imports(source: str, home: str = "chanaxes_pl") -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(filter(None, [home if node.level else "", node.module]))
+            base = ".".join(filter(None, ["chanaxes_pl" if node.level else "", node.module]))
             found |= {f"{base}.{alias.name}" for alias in node.names}
     return found
 
 
-def rooms_imported(source: str) -> set[str]:
+def chapters_imported(source: str) -> set[str]:
     own = [name.split(".") for name in imports(source) if name.split(".")[0] == "chanaxes_pl"]
     return {parts[1] for parts in own if len(parts) > 1}
 
 
 def violations(home: str, source: str) -> set[str]:
-    """Rooms that a module of room ``home`` imports from but may not."""
-    allowed = set(ROOMS[: ROOMS.index(home) + 1])
-    return rooms_imported(source) - allowed
+    """Chapters that a module of chapter ``home`` imports from but may not."""
+    return chapters_imported(source) - set(CHAPTERS[: CHAPTERS.index(home) + 1])
 
 
-def test_every_file_has_a_room():
-    assert {room(path) for path in FILES} - {"__init__"} <= set(ROOMS)
+def cycles(folder: Path) -> set[str]:
+    """Files of one folder that import each other in a circle, at their top."""
+    below = {path.stem: set() for path in folder.glob("*.py") if path.stem != "__init__"}
+    prefix = ".".join(folder.relative_to(PACKAGE.parent).parts)
+    for name in below:
+        tree = ast.parse((folder / f"{name}.py").read_text())
+        modules = [node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)]
+        below[name] = {m.removeprefix(f"{prefix}.") for m in modules if m.startswith(f"{prefix}.")} & below.keys()
+    while free := [name for name, needed in below.items() if not needed & below.keys()]:
+        for name in free:
+            del below[name]
+    return set(below)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_a_module_imports_only_from_rooms_above_its_own(path):
-    if room(path) == "__init__":
-        assert rooms_imported(path.read_text()) == set()  # its names load on first use
-    else:
-        assert violations(room(path), path.read_text()) == set()
+def test_every_file_has_a_chapter():
+    assert {chapter(path) for path in FILES} - {"__init__"} <= set(CHAPTERS)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_the_core_knows_neither_data_nor_models_nor_the_command_line(path):
-    if room(path) in ROOMS[: ROOMS.index("tracker") + 1]:
-        assert rooms_imported(path.read_text()).isdisjoint(ROOMS[ROOMS.index("tracker") + 1 :])
-    if room(path) in ("data", "models"):
-        assert rooms_imported(path.read_text()) <= {"files", "data", "models"}
+def test_a_chapter_has_at_most_a_dozen_files():
+    sizes = {folder.name: len(list(folder.glob("*.py"))) - 1 for folder in PACKAGE.iterdir() if folder.is_dir()}
+    assert {name: size for name, size in sizes.items() if size > MOST_FILES} == {}
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in FILES if room(path) in PURE], ids=lambda path: str(path.relative_to(PACKAGE))
-)
-def test_the_mathematics_stands_without_a_framework(path):
-    assert {name.split(".")[0] for name in imports(path.read_text())}.isdisjoint(FRAMEWORKS)
+def test_a_module_imports_only_from_chapters_above_its_own():
+    found = {
+        str(path.relative_to(PACKAGE)): violations(chapter(path), path.read_text())
+        for path in FILES
+        if chapter(path) != "__init__"
+    }
+    assert {path: wrong for path, wrong in found.items() if wrong} == {}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_no_file_is_longer_than_350_lines(path):
-    assert len(path.read_text().splitlines()) <= 350
+def test_no_files_of_a_chapter_import_each_other_in_a_circle():
+    found = {folder.name: cycles(folder) for folder in PACKAGE.iterdir() if folder.is_dir()}
+    assert {name: files for name, files in found.items() if files} == {}
+
+
+def test_the_names_of_the_package_load_on_first_use():
+    assert chapters_imported((PACKAGE / "__init__.py").read_text()) == set()
+
+
+def test_models_and_data_know_nothing_of_the_axes():
+    found = {path.name: chapters_imported(path.read_text()) for path in FILES if chapter(path) in ("models", "data")}
+    assert {name: used for name, used in found.items() if not used <= {"core", "network", "models", "data"}} == {}
+
+
+def test_the_mathematics_stands_without_a_framework():
+    found = {
+        path.name: {name.split(".")[0] for name in imports(path.read_text())} & FRAMEWORKS
+        for path in FILES
+        if chapter(path) == "core"
+    }
+    assert {name: used for name, used in found.items() if used - ({"pandas"} if name in TABLES else set())} == {}
+
+
+def test_the_tests_have_the_chapters_of_the_package():
+    folders = {path.name for path in Path(__file__).parent.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders <= {*CHAPTERS, "helpers", "benchmarks"}
 
 
 def test_the_half_logarithm_has_one_home():
     """−½ ln(1 − ρ²) is written in ``gaussian`` alone; ``input_capture`` has ½ ln(1 + J/σ²)."""
     with_logarithm = {str(path.relative_to(PACKAGE)) for path in FILES if "log1p" in path.read_text()}
-    assert with_logarithm == {"gaussian.py", "metrics/input_capture.py"}
+    assert with_logarithm == {"core/gaussian.py", "core/metrics.py"}
 
 
 @pytest.mark.parametrize(
     ("home", "source", "found"),
     [
-        ("moments", "from chanaxes_pl.core.gaussian import information", {"gaussian"}),
-        ("metrics", "import chanaxes_pl.tracking.tracker", {"tracker"}),
-        ("axes", "def f():\n    from chanaxes_pl import tracker", {"tracker"}),
-        ("tables", "from .correlations import spearman", {"correlations"}),
+        ("core", "from chanaxes_pl.network.probe import Probe", {"network"}),
+        ("network", "import chanaxes_pl.tracking.tracker", {"tracking"}),
+        ("axes", "def f():\n    from chanaxes_pl import plots", {"plots"}),
+        ("tables", "from .analysis import correlations", {"analysis"}),
         ("tables", "from chanaxes_pl.core.moments import Moments\nimport torch", set()),
     ],
 )
@@ -139,3 +150,15 @@ def test_an_import_against_the_flow_would_be_noticed(home, source, found):
 
 def test_a_framework_would_be_noticed():
     assert "lightning" in {name.split(".")[0] for name in imports("from lightning.pytorch import Trainer")}
+
+
+def test_a_circle_would_be_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.test_architecture.PACKAGE", tmp_path)
+    folder = tmp_path / "core"
+    folder.mkdir()
+    package = f"{tmp_path.name}.core"
+    (folder / "a.py").write_text(f"from {package}.b import x")
+    (folder / "b.py").write_text(f"from {package}.a import y")
+    (folder / "c.py").write_text(f"from {package}.a import y")
+    (folder / "d.py").write_text("")
+    assert cycles(folder) == {"a", "b", "c"}

@@ -36,7 +36,7 @@ VERBS = {
         "chanaxes_pl.cli.simulate:simulation", "Gaussian channels: when both informations are coupled, what parts them"
     ),
     "summary": Verb("chanaxes_pl.summary:summary", "print and plot the axis correlations of a run"),
-    "report": Verb("chanaxes_pl.report:report", "one page about a run, or about several of a network", many=True),
+    "report": Verb("chanaxes_pl.cli.report:report", "one page about a run, or about several of a network", many=True),
 }
 
 

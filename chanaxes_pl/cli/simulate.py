@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from chanaxes_pl.analysis.correlations import over_runs
 from chanaxes_pl.plots import plot_simulation
 from chanaxes_pl.plots.style import RHO
-from chanaxes_pl.simulate.flows import FLOWS, check_flow, half_times, initial_coupling, simulate
-from chanaxes_pl.simulate.problem import Problem
+from chanaxes_pl.simulation.flows import FLOWS, check_flow, half_times, initial_coupling, simulate
+from chanaxes_pl.simulation.problem import Problem
 from chanaxes_pl.tables import write_parquet
 
 

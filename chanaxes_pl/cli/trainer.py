@@ -1,6 +1,6 @@
 """The verbs that run a Trainer: LightningCLI with this package's defaults and one more check.
 
-Apart from ``cli.py`` because importing LightningCLI takes seconds.
+Apart from ``main`` because importing LightningCLI takes seconds.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+import chanaxes_pl.data
+import chanaxes_pl.tracking.tracker  # noqa: F401  so that --data DigitsDataModule and the like need no module names
 from chanaxes_pl.analysis.runs import keep_scalars
 from chanaxes_pl.lesions.interventions import OPERATIONS
 from chanaxes_pl.models.checkpoints import load_weights, read_checkpoint

@@ -59,7 +59,7 @@ def test_evaluate_is_a_plain_loop():
 
 
 def test_one_row_a_variant_and_one_for_the_dense_network(table):
-    keys = table[list(protocol.VARIANT)]
+    keys = table[list(VARIANT)]
     assert len(table) == 1 + len(SCORES) * 3 * 2 * len(BUDGETS)
     assert not keys.duplicated().any()
     dense = table.iloc[0]

@@ -16,7 +16,7 @@ from chanaxes_pl.analysis.correlations import spearman
 from chanaxes_pl.core.gaussian import information
 from chanaxes_pl.core.gradients import alignment, capture_gradient, task_gradient
 from chanaxes_pl.core.metrics import captured
-from chanaxes_pl.simulate.problem import Draw, Problem
+from chanaxes_pl.simulation.problem import Draw, Problem
 
 #: What a flow ascends: input capture, task information, or a weighted mean of both.
 FLOWS = ("capture", "mixture", "task")

@@ -14,8 +14,8 @@ from chanaxes_pl import compute_axes
 from chanaxes_pl.cli import main as cli
 from chanaxes_pl.plots import plot_alignment, plot_simulation
 from chanaxes_pl.plots.gaussian import PUBLISHED
-from chanaxes_pl.simulate import FLOWS, Problem, flows, half_times, initial_coupling, simulate
-from chanaxes_pl.simulate.flows import COLUMNS, trajectory
+from chanaxes_pl.simulation import FLOWS, Problem, flows, half_times, initial_coupling, simulate
+from chanaxes_pl.simulation.flows import COLUMNS, trajectory
 from tests.helpers import cases as zoo
 
 SMALL = Problem(inputs=8, channels=40, seeds=2)
