@@ -7,7 +7,7 @@ sum ties to it, and the inputs that read it. A :class:`Group` holds all units of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -16,10 +16,23 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch_pruning import ops
 
+from chanaxes_pl.core.moments import accumulation_device
+from chanaxes_pl.network.hooks import calls
 from chanaxes_pl.network.layers import CONVOLUTIONS
-from chanaxes_pl.network.removal import Cut, Group, masked, remove, twin
+from chanaxes_pl.network.removal import (
+    FAILURES,
+    Cut,
+    Group,
+    cut_instance_norm,
+    cut_layer_norm,
+    disagreement,
+    remove,
+    twin,
+)
 
 _LAYERS = (*CONVOLUTIONS, nn.Linear)
 _PRODUCES = (tp.prune_conv_out_channels, tp.prune_depthwise_conv_out_channels, tp.prune_linear_out_channels)
@@ -29,10 +42,15 @@ _CHANNELWISE = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._Instan
 _CUTTABLE = (nn.Parameter, *_LAYERS, *_CHANNELWISE, nn.LayerNorm)
 
 
-# What a network may raise that is given other images, or fewer channels, than it was written for.
-_FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
-# A removal may change the trial's logits by this share of the largest, against the same channels at 0.
-_AGREE = 1e-4
+# The trial of a removal keeps these shares of each group's units: an error may show only where few of many stay.
+_KEPT = (1 / 2, 1 / 12)
+# Its logits agree to this share of the largest where the network computes in float64, or in float32.
+_AGREE = {torch.float64: 1e-8, torch.float32: 1e-4}
+# Torch-pruning's cuts that are wrong, see the functions in their place.
+_CUTS: dict[Callable[..., Any], Callable[..., Any]] = {
+    tp.prune_layernorm_out_channels: cut_layer_norm,
+    tp.prune_instancenorm_out_channels: cut_instance_norm,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +121,7 @@ def find_units(model: nn.Module, example: Tensor, caller: str = "find_units") ->
         group = _group(found, names, parameters, order)
         groups[group.name] = group
     groups = {name: groups[name] for name in sorted(groups, key=order.__getitem__)}
+    fixed |= _unreached(copied, {*fixed, *(name for group in groups.values() for name in group.producers)}, order)
     groups, refused = _tried(copied, example, groups)
     fixed |= refused
     if not groups:
@@ -111,44 +130,10 @@ def find_units(model: nn.Module, example: Tensor, caller: str = "find_units") ->
     return Units(groups, fixed)
 
 
-# Within one layer, by itself: no average over a group (there is one member), no division by its mean.
-_PLAIN: dict[str, Any] = {"group_reduction": "mean", "normalizer": None}
-#: Baselines that torch-pruning has.
-LIBRARY_SCORES: dict[str, Callable[[], Any]] = {
-    "l1": lambda: tp.importance.MagnitudeImportance(p=1, **_PLAIN),
-    "l2": lambda: tp.importance.MagnitudeImportance(p=2, **_PLAIN),
-    "bn_scale": lambda: tp.importance.BNScaleImportance(**_PLAIN),
-    "fpgm": lambda: tp.importance.FPGMImportance(**_PLAIN),
-    "lamp": lambda: tp.importance.LAMPImportance(),
-    "taylor": lambda: tp.importance.TaylorImportance(**_PLAIN),
-}
-
-
-def library_importance(score: str, module: nn.Module) -> Tensor:
-    """``[C]``: torch-pruning's score of a module's output channels; low = remove.
-
-    Args:
-        score: a key of :data:`LIBRARY_SCORES`.
-        module: a convolution or Linear, with gradients for ``"taylor"``; for ``"bn_scale"`` the BatchNorm behind it.
-    """
-    function: Callable[..., Any] = tp.prune_conv_out_channels
-    if isinstance(module, nn.Linear):
-        function = tp.prune_linear_out_channels
-    elif score == "bn_scale":
-        function = tp.prune_batchnorm_out_channels
-    node = tp.dependency.Node(module, None)
-    channels = list(range(len(module.weight)))  # type: ignore[arg-type]
-    group = tp.dependency.Group()
-    group.add_dep(tp.dependency.Dependency(function, function, node, node), channels)
-    group[0].root_idxs = channels
-    importance = LIBRARY_SCORES[score]()(group)
-    return importance.detach()
-
-
 def _run(model: nn.Module, example: Tensor, caller: str) -> Any:
     try:
         return model(example)
-    except _FAILURES as error:
+    except FAILURES as error:
         raise ValueError(
             f"{caller}: {type(model).__name__} does not run on a {example.dtype} batch of shape "
             f"{tuple(example.shape)} ({error}); pass example_input=a batch of images as the model takes them"
@@ -156,20 +141,8 @@ def _run(model: nn.Module, example: Tensor, caller: str) -> Any:
 
 
 def executed_layers(model: nn.Module, example: Tensor) -> list[str]:
-    """Names of the convolutions and Linear layers in the order in which they run."""
-    names: list[str] = []
-    handles = [
-        module.register_forward_hook(lambda *_, name=name: names.append(name))
-        for name, module in model.named_modules()
-        if isinstance(module, _LAYERS)
-    ]
-    try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            model(example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return names
+    """Names of the convolutions and Linear layers in the order in which they run, in eval mode."""
+    return [call.name for call in calls(model, lambda: model(example)) if isinstance(call.module, _LAYERS)]
 
 
 def _why_fixed(found: tp.dependency.Group) -> str:
@@ -180,6 +153,8 @@ def _why_fixed(found: tp.dependency.Group) -> str:
     if not any(handler in _CONSUMES for _, handler in targets):
         return "no convolution or Linear layer reads it"
     for node, _ in targets:
+        if isinstance(node.module, nn.LayerNorm) and len(node.module.normalized_shape) > 1:
+            return f"it passes a LayerNorm over {tuple(node.module.normalized_shape)}, which mixes channels"
         # Everything else that torch-pruning puts there are its own stand-ins for operations without weights.
         module, home = node.module, type(node.module).__module__
         if isinstance(module, _CUTTABLE) or home.startswith("torch_pruning"):
@@ -195,6 +170,17 @@ def _why_fixed(found: tp.dependency.Group) -> str:
     return ""
 
 
+def _unreached(model: nn.Module, known: Container[str], ran: Container[str]) -> dict[str, str]:
+    """Why layers are fixed that torch-pruning does not see, because autograd does not lead to them."""
+    return {
+        name: "no gradient leads from the logits to it"
+        if name in ran
+        else "the forward pass in eval mode does not call it"
+        for name, module in model.named_modules()
+        if isinstance(module, _LAYERS) and name not in known
+    }
+
+
 def _tried(model: nn.Module, example: Tensor, groups: dict[str, Group]) -> tuple[dict[str, Group], dict[str, str]]:
     """The groups whose removal works out, and why the layers of others are fixed.
 
@@ -207,54 +193,115 @@ def _tried(model: nn.Module, example: Tensor, groups: dict[str, Group]) -> tuple
         groups: by name.
     """
     generator = torch.Generator().manual_seed(0)
+    images = _trial_images(example, generator)
     _shuffle_weights(model, generator)
-    images = example
-    if example.is_floating_point():
-        images = torch.rand(example.shape, generator=generator).to(example.device)
-    if not _misfit(model, images, groups.values()):
-        return groups, {}
-    sound: dict[str, Group] = {}
+    exact, reason = _exactness(model, images)
+    if reason:
+        return {}, {name: reason for group in groups.values() for name in group.producers}
+    sound: list[Group] = []
     fixed: dict[str, str] = {}
-    for name, group in groups.items():
-        if reason := _misfit(model, images, [*sound.values(), group]):
-            fixed |= dict.fromkeys(group.producers, reason)
+    # All at once; where that fails, each half by itself, down to the groups that are to blame.
+    waiting = [list(groups.values())] if groups else []
+    while waiting:
+        part = waiting.pop()
+        reason = _misfit(model, images, [*sound, *part], exact)
+        if not reason:
+            sound += part
+        elif len(part) == 1:
+            fixed |= dict.fromkeys(part[0].producers, reason)
         else:
-            sound[name] = group
-    return sound, fixed
+            middle = len(part) // 2
+            waiting += [part[middle:], part[:middle]]
+    return {group.name: group for group in sound}, fixed
+
+
+def _trial_images(example: Tensor, generator: torch.Generator) -> list[Tensor]:
+    """Noise of the example's shape, a batch for each share that a trial keeps; integers lie between the example's."""
+    home = accumulation_device(example.device)
+    batches = []
+    for _ in _KEPT:
+        noise = torch.rand(example.shape, generator=generator, dtype=torch.float64).to(home)
+        if not example.is_floating_point():
+            low, high = int(example.min()), int(example.max())
+            noise = (low + noise * (high - low + 1)).floor().to(example.dtype)
+        batches.append(noise)
+    return batches
 
 
 @torch.no_grad()
 def _shuffle_weights(model: nn.Module, generator: torch.Generator) -> None:
-    """Random float32 weights, so that no path is silent: new ConvNeXts, for one, scale all their blocks by 1e-6."""
-    model.eval().float().to(memory_format=torch.contiguous_format)
+    """Random float64 weights, so that no path is silent: new ConvNeXts, for one, scale all their blocks by 1e-6."""
+    device = next(model.parameters()).device
+    model.eval().to(accumulation_device(device)).double().to(memory_format=torch.contiguous_format)
     if hasattr(model, "memory_format"):  # a Classifier lays its images out by it
         model.memory_format = torch.contiguous_format  # type: ignore[assignment]
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
             module.reset_running_stats()
     for parameter in model.parameters():
-        noise = torch.rand(parameter.shape, generator=generator)
+        noise = torch.rand(parameter.shape, generator=generator, dtype=torch.float64)
         fan = parameter[0].numel() if parameter.ndim > 1 else 0
         parameter.copy_((noise - 0.5) * math.sqrt(24 / fan) if fan else 0.5 + noise)  # He et al. (2015), uniform
 
 
+class _Narrowing(TorchDispatchMode):
+    """Notes to which dtypes a forward pass rounds values of a wider one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        widest = max((_bits(value) for value in tree_leaves((args, kwargs))), default=0)
+        self.dtypes |= {value.dtype for value in tree_leaves(output) if 0 < _bits(value) < widest}
+        return output
+
+
+def _bits(value: Any) -> int:
+    return torch.finfo(value.dtype).bits if isinstance(value, Tensor) and value.is_floating_point() else 0
+
+
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
-def _misfit(model: nn.Module, images: Tensor, groups: Iterable[Group]) -> str:
-    """What is wrong with a network that loses half of the units of some groups; empty where it is as if masked."""
-    groups, generator = list(groups), torch.Generator().manual_seed(0)
-    counts = {group.name: (group.size // 2 - 1) | 1 for group in groups}  # odd: not the same when read backwards
-    kept = {group.name: torch.randperm(group.size, generator=generator)[: counts[group.name]] for group in groups}
-    slim = twin(model)
-    try:
-        remove(slim, groups, kept)
-        after = slim(images)
-        with masked(model, groups, kept):
-            before = model(images)
-    except _FAILURES as error:
-        return f"the network does not run without some of its channels ({error})"
-    close = torch.allclose(after, before, rtol=0, atol=_AGREE * float(before.abs().max()), equal_nan=True)
-    return "" if close else "without some of its channels, the others are read in another way"
+def _exactness(model: nn.Module, images: list[Tensor]) -> tuple[float, str]:
+    """To which share of the largest logit a network computes, in the widest dtype it runs in, and why not at all.
+
+    Args:
+        model: put into that dtype.
+        images: put into it, where they are floating.
+    """
+    failure = ""
+    for dtype in _AGREE:
+        model.double() if dtype == torch.float64 else model.float()  # leave complex weights as they are
+        images[:] = [batch.to(dtype) if batch.is_floating_point() else batch for batch in images]
+        try:
+            with _Narrowing() as narrowing:
+                model(images[0])
+        except FAILURES as error:
+            failure = failure or f"a removal cannot be tried out: the network does not run in float64 ({error})"
+            continue
+        coarse = narrowing.dtypes - _AGREE.keys()
+        if coarse:
+            return 0.0, f"the network rounds to {coarse.pop()} within, too coarse to try a removal out"
+        return max(_AGREE[found] for found in (dtype, *narrowing.dtypes)), ""
+    return 0.0, failure
+
+
+def _misfit(model: nn.Module, images: list[Tensor], groups: list[Group], exact: float) -> str:
+    """What is wrong with a network that loses many units of some groups; empty where it is as if masked."""
+    generator = torch.Generator().manual_seed(0)
+    for share, batch in zip(_KEPT, images, strict=True):
+        # An odd number: not the same when read backwards.
+        kept = {g.name: torch.randperm(g.size, generator=generator)[: int(g.size * share) | 1] for g in groups}
+        slim = twin(model)
+        try:
+            remove(slim, groups, kept)
+        except FAILURES as error:
+            return f"some of its channels cannot be removed ({error})"
+        if reason := disagreement(model, slim, groups, kept, batch, exact):
+            return reason
+    return ""
 
 
 def _group(found: tp.dependency.Group, names: dict, parameters: dict, order: dict[str, int]) -> Group:
@@ -275,7 +322,7 @@ def _group(found: tp.dependency.Group, names: dict, parameters: dict, order: dic
         indices = torch.tensor(idxs)[by_unit].reshape(size, -1)
         path = parameters[module] if isinstance(module, nn.Parameter) else names[module]
         dimension = dep.target.pruning_dim if isinstance(module, nn.Parameter) else None
-        cuts.append(Cut(path, handler, dimension, indices))
+        cuts.append(Cut(path, _CUTS[handler] if handler in _CUTS else handler, dimension, indices))
         if handler in _PRODUCES:
             members["producers"][path] = indices
         elif handler in _CONSUMES:

@@ -2,12 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+@contextmanager
+def hooked(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]], before: bool = False) -> Iterator[None]:
+    """Register forward hooks for the length of a block.
+
+    Args:
+        pairs: ``(module, hook)``; a hook is called as ``hook(module, inputs, output)``.
+        before: call ``hook(module, inputs)`` before the module runs instead.
+    """
+    handles: list[RemovableHandle] = []
+    try:
+        for module, hook in pairs:
+            handles.append(module.register_forward_pre_hook(hook) if before else module.register_forward_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Call(NamedTuple):
+    """One run of a module.
+
+    Attributes:
+        name: in the model.
+        module: what ran.
+        input_shape: of its first argument, empty where that is no tensor.
+        output_shape: of its output, empty where that is no tensor.
+    """
+
+    name: str
+    module: nn.Module
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+
+
+def calls(model: nn.Module, forward: Callable[[], Any]) -> list[Call]:
+    """Every run of a module in a forward pass, in the order in which they end: a container's comes after its members'.
+
+    Args:
+        model: run in eval mode without gradients; left as it is.
+        forward: runs the model on some batch.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+        >>> [(call.name, call.output_shape) for call in calls(model, lambda: model(torch.zeros(4, 2)))]
+        [('0', (4, 3)), ('1', (4, 3)), ('', (4, 3))]
+    """
+    ran: list[Call] = []
+
+    def note(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        ran.append(Call(name, module, _shape(inputs[0] if inputs else None), _shape(output)))
+
+    with observed(model), hooked((module, partial(note, name)) for name, module in model.named_modules()):
+        forward()
+    return ran
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
 @contextmanager

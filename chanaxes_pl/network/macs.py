@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from chanaxes_pl.network.hooks import observed
+from chanaxes_pl.network.hooks import calls, observed
 from chanaxes_pl.network.layers import CONVOLUTIONS, channel_count
 from chanaxes_pl.network.removal import Group
 
@@ -86,21 +86,11 @@ class Cost:
 def _runs(model: nn.Module, example: Tensor) -> tuple[int, dict[str, tuple[nn.Module, int]]]:
     """MACs, and every convolution and Linear layer that runs with the positions at which it computes its outputs."""
     runs: dict[str, tuple[nn.Module, int]] = {}
-
-    def note(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        positions = output.numel() // (len(example) * channel_count(layer))
-        runs[name] = (layer, runs.get(name, (layer, 0))[1] + positions)
-
-    handles = [
-        module.register_forward_hook(partial(note, name))
-        for name, module in model.named_modules()
-        if isinstance(module, (*CONVOLUTIONS, nn.Linear))
-    ]
-    try:
-        return count_macs(model, example), runs
-    finally:
-        for handle in handles:
-            handle.remove()
+    for call in calls(model, lambda: model(example)):
+        if isinstance(call.module, (*CONVOLUTIONS, nn.Linear)):
+            positions = math.prod(call.output_shape) // (len(example) * channel_count(call.module))
+            runs[call.name] = (call.module, runs.get(call.name, (call.module, 0))[1] + positions)
+    return count_macs(model, example), runs
 
 
 def _cost(name: str, layer: nn.Module, positions: int, groups: Sequence[Group]) -> _Layer:

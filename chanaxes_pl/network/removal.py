@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from chanaxes_pl.network.hooks import hooked, observed
+from chanaxes_pl.network.probe import same_outputs
+
+#: What a network may raise that is given other images, or fewer channels, than it was written for.
+FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
+
 
 @dataclass(frozen=True, eq=False)
 class Cut:
@@ -20,7 +26,7 @@ class Cut:
 
     Attributes:
         path: its name in the model.
-        function: torch-pruning's function that cuts it.
+        function: removes indices from the module in place; torch-pruning's, or one of ours where that is wrong.
         dimension: of a bare parameter, ``None`` for a module.
         indices: ``[U, k]``, what goes with each unit.
     """
@@ -78,8 +84,8 @@ def remove(model: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor]
             continue
         home, _, leaf = cut.path.rpartition(".")
         parameter = model.get_parameter(cut.path)
-        keep = [index for index in range(parameter.shape[cut.dimension]) if index not in set(indices)]
-        slim = parameter.detach().index_select(cut.dimension, torch.tensor(keep, device=parameter.device))
+        keep = _rest(parameter.shape[cut.dimension], indices).to(parameter.device)
+        slim = parameter.detach().index_select(cut.dimension, keep)
         setattr(model.get_submodule(home), leaf, nn.Parameter(slim))
     for name, parameter in model.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(trained[name])  # torch-pruning makes the new ones trainable
@@ -113,16 +119,70 @@ def masked(model: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor]
         for home, members in ((read, group.consumers), (normed, group.layer_norms)):
             for name, indices in members.items():
                 home.setdefault(name, []).append(indices[gone].flatten())
-    handles = []
-    try:
-        for name, parts in read.items():
-            handles.append(model.get_submodule(name).register_forward_pre_hook(partial(_blank, torch.cat(parts))))
-        for name, parts in normed.items():
-            handles.append(model.get_submodule(name).register_forward_hook(partial(_norm_rest, torch.cat(parts))))
+    blanks = ((model.get_submodule(name), partial(_blank, torch.cat(parts))) for name, parts in read.items())
+    norms = ((model.get_submodule(name), partial(_norm_rest, torch.cat(parts))) for name, parts in normed.items())
+    with hooked(blanks, before=True), hooked(norms):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def disagreement(
+    model: nn.Module, slim: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor], images: Tensor, share: float
+) -> str:
+    """Why a slim network does not compute what the dense one does without the removed units; empty where it does.
+
+    Args:
+        model: the dense network; left as it is.
+        slim: a copy of it after :func:`remove`; left as it is.
+        groups: of the model.
+        kept: what the slim network kept of them.
+        images: ``[B, …]``, on the device of both.
+        share: of the largest logit by which logits may differ.
+    """
+    groups = list(groups)
+    with observed(model), observed(slim):
+        try:
+            found = slim(images)
+            with masked(model, groups, kept):
+                wanted = model(images)
+        except FAILURES as error:
+            return f"the network does not run without some of its channels ({error})"
+    if same_outputs(found, wanted, share):
+        return ""
+    if found.shape != wanted.shape:
+        return f"without some of its channels logits are {tuple(found.shape)}, expected {tuple(wanted.shape)}"
+    off = float((found - wanted).abs().max() / wanted.abs().max())
+    return f"removing some of its channels changes how the others are used: logits are off by {off:.1g} of the largest"
+
+
+def cut_layer_norm(norm: nn.LayerNorm, gone: Sequence[int]) -> None:
+    """Remove features from a LayerNorm over one dimension, in place.
+
+    torch-pruning's own function keeps the order of a Python set: it shuffles scale and shift where few features stay.
+    """
+    keep = _rest(norm.normalized_shape[-1], gone)
+    _cut_tensors(norm, ("weight", "bias"), keep)
+    norm.normalized_shape = (len(keep),)
+
+
+def cut_instance_norm(norm: nn.modules.instancenorm._InstanceNorm, gone: Sequence[int]) -> None:
+    """Remove channels from an InstanceNorm, in place; torch-pruning's own function leaves running statistics whole."""
+    keep = _rest(norm.num_features, gone)
+    _cut_tensors(norm, ("weight", "bias", "running_mean", "running_var"), keep)
+    norm.num_features = len(keep)
+
+
+def _rest(size: int, gone: Sequence[int]) -> Tensor:
+    """``[size − len(gone)]``: the other indices, ascending."""
+    stays = torch.ones(size, dtype=torch.bool)
+    stays[list(gone)] = False
+    return stays.nonzero()[:, 0]
+
+
+def _cut_tensors(module: nn.Module, names: Iterable[str], keep: Tensor) -> None:
+    for name in names:
+        if (whole := getattr(module, name)) is not None:
+            slim = whole.detach().index_select(0, keep.to(whole.device))
+            setattr(module, name, nn.Parameter(slim) if isinstance(whole, nn.Parameter) else slim)
 
 
 def _gone(groups: Iterable[Group], kept: Mapping[str, Tensor]) -> Iterator[tuple[Group, Tensor]]:
@@ -142,7 +202,8 @@ def _blank(gone: Tensor, layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any
 def _norm_rest(gone: Tensor, norm: nn.LayerNorm, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     """A LayerNorm's output over the features that stay, 0 for the others."""
     # Subclasses that torchvision and others call LayerNorm2d take [B, C, H, W].
-    channel = -1 if type(norm).forward is nn.LayerNorm.forward else 1
+    own = type(norm).forward is not nn.LayerNorm.forward
+    channel = 1 if own and inputs[0].ndim == 4 and inputs[0].shape[1] == norm.normalized_shape[0] else -1
     features = inputs[0].movedim(channel, -1)
     mask = torch.ones(features.shape[-1], dtype=torch.bool, device=features.device)
     mask[gone] = False

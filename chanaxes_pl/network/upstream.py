@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from chanaxes_pl.network.groups import Units, find_units
+from chanaxes_pl.network.hooks import hooked
 from chanaxes_pl.network.layers import CONVOLUTIONS
 from chanaxes_pl.network.removal import twin
-from chanaxes_pl.pruning.feature_maps import before_layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +185,7 @@ def input_spread(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]
         sums[name] = (shift, sums[name][1] + new if name in sums else new)
 
     spread: dict[str, Tensor] = {}
-    with before_layers((layer, partial(read, name)) for name, layer in layers.items()):
+    with hooked(((layer, partial(read, name)) for name, layer in layers.items()), before=True):
         yield spread
     for name, (_, (count, total, squares)) in sums.items():
         spread[name] = (squares / count - (total / count).square()).clamp(min=0).sqrt()

@@ -1,8 +1,8 @@
-"""Baselines that look at weights, norms and gradients, by torch-pruning's formulas."""
+"""Baselines that look at weights, norms and gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -11,28 +11,61 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from chanaxes_pl.network.groups import Units, library_importance
-from chanaxes_pl.network.hooks import observed
+from chanaxes_pl.core.moments import accumulation_device
+from chanaxes_pl.network.groups import Units
+from chanaxes_pl.network.hooks import calls, observed
 from chanaxes_pl.network.layers import CONVOLUTIONS, channel_count
 from chanaxes_pl.network.probe import Step
 from chanaxes_pl.network.removal import twin
-from chanaxes_pl.pruning.feature_maps import before_layers
 
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
-def library_scores(
-    score: str, model: nn.Module, units: Units, batches: Callable[[], Iterator[Any]], step: Step, caller: str
-) -> dict[str, Tensor]:
-    """One of torch-pruning's scores of every producer's channels, each layer by itself.
+def _distances(rows: Tensor) -> Tensor:
+    """``[C]``: the sum of Euclidean distances from each row of ``[C, F]`` to all others."""
+    rows = rows.to(accumulation_device(rows.device)).double()  # large layers: cdist subtracts products
+    return torch.cdist(rows, rows).sum(1)
 
-    What it computes under these names: ``l1`` Σ|w|, ``l2`` Σw² (no root), ``bn_scale`` |γ| of the BatchNorm behind the
-    layer, ``lamp`` Σw² over the sum of all Σw² that are not smaller, ``taylor`` Σ|w · ∂loss/∂w| with the mean
-    cross-entropy over the probe as loss, ``fpgm`` the sum of the distances from a filter to all others, where a filter
-    is taken as the vector of its *squared* weights.
+
+def _over_larger(squares: Tensor) -> Tensor:
+    """``[C]``: each of ``[C]`` squared norms over the sum of all that are not smaller."""
+    ascending, channels = squares.sort()
+    smaller = F.pad(ascending.cumsum(0)[:-1], (1, 0))
+    return torch.empty_like(squares).scatter(0, channels, ascending / (squares.sum() - smaller))
+
+
+#: Score → ``[C]`` of a weight ``[C, F]`` of C filters, or γ ``[C, 1]``, and of its gradient; low = remove.
+WEIGHT_SCORES: Mapping[str, Callable[[Tensor, Any], Tensor]] = {
+    "l1": lambda w, _: w.abs().sum(1),  # Li et al. (ICLR 2017)
+    "l2": lambda w, _: w.square().sum(1),  # without the root: the order is the same
+    "bn_scale": lambda w, _: w.abs().sum(1),  # |γ|: Liu et al. (ICCV 2017)
+    "fpgm": lambda w, _: _distances(w),  # He et al. (CVPR 2019), equation 6
+    "lamp": lambda w, _: _over_larger(w.square().sum(1)),  # Lee et al. (ICLR 2021), a filter as one weight
+    "taylor": lambda w, gradient: (w * gradient).abs().sum(1),  # Molchanov et al. (CVPR 2019), summed over a filter
+}
+
+
+def weight_score(score: str, module: nn.Module) -> Tensor:
+    """One of :data:`WEIGHT_SCORES` of a module's output channels, ``[C]``.
 
     Args:
-        score: a key of ``LIBRARY_SCORES``.
+        score: its name.
+        module: a convolution or Linear, with gradients for ``"taylor"``; for ``"bn_scale"`` the BatchNorm behind it.
+    """
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    gradient = None if weight.grad is None else weight.grad.reshape(len(weight), -1)
+    return WEIGHT_SCORES[score](weight.detach().reshape(len(weight), -1), gradient)
+
+
+def weight_scores(
+    score: str, model: nn.Module, units: Units, batches: Callable[[], Iterator[Any]], step: Step, caller: str
+) -> dict[str, Tensor]:
+    """One of :data:`WEIGHT_SCORES` of every producer's channels, each layer by itself.
+
+    The loss of ``taylor`` is the mean cross-entropy over the probe.
+
+    Args:
+        score: a key of :data:`WEIGHT_SCORES`.
         model: left as it is.
         units: of the model.
         batches: gives the probe's batches each time it is called.
@@ -59,7 +92,7 @@ def library_scores(
             )
     if score == "taylor":
         modules = _with_gradients(model, names, batches(), step, caller)
-    return {name: library_importance(score, modules[name]) for name in names}
+    return {name: weight_score(score, modules[name]) for name in names}
 
 
 def norms_behind(model: nn.Module, units: Units, forward: Callable[[], Any]) -> dict[str, nn.Module]:
@@ -73,19 +106,15 @@ def norms_behind(model: nn.Module, units: Units, forward: Callable[[], Any]) -> 
         units: of the model.
         forward: runs the model on some batch.
     """
-    ran: list[str] = []
-    watched = {name: m for name, m in model.named_modules() if isinstance(m, (*CONVOLUTIONS, nn.Linear, _BATCH_NORM))}
-    hooks = [(module, lambda *_, name=name: ran.append(name)) for name, module in watched.items()]
-    with observed(model), before_layers(hooks):
-        forward()
-    behind = dict(pairwise(ran))
+    kinds = (*CONVOLUTIONS, nn.Linear, _BATCH_NORM)
+    behind = dict(pairwise(call.name for call in calls(model, forward) if isinstance(call.module, kinds)))
     norms: dict[str, nn.Module] = {}
     for group in units.groups.values():
         cut = {cut.path for cut in group.cuts}
         for layer in cut.intersection(group.producers, behind):
-            norm = watched[behind[layer]]
+            norm = model.get_submodule(behind[layer])
             if behind[layer] in cut and isinstance(norm, _BATCH_NORM) and norm.affine:
-                norms |= {layer: norm} if len(norm.weight) == channel_count(watched[layer]) else {}
+                norms |= {layer: norm} if len(norm.weight) == channel_count(model.get_submodule(layer)) else {}
     return norms
 
 

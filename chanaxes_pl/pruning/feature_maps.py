@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from chanaxes_pl.core.moments import accumulation_device
-from chanaxes_pl.network.hooks import observed
+from chanaxes_pl.network.hooks import calls, hooked, observed
 from chanaxes_pl.network.removal import Group
 
 #: Images that each score looks at, at the most: the probe's first ones.
@@ -120,7 +118,7 @@ def map_scores(
                 sums[score][group.name] = sums[score][group.name] + found.cpu()
 
     hooks = [(model.get_submodule(readers[group.name]), partial(look, group)) for group in groups]
-    with observed(model), before_layers(hooks):
+    with observed(model), hooked(hooks, before=True):
         for batch in batches():
             forward(batch)
             seen += size
@@ -157,29 +155,13 @@ def _flattened(group: Group, reader: str) -> int:
 
 def _readers(model: nn.Module, groups: Iterable[Group], forward: Callable[[], Any]) -> dict[str, str]:
     """Group name → the consumer whose input is looked at."""
+    consumers = {name for group in groups for name in group.consumers}
     positions: dict[str, int] = {}
-
-    def note(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        features = inputs[0].shape[-1 if isinstance(layer, nn.Linear) else 1]
-        positions[name] = inputs[0].numel() // (len(inputs[0]) * features)
-
-    names = dict.fromkeys(name for group in groups for name in group.consumers)
-    with observed(model), before_layers((model.get_submodule(name), partial(note, name)) for name in names):
-        forward()
+    for call in calls(model, forward):
+        if call.name in consumers:
+            features = call.input_shape[-1 if isinstance(call.module, nn.Linear) else 1]
+            positions[call.name] = math.prod(call.input_shape) // (call.input_shape[0] * features)
     return {
         group.name: max(group.consumers, key=lambda name, group=group: positions[name] * _flattened(group, name))
         for group in groups
     }
-
-
-@contextmanager
-def before_layers(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Call ``hook(layer, inputs)`` before a layer runs."""
-    handles: list[RemovableHandle] = []
-    try:
-        for layer, hook in hooks:
-            handles.append(layer.register_forward_pre_hook(hook))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -14,12 +14,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from chanaxes_pl.analysis.scores import OWN_SCORES, REVERSE, SCORES, base_score, from_maximum, own_scores, score_family
 from chanaxes_pl.core.moments import Moments
-from chanaxes_pl.network.groups import LIBRARY_SCORES, Units
+from chanaxes_pl.network.groups import Units
 from chanaxes_pl.network.layers import channel_count
 from chanaxes_pl.network.probe import Probe, Step, images_and_labels
 from chanaxes_pl.network.recording import LayerMoments, Settings, record
 from chanaxes_pl.network.removal import Group
-from chanaxes_pl.pruning.baselines import library_scores, norms_behind
+from chanaxes_pl.pruning.baselines import WEIGHT_SCORES, norms_behind, weight_scores
 from chanaxes_pl.pruning.feature_maps import MAP_IMAGES, MAP_SCORES, map_scores
 from chanaxes_pl.tables import measure
 
@@ -95,7 +95,7 @@ def channel_scores(
 
     # Before the long passes: these may refuse.
     found = {
-        score: library_scores(score, model, units, batches, run, caller) for score in LIBRARY_SCORES if score in asked
+        score: weight_scores(score, model, units, batches, run, caller) for score in WEIGHT_SCORES if score in asked
     }
     for score in scores:
         if base_score(score) == "random":

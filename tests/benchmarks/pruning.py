@@ -23,11 +23,12 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from chanaxes_pl.models import build_backbone
-from chanaxes_pl.network.groups import find_units, library_importance
+from chanaxes_pl.network.groups import find_units
 from chanaxes_pl.network.macs import Cost, count_macs
 from chanaxes_pl.network.removal import Group, remove
 from chanaxes_pl.pruning import compensation
 from chanaxes_pl.pruning.allocation import GRID, fit_budget, keep_best, uniform_order
+from chanaxes_pl.pruning.baselines import weight_score
 from chanaxes_pl.pruning.compensation import RIDGE, compensate
 
 EXAMPLE = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -52,7 +53,7 @@ def scores_of(model: nn.Module, groups: list[Group]) -> dict[str, Tensor]:
     for group in groups:
         ranks = []
         for name, channels in group.producers.items():
-            importance = library_importance("l1", model.get_submodule(name))
+            importance = weight_score("l1", model.get_submodule(name))
             ranks.append(importance.argsort().argsort()[channels].float().mean(1))
         values[group.name] = torch.stack(ranks).mean(0)
     return values

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models import convnext_tiny
 
 from chanaxes_pl.models import BACKBONES, Classifier
-from chanaxes_pl.network.groups import LIBRARY_SCORES, find_units, library_importance
+from chanaxes_pl.network.groups import find_units
 from chanaxes_pl.network.removal import masked, remove
-from tests.helpers.networks import IMAGES, NETS, ONE, Net, build, halves, head, pooled, relative_error
+from tests.helpers.networks import IMAGES, NETS, ONE, Net, build, halves, head, pooled, relative_error, unsettled
 
 READERS = "no convolution or Linear layer reads it"
 
@@ -220,12 +221,12 @@ def with_an_output_inside() -> nn.Module:
     return Net(forward, a=conv(3, 8), b=conv(8, 6), c=conv(6, 8))
 
 
-MIXES, RUNS, READ = "mixes channels", "does not run without", "the others are read in another way"
+MIXES, RUNS, READ = "mixes channels", "does not run without", "changes how the others are used"
 FIXED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "GroupNorm": (lambda: between(lambda n, x: n.n(x), n=nn.GroupNorm(2, 8)), "it passes GroupNorm, which mixes"),
     "GroupNorm without weights": (lambda: between(lambda n, x: n.n(x), n=nn.GroupNorm(2, 8, affine=False)), RUNS),
     "group_norm": (lambda: between(lambda n, x: F.group_norm(x, 1)), READ),
-    "LayerNorm over maps": (lambda: between(lambda n, x: n.n(x), n=nn.LayerNorm([8, 32, 32])), RUNS),
+    "LayerNorm over maps": (lambda: between(lambda n, x: n.n(x), n=nn.LayerNorm([8, 32, 32])), MIXES),
     "LayerNorm over positions": (lambda: between(lambda n, x: n.n(x), n=nn.LayerNorm(32)), RUNS),
     "RMSNorm": (lambda: between(lambda n, x: n.n(x.movedim(1, -1)).movedim(-1, 1), n=nn.RMSNorm(8)), RUNS),
     "attention": (Attention, "it passes MultiheadAttention, which mixes channels"),
@@ -295,23 +296,146 @@ def test_a_classifier_that_runs_channels_last():
     assert model.memory_format == torch.channels_last
 
 
-@pytest.mark.parametrize("score", sorted(LIBRARY_SCORES))
-def test_library_scores_are_one_number_a_channel(score):
-    layer, norm = conv(3, 8), nn.BatchNorm2d(8)
-    norm.weight.data = torch.linspace(-1, 2, 8)
-    norm(layer(IMAGES)).square().sum().backward()
-    found = library_importance(score, norm if score == "bn_scale" else layer)
-    assert found.shape == (8,)
-    assert not found.requires_grad
-    flat = layer.weight.detach().flatten(1)
-    wanted = {
-        "l1": flat.abs().sum(1),
-        "l2": flat.square().sum(1),
-        "bn_scale": norm.weight.detach().abs(),
-        "taylor": (flat * layer.weight.grad.flatten(1)).sum(1).abs(),
-        "fpgm": torch.cdist(flat.square(), flat.square()).sum(1),  # the library's reading: of squared weights
+def kinds() -> nn.Module:
+    """Each kind of module that removal cuts, wide enough for a Python set of a few indices to lose their order."""
+
+    def forward(net, x):
+        x = net.instance(net.prelu(net.batch(net.conv(x))))
+        x = net.norm((net.deep(x) + net.shift).movedim(1, -1)).relu()
+        return net.head(net.inner(x).mean((1, 2)))
+
+    norms = {"batch": nn.BatchNorm2d(384), "norm": nn.LayerNorm(384)}
+    norms |= {"instance": nn.InstanceNorm2d(384, affine=True, track_running_stats=True)}
+    layers = {"conv": nn.Conv2d(3, 384, 4, stride=4), "deep": nn.Conv2d(384, 384, 1, groups=384)}
+    layers |= {"inner": nn.Linear(384, 6), "prelu": nn.PReLU(384), "head": head(6)}
+    return Net(forward, **layers, **norms, shift=nn.Parameter(torch.rand(384, 1, 1)))
+
+
+@torch.no_grad()
+def test_every_kind_of_cut_keeps_the_order_of_what_stays():
+    """Of LayerNorm(384) with 20 kept, torch-pruning's own function shuffles scale and shift."""
+    model = kinds().eval()
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_floating_point():
+            tensor.uniform_(0.5, 1.5)
+    (group, *_) = find_units(model, ONE).groups.values()
+    assert group.size == 384
+    assert len(group.cuts) == 8
+    stays = torch.arange(3, 384, 19)
+    assert len(stays) in (20, 21)
+    slim = copy.deepcopy(model)
+    remove(slim, [group], {group.name: stays})
+    for name, tensor in slim.state_dict().items():
+        whole = model.state_dict()[name]
+        side = 1 if name == "inner.weight" else 0
+        wanted = whole if name.startswith(("head", "inner.bias")) or not whole.ndim else whole.index_select(side, stays)
+        assert torch.equal(tensor, wanted), name
+    assert slim.norm.normalized_shape == (len(stays),)
+    assert slim.instance.num_features == slim.batch.num_features == slim.prelu.num_parameters == len(stays)
+    hidden, cut = both(model, {group.name: stays}, [group])
+    assert relative_error(cut, hidden) < 1e-5
+
+
+class OwnNorm(nn.LayerNorm):
+    """Channels last like its parent, by a forward pass of its own, as timm has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class MapNorm(nn.LayerNorm):
+    """Over the channels of a map ``[B, C, H, W]``, as torchvision has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, OwnNorm, MapNorm])
+def test_layer_norms_of_any_layout_can_be_cut(norm):
+    channels_last = norm is not MapNorm
+
+    def normed(net, x):
+        return net.n(x.movedim(1, -1)).movedim(-1, 1) if channels_last else net.n(x)
+
+    model = unsettled(between(normed, n=norm(8))).eval()
+    groups = find_units(model, ONE).groups
+    assert list(groups["a"].layer_norms) == ["n"]
+    for seed in range(3):
+        hidden, slim = both(model, halves(groups.values(), seed), groups.values())
+        assert relative_error(slim, hidden) < 1e-5
+
+
+class ResponseNorm(nn.Module):
+    """Global response normalisation (ConvNeXt V2): each map's norm over the mean of all maps' norms."""
+
+    def __init__(self, channels: int, strength: float) -> None:
+        super().__init__()
+        self.weight, self.strength = nn.Parameter(torch.ones(channels)), strength
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.norm(dim=(2, 3), keepdim=True)
+        share = size / (size.mean(1, keepdim=True) + 1e-6)
+        return x + self.strength * self.weight[:, None, None] * x * share
+
+
+@pytest.mark.parametrize("strength", [1.0, 1e-4])
+def test_mixing_is_found_however_weak(strength):
+    model = between(lambda n, x: n.n(x), n=ResponseNorm(8, strength))
+    units = find_units(model, ONE)
+    assert READ in units.fixed["a"]
+    assert list(units.groups) == ["b"]
+
+
+def test_convnext_keeps_its_logits_at_a_tenth_of_its_channels():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = unsettled(convnext_tiny(weights=None)).eval()
+    groups = find_units(model, ONE).groups.values()
+    hidden, slim = both(model, halves(groups, share=0.1), groups)
+    assert relative_error(slim, hidden) < 1e-4
+
+
+class Hard(nn.Module):
+    """Holds on to a dtype inside."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.a, self.b, self.head = kind, conv(3, 8), conv(8, 6), head(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.float() / 255 if self.kind == "uint8" else x
+        if self.kind == "float32 throughout":
+            x = x.float()
+        x = self.a(x)
+        if self.kind == "float32 softmax":
+            x = x * F.softmax(x.flatten(2), -1, dtype=torch.float32).unflatten(2, x.shape[2:]).to(x.dtype)
+        if self.kind == "bfloat16 inside":
+            x = x.bfloat16().to(x.dtype)
+        return self.head(pooled(self.b(x)))
+
+
+@pytest.mark.parametrize("kind", ["uint8", "float32 throughout", "float32 softmax"])
+def test_networks_that_hold_on_to_float32_are_tried_in_it(kind):
+    example = ONE.mul(50).clamp(0, 255).to(torch.uint8) if kind == "uint8" else ONE
+    assert list(find_units(Hard(kind), example).groups) == ["a", "b"]
+
+
+def test_half_precision_inside_is_a_reason():
+    with pytest.raises(ValueError, match=r"a: the network rounds to torch.bfloat16 within, too coarse to try"):
+        find_units(Hard("bfloat16 inside"), ONE)
+
+
+def test_layers_out_of_autograds_reach_are_named():
+    def forward(net, x):
+        with torch.no_grad():
+            fixed = pooled(net.frozen(x))
+        if net.training:
+            net.auxiliary(fixed)
+        return net.head(pooled(net.a(x)) + fixed.mean())
+
+    model = Net(forward, frozen=conv(3, 4), auxiliary=head(4), a=conv(3, 8), head=head(8)).eval()
+    assert find_units(model, ONE).fixed == {
+        "head": READERS,
+        "frozen": "no gradient leads from the logits to it",
+        "auxiliary": "the forward pass in eval mode does not call it",
     }
-    if score in wanted:
-        assert torch.equal(found.argsort(), wanted[score].argsort())
-    else:  # LAMP keeps the order of magnitudes within a layer
-        assert torch.equal(found.argsort(), flat.square().sum(1).argsort())

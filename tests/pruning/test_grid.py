@@ -127,6 +127,19 @@ def test_errors_come_before_the_first_network_is_pruned(monkeypatch, options, me
         grid(**options)
 
 
+def test_every_network_of_the_grid_is_checked():
+    class Mixes(nn.Sequential):
+        def forward(self, batch):
+            for layer in self:
+                batch = layer(batch)
+                if isinstance(layer, nn.ReLU) and len(batch) > 1:  # the trial runs one image at a time
+                    batch = batch / batch.sum(1, keepdim=True).clamp_min(1e-3)
+            return batch
+
+    with pytest.raises(ValueError, match=r"pruning_grid: Mixes gives different logits after removal than with those"):
+        pruning_grid(Mixes(*network()).eval(), PROBE, TEST, budgets=(0.5,), scores=("l1",), progress=False)
+
+
 @torch.no_grad()
 def silence(model: nn.Module) -> None:
     """As fine-tuning goes, the worst: all logits 0."""

@@ -169,9 +169,41 @@ class Depends(nn.Module):
 
 def test_a_path_that_changes_what_removal_means_is_refused():
     with pytest.raises(
-        ValueError, match=r"Depends computes something else with channels removed[\s\S]*logits differ by"
+        ValueError, match=r"Depends gives different logits after removal than .*\(removing .* logits are off by \d"
     ):
         prune(Depends("mixes"), DATA, budget=0.5)
+
+
+def test_a_network_that_needs_its_number_of_channels_is_refused():
+    class Counts(Depends):
+        def forward(self, images):
+            maps = self.first(images).relu()
+            if images.std() > 0.9:  # the trial's noise does not take this path
+                maps = maps * torch.arange(8.0)[:, None, None]
+            return self.head(self.second(maps).mean((2, 3)))
+
+    with pytest.raises(ValueError, match=r"Counts gives different logits .*\(the network does not run without some"):
+        prune(Counts("plain"), DATA, budget=0.5)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_an_image_that_is_not_finite_is_named(value):
+    images = IMAGES.clone()
+    images[17, 0, 3, 3] = value
+    with pytest.raises(ValueError, match=r"prune: image 17 of the probe holds NaN or infinity"):
+        prune(build("resnet18"), DataLoader(TensorDataset(images, torch.arange(24)), batch_size=10), budget=0.5)
+
+
+def test_logits_that_are_not_finite_are_named():
+    model = build("resnet18")
+    nn.init.constant_(model.fc.bias, torch.nan)
+    with pytest.raises(ValueError, match=r"prune: _ResNet gives logits with NaN or infinity for 24 of 24 images"):
+        prune(model, DATA, budget=0.5)
+
+
+def test_a_bfloat16_network_is_not_refused_for_its_rounding():
+    model, images = build("resnet18").bfloat16(), TensorDataset(IMAGES.bfloat16(), torch.arange(24))
+    assert prune(model, images, budget=0.5, compensate=False).macs > 0
 
 
 def test_control_flow_on_data_is_fine_where_removal_means_the_same():

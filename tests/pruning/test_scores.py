@@ -15,6 +15,7 @@ from chanaxes_pl.analysis.scores import SCORES, own_scores, score_family
 from chanaxes_pl.models.backbones import BACKBONES, build_backbone
 from chanaxes_pl.network.groups import Units, find_units
 from chanaxes_pl.network.removal import Group
+from chanaxes_pl.pruning.baselines import weight_score
 from chanaxes_pl.pruning.scores import channel_scores, unit_ranks, unit_values
 from tests.helpers import cases as zoo
 from tests.helpers import training as small
@@ -65,15 +66,15 @@ def scored(case: tuple[nn.Module, DataLoader, Units], *scores: str, **options) -
 # ---------------------------------------------------------------- weights and gradients
 
 
-def formulas(weight: Tensor) -> dict[str, Tensor]:
-    rows = weight.double().flatten(1)
-    squares = rows.square()
-    sums = squares.sum(1)
+def formulas(weight: np.ndarray) -> dict[str, np.ndarray]:
+    """Scores of the filters ``[C, …]`` of a layer, one filter at a time."""
+    filters = [w.ravel().astype(np.float64) for w in weight]
+    squares = [float(np.sum(w * w)) for w in filters]
     return {
-        "l1": rows.abs().sum(1),
-        "l2": sums,
-        "lamp": sums / torch.stack([sums[sums >= own].sum() for own in sums]),
-        "fpgm": torch.stack([(squares - own).square().sum(1).sqrt().sum() for own in squares]),
+        "l1": np.array([np.abs(w).sum() for w in filters]),
+        "l2": np.array(squares),
+        "lamp": np.array([own / sum(other for other in squares if other >= own) for own in squares]),
+        "fpgm": np.array([sum(np.linalg.norm(own - other) for other in filters) for own in filters]),
     }
 
 
@@ -83,8 +84,28 @@ def test_scores_of_weights_are_their_formulas(case):
     model, _, units = case()
     for group in units.groups.values():
         for layer in group.producers:
-            for score, expected in formulas(model.get_submodule(layer).weight.detach()).items():
-                torch.testing.assert_close(values[score][layer], expected, rtol=1e-5, atol=1e-6)
+            for score, expected in formulas(model.get_submodule(layer).weight.detach().numpy()).items():
+                np.testing.assert_allclose(values[score][layer], expected, rtol=1e-5)
+
+
+def test_fpgm_measures_distances_between_weights_not_their_squares():
+    """Filters 1 and −1 have equal squares, and are the two that lie farthest apart."""
+    layer = nn.Conv2d(1, 3, 1, bias=False)
+    layer.weight.data[:, 0, 0, 0] = torch.tensor([1.0, -1.0, 0.25])
+    assert weight_score("fpgm", layer).tolist() == [2.75, 3.25, 2.0]
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_scores_of_wide_layers_and_of_equal_filters(kind):
+    """More than 25 rows, where torch takes distances by products, and ties."""
+    layer = nn.Linear(40, 64).to(kind)
+    layer.weight.data[7] = layer.weight.data[3]
+    wanted = formulas(layer.weight.detach().float().numpy())
+    for score in ("l1", "l2", "fpgm"):
+        found = weight_score(score, layer)
+        np.testing.assert_allclose(found.float(), wanted[score], rtol=1e-5 if kind == torch.float32 else 0.02)
+        assert float(found[3]) == pytest.approx(float(found[7]))
+    assert not weight_score("l1", layer).requires_grad
 
 
 def test_bn_scale_is_that_of_the_norm_right_behind():
