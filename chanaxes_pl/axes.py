@@ -95,11 +95,12 @@ def compute_axes(
             ``[B]`` from 0 to K − 1. See :class:`Probe` for which images are taken.
         layers: ``"conv"``, ``"conv+linear"``, globs over layer names, or ``(name, module) → bool``.
         positions: local samples an image, or ``"all"``.
-        target: the task variable: ``"logit_margin"``, ``"log_probability"``, ``"cross_entropy"`` (its
-            negative, hence the same), ``"label"``, or ``(logits, labels) → [B]`` or ``[B, D]``.
+        target: the task variable: ``"logit_margin"``, ``"log_probability"``, ``"label"``, or
+            ``(logits, labels) → [B]`` or ``[B, D]``.
         noise: σ₀² of input capture: ``"median"``, ``"mean"``, a quantile such as ``"q0.25"``, a number.
         reliability: keep the probe's two halves apart, for reliabilities.
-        alignment: add :data:`ALIGNMENT`, the angle between the gradients of both informations.
+        alignment: add :data:`ALIGNMENT`, the cosine between the gradients of input capture and
+            task information.
         probe_size: images at the most.
         step: ``(model, batch) → (logits, labels)`` for other batches or outputs.
         resamples: bootstrap resamples for the intervals of the correlations.

@@ -16,6 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchmetrics import Metric
 
+from chanaxes_pl.analysis.damage import join_axes, score_damage_correlation
+from chanaxes_pl.analysis.scores import SCORE_COLUMN
 from chanaxes_pl.axes import measure_axes
 from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.lesions.damage_table import join_shares, lesion_table
@@ -31,7 +33,6 @@ from chanaxes_pl.pruning.grid import pruning_grid
 from chanaxes_pl.pruning.plan_json import Plan
 from chanaxes_pl.pruning.plans import apply_plan
 from chanaxes_pl.pruning.pruner import IMAGES, Slim
-from chanaxes_pl.pruning.removability import join_axes, score_damage_correlation
 from chanaxes_pl.pruning.scores import channel_scores, default_scores
 from chanaxes_pl.tables import write_parquet
 
@@ -225,7 +226,7 @@ class PruneModule(ImageClassifier):
         )
         table = join_axes(axes, share)
         for score, values in scores.items():
-            table[f"score_{score}"] = [
+            table[f"{SCORE_COLUMN}{score}"] = [
                 float(values[layer][channel]) if layer in values else float("nan")
                 for layer, channel in zip(table["layer"], table["channel"], strict=True)
             ]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from chanaxes_pl.analysis.correlations import headline
+from chanaxes_pl.analysis.correlations import main_correlation
 from chanaxes_pl.analysis.runs import read_runs
 from chanaxes_pl.plots import plot_correlations
 
@@ -32,7 +32,7 @@ def summary(run: str, figure: str | None = None, all_checkpoints: bool = False, 
         raise SystemExit(f"error: {error}") from error
     (only,) = runs.each
     folder = only.folder / only.tracker
-    rows = headline(runs.correlations)
+    rows = main_correlation(runs.correlations)
     if not all_checkpoints:
         rows = rows.set_index("step").loc[list(runs.landmarks.values())].reset_index().assign(when=_WHEN)
     print(describe(rows))
@@ -47,7 +47,7 @@ def separation(rows: pd.DataFrame, share: float = 0.5) -> pd.DataFrame:
     """How fast the axes come apart: when each run's correlation has fallen to a share of its highest.
 
     Args:
-        rows: of :func:`headline`, of one run or several told apart by ``run``.
+        rows: of :func:`main_correlation`, of one run or several told apart by ``run``.
         share: of the highest correlation.
 
     Returns:

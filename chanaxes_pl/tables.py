@@ -29,10 +29,10 @@ from chanaxes_pl.network.recording import LayerMoments
 #: What is computed of every channel on the whole probe, in nats but for the last three (shares and a count).
 COLUMNS = (*METRICS, "peer_r2", "hull_size", "hull_score")
 #: What is computed on the even and on the odd images too, as ``<name>_even`` and ``<name>_odd``.
-HALVED = (*METRICS, "peer_r2")
+SPLIT_HALF = (*METRICS, "peer_r2")
 HALVES = ("even", "odd")
 #: The target metrics against a target that knows nothing, as ``<name>_null``.
-NULLED = tuple(TARGET_METRICS)
+WITH_NULL = tuple(TARGET_METRICS)
 #: The columns that ``alignment=True`` adds: see :func:`alignment`.
 ALIGNMENT = ("alignment", "signal_power", "task_covariance", "capture_norm", "task_norm", "residual_norm")
 #: Which checkpoint a row belongs to.
@@ -72,8 +72,8 @@ def _layer_frame(name: str, moments: LayerMoments | None, width: int, noise: str
 
 
 def _columns() -> list[str]:
-    halves = [f"{column}_{half}" for column in HALVED for half in HALVES]
-    return [*COLUMNS, *halves, *(f"{column}_null" for column in NULLED)]
+    halves = [f"{column}_{half}" for column in SPLIT_HALF for half in HALVES]
+    return [*COLUMNS, *halves, *(f"{column}_null" for column in WITH_NULL)]
 
 
 def measure(moments: LayerMoments, noise: str | float = "median") -> dict[str, np.ndarray]:

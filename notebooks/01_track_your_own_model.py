@@ -35,7 +35,7 @@ import torchvision
 from lightning.pytorch.loggers import CSVLogger
 
 from chanaxes_pl import AxisTracker, compute_axes, read_run
-from chanaxes_pl.analysis.correlations import axis_correlations, headline
+from chanaxes_pl.analysis.correlations import axis_correlations, main_correlation
 from chanaxes_pl.data import DigitsDataModule
 from chanaxes_pl.models import Classifier
 from chanaxes_pl.plots import plot_correlations
@@ -92,7 +92,7 @@ table[
 
 # %%
 correlations = axis_correlations(table, resamples=200)
-headline(correlations)[
+main_correlation(correlations)[
     ["epoch", "step", "rho", "low", "high", "null", "reliability_local", "reliability_target"]
 ].round(2)
 
@@ -118,7 +118,7 @@ untrained = torchvision.models.squeezenet1_1(num_classes=10)
 larger = DigitsDataModule(image_size=32)
 larger.setup("fit")
 axes = compute_axes(untrained, larger.probe_dataloader(), layers="features.*.expand*", probe_size=300)
-headline(axes.correlations)[["local", "target", "rho", "low", "high", "n"]].round(2)
+main_correlation(axes.correlations)[["local", "target", "rho", "low", "high", "n"]].round(2)
 
 # %% [markdown]
 # ## Other batches, other targets
@@ -135,7 +135,7 @@ confident = compute_axes(
     target="log_probability",
     probe_size=300,
 )
-headline(confident.correlations)[["rho", "low", "high"]].round(2)
+main_correlation(confident.correlations)[["rho", "low", "high"]].round(2)
 
 # %% [markdown]
 # On the command line the same is `chanaxes fit --config configs/digits/resnet18.yaml`, and `chanaxes report

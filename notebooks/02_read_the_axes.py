@@ -38,9 +38,10 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from chanaxes_pl import AxisTracker
-from chanaxes_pl.analysis.correlations import headline, over_runs, reliabilities
+from chanaxes_pl.analysis.correlations import main_correlation, reliabilities
 from chanaxes_pl.analysis.groupings import groupings
 from chanaxes_pl.analysis.runs import read_runs
+from chanaxes_pl.core.statistics import mean_over_runs
 from chanaxes_pl.data import DigitsDataModule
 from chanaxes_pl.models import Classifier
 from chanaxes_pl.plots import (
@@ -123,7 +124,7 @@ plot_distributions(distributions(runs.table))
 
 # %%
 columns = ["run", "step", "rho", "low", "high", "null", "reliability_local", "reliability_target", "disattenuated"]
-headline(runs.correlations)[columns].round(2)
+main_correlation(runs.correlations)[columns].round(2)
 
 # %%
 reliable = reliabilities(runs.table)
@@ -184,7 +185,7 @@ correlations = pd.read_csv("results/correlations.csv")
 plot_correlations(correlations, title="ResNet-18 at quarter width, CIFAR-100")
 
 # %%
-trajectory = over_runs(headline(correlations))
+trajectory = mean_over_runs(main_correlation(correlations))
 trajectory[["epoch", "step", "mean", "std", "low", "high", "runs"]].iloc[::3].round(2)
 
 # %% [markdown]
@@ -195,13 +196,13 @@ trajectory[["epoch", "step", "mean", "std", "low", "high", "runs"]].iloc[::3].ro
 # yet: which channels will matter is decided in training. Bands are bootstraps over the three runs.
 
 # %%
-early = over_runs(pd.read_csv("results/early.csv")).rename(columns={"mean": "rho"})
+early = mean_over_runs(pd.read_csv("results/early.csv")).rename(columns={"mean": "rho"})
 plot_early_prediction(early)
 
 # %% [markdown]
 # ## Structure within a layer
 #
-# `layer_structure(model, loader)` in `chanaxes_pl.analysis.structure` looks at a layer as a graph of channels, joined by overlap
+# `layer_structure(model, loader)` looks at a layer as a graph of channels, joined by overlap
 # or by excess, and asks a community detection how far it falls into groups, beside the same weights dealt at random; at
 # what triplets know beyond their best pair; and at whether a channel that reads channels high in a metric is high in it
 # too. Means of the three trained networks:

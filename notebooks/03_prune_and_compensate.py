@@ -33,11 +33,11 @@ import lightning.pytorch as L
 import torch
 
 from chanaxes_pl import PruneModule, load_slim, prune
+from chanaxes_pl.analysis.damage import score_damage_correlation
 from chanaxes_pl.data import DigitsDataModule
 from chanaxes_pl.models import Classifier
 from chanaxes_pl.plots import plot_lesions, plot_pruning
 from chanaxes_pl.pruning.describe import describe_lesions, describe_pruning
-from chanaxes_pl.pruning.removability import score_damage_correlation
 
 warnings.filterwarnings("ignore", module="lightning")  # hints about workers and loggers
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

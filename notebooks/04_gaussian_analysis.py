@@ -17,7 +17,7 @@
 #
 # - in which directions a channel's weights have to move to capture more of their input, and to know more of the task;
 # - how to measure the angle between these directions for every channel of a network, and what to make of it;
-# - when simulated channels start with both informations coupled, and what parts them.
+# - when simulated channels start with both information terms coupled, and what parts them.
 #
 # Everything here runs in about half a minute on one CPU core.
 
@@ -32,8 +32,8 @@ import pandas as pd
 import torch
 
 from chanaxes_pl import compute_axes
-from chanaxes_pl.analysis.correlations import over_runs
 from chanaxes_pl.core.gradients import alignment, capture_gradient, residual, task_gradient
+from chanaxes_pl.core.statistics import mean_over_runs
 from chanaxes_pl.data import DigitsDataModule
 from chanaxes_pl.models import Classifier
 from chanaxes_pl.plots import plot_alignment, plot_simulation
@@ -141,7 +141,7 @@ both.groupby("epoch")["angle"].describe()[["mean", "25%", "50%", "75%"]].round(2
 # Three epochs turn the two directions further apart: the mean falls by about a third, most of all in the last layers,
 # while the first layers keep the largest values.
 #
-# ## When are both informations coupled at the start?
+# ## When are both information terms coupled at the start?
 #
 # A simulation leaves out everything but the two formulas: many channels from random weights, an input whose covariance
 # has a given spectrum, here eigenvalues $\propto 1/k$, and a task covariance $c$ of which a given *share* (of
@@ -211,5 +211,5 @@ ends.pivot_table(index="flow", columns="time", values="rho", sort=False).round(2
 # width after 200 epochs: 0.05 to 0.18 in hidden layers, about 0.56 in the first.
 
 # %%
-angles = over_runs(pd.read_csv("results/alignment.csv"), "angle")
+angles = mean_over_runs(pd.read_csv("results/alignment.csv"), "angle")
 angles.pivot_table(index="layer", columns="epoch", values=["mean", "std"], sort=False).round(2)

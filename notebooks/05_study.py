@@ -35,12 +35,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from chanaxes_pl.analysis.correlations import headline, over_runs
+from chanaxes_pl.analysis.correlations import main_correlation
+from chanaxes_pl.analysis.damage import matched_comparison, rank_regression, score_damage_correlation
 from chanaxes_pl.analysis.grids import area_under_curve, paired_difference
 from chanaxes_pl.analysis.scores import SCORES
+from chanaxes_pl.core.statistics import mean_over_runs
 from chanaxes_pl.plots import plot_correlations, plot_groupings, plot_pruning
 from chanaxes_pl.pruning.compare import read_grids
-from chanaxes_pl.pruning.removability import matched_comparison, rank_regression, score_damage_correlation
 from chanaxes_pl.report.blocks import intervals
 from chanaxes_pl.summary import separation
 
@@ -60,7 +61,7 @@ accuracy, correlations, groups, angles = (
 # read its column as that of a network early in training.
 
 # %%
-reached = over_runs(accuracy[accuracy["split"] == "test"], "accuracy", by=["network", "split"])
+reached = mean_over_runs(accuracy[accuracy["split"] == "test"], "accuracy", by=["network", "split"])
 intervals(reached, "network", "split", digits=3)
 
 # %% [markdown]
@@ -74,7 +75,7 @@ intervals(reached, "network", "split", digits=3)
 last = correlations["step"] == correlations.groupby("network")["step"].transform("max")
 trained = correlations[last & (correlations["layer"] == "network")]
 values = ["rho", "null", "reliability_local", "reliability_target", "disattenuated"]
-intervals(over_runs(headline(trained), values, by=["network"]), "network", "value")
+intervals(mean_over_runs(main_correlation(trained), values, by=["network"]), "network", "value")
 
 # %% [markdown]
 # **Holds.** Both metrics rank channels reliably, and yet ρ is within 0.1 of 0, hardly beyond what a target that knows
@@ -82,7 +83,7 @@ intervals(over_runs(headline(trained), values, by=["network"]), "network", "valu
 # 0.16 to 0.18 with task information, and the composite axes are at 0.11 to 0.25.
 
 # %%
-intervals(over_runs(trained, by=["network", "local", "target"]), ["local", "target"], "network")
+intervals(mean_over_runs(trained, by=["network", "local", "target"]), ["local", "target"], "network")
 
 # %% [markdown]
 # ## (b) The axes group channels differently
@@ -95,7 +96,7 @@ intervals(over_runs(trained, by=["network", "local", "target"]), ["local", "targ
 groups = groups[groups["when"].str.startswith("last")]
 indices = ["ari", "ceiling_local", "ceiling_target"]
 by_run = groups.groupby(["network", "run"], sort=False)[indices].mean().reset_index()
-intervals(over_runs(by_run, indices, by=["network"]), "network", "value")
+intervals(mean_over_runs(by_run, indices, by=["network"]), "network", "value")
 
 # %% [markdown]
 # **Holds.** The groupings have next to nothing in common. But only the local axis has groups to speak of: by the target
@@ -112,12 +113,12 @@ plot_groupings(groups[groups["network"] == "ResNet-18"], title="ResNet-18")
 # reliability of task information. Published for ResNet-18: 0.71 at initialisation.
 
 # %%
-early = headline(correlations)
+early = main_correlation(correlations)
 early = early[early["step"].isin([0, 1, 16, 128, 390, 780])]
-intervals(over_runs(early, by=["network", "step"]), "step", "network")
+intervals(mean_over_runs(early, by=["network", "step"]), "step", "network")
 
 # %%
-intervals(over_runs(early, "reliability_target", by=["network", "step"]), "step", "network")
+intervals(mean_over_runs(early, "reliability_target", by=["network", "step"]), "step", "network")
 
 # %% [markdown]
 # ρ of each run at initialisation (`first`), at its highest and at the end; `step` and `epoch` are those of the first
@@ -125,7 +126,8 @@ intervals(over_runs(early, "reliability_target", by=["network", "step"]), "step"
 
 # %%
 apart = pd.concat(
-    separation(headline(rows)).assign(network=network) for network, rows in correlations.groupby("network", sort=False)
+    separation(main_correlation(rows)).assign(network=network)
+    for network, rows in correlations.groupby("network", sort=False)
 )
 apart[["network", "run", "first", "highest", "step_highest", "step", "epoch", "last"]].round(2)
 
@@ -156,7 +158,7 @@ first = place == place.groupby(angles["network"]).transform("min")
 angles = angles.assign(where=first.map({True: "first layer", False: "hidden layers"}))
 angles["when"] = angles["step"].eq(0).map({True: "initialisation", False: "trained"})
 by_run = angles.groupby(["network", "run", "where", "when"], sort=False)["angle"].mean().reset_index()
-intervals(over_runs(by_run, "angle", by=["network", "where", "when"]), ["network", "where"], "when")
+intervals(mean_over_runs(by_run, "angle", by=["network", "where", "when"]), ["network", "where"], "when")
 
 # %% [markdown]
 # **Holds** in ResNet-18 and VGG-16, in MobileNetV2 in part: the angle opens in hidden layers and hardly in the first
@@ -164,7 +166,7 @@ intervals(over_runs(by_run, "angle", by=["network", "where", "when"]), ["network
 # MobileNetV2 is half way there after four epochs. The trained layers' means over seeds:
 
 # %%
-by_layer = over_runs(angles[angles["when"] == "trained"], "angle", by=["network", "where", "layer"])
+by_layer = mean_over_runs(angles[angles["when"] == "trained"], "angle", by=["network", "where", "layer"])
 by_layer.groupby(["network", "where"], sort=False)["mean"].describe()[
     ["count", "min", "25%", "50%", "75%", "max"]
 ].round(2)
@@ -185,7 +187,7 @@ lesions = {
 regressed = pd.concat(
     rank_regression(table).assign(network=network, run=seed) for (network, seed), table in lesions.items()
 )
-intervals(over_runs(regressed, ["r2_base", "increase", "slope"], by=["network"]), "network", "value", digits=3)
+intervals(mean_over_runs(regressed, ["r2_base", "increase", "slope"], by=["network"]), "network", "value", digits=3)
 
 # %% [markdown]
 # **Holds in part**, on VGG-16 only. There peer R² adds a third to what little is explained, in the claimed direction,
@@ -196,7 +198,7 @@ intervals(over_runs(regressed, ["r2_base", "increase", "slope"], by=["network"])
 matched = pd.concat(
     matched_comparison(table).assign(network=network, run=seed) for (network, seed), table in lesions.items()
 )
-matched = over_runs(matched[matched["scale"] == "rank"], ["difference", "pairs"], by=["network"])
+matched = mean_over_runs(matched[matched["scale"] == "rank"], ["difference", "pairs"], by=["network"])
 intervals(matched, "network", "value")
 
 # %% [markdown]
@@ -210,7 +212,7 @@ damage = pd.concat(
     score_damage_correlation(table, metrics).assign(network=network, run=seed)
     for (network, seed), table in lesions.items()
 )
-intervals(over_runs(damage[damage["layer"] == "network"], by=["network", "score"]), "score", "network")
+intervals(mean_over_runs(damage[damage["layer"] == "network"], by=["network", "score"]), "score", "network")
 
 # %% [markdown]
 # What the paper builds on does hold: damage goes with input capture, and not with task information. The L1 norm does as
@@ -220,7 +222,7 @@ intervals(over_runs(damage[damage["layer"] == "network"], by=["network", "score"
 kinds = ["zero_loss", "mean_loss", "peer_loss"]
 costs = pd.concat(table.assign(network=network, run=seed) for (network, seed), table in lesions.items())
 costs = costs.groupby(["network", "run"], sort=False)[kinds].mean().reset_index()
-intervals(over_runs(costs, kinds, by=["network"]), "network", "value", digits=4)
+intervals(mean_over_runs(costs, kinds, by=["network"]), "network", "value", digits=4)
 
 # %% [markdown]
 # ## (f) Scores from the local axis are more reliable than scores from the target axis
@@ -237,11 +239,11 @@ contests = {
     "local axis − target axis": (local, target),
     "input capture − task information": (["input_capture"], ["task_information"]),
     "input capture − random": (["input_capture"], ["random"]),
-    "peer overlap − random": (["peer_overlap"], ["random"]),
-    "peer R² − random": (["peer_r2"], ["random"]),
+    "peer overlap − random": (["minus_peer_overlap"], ["random"]),
+    "peer R² − random": (["minus_peer_r2"], ["random"]),
     "task information − random": (["task_information"], ["random"]),
     "target-excess − random": (["target_excess"], ["random"]),
-    "two-axis − input capture": (["two_axis"], ["input_capture"]),
+    "keep both − input capture": (["keep_both"], ["input_capture"]),
 }
 differences = pd.concat(
     paired_difference(area, *sides).assign(network=network, scores=scores)
@@ -263,20 +265,20 @@ plot_pruning(grids["ResNet-18"], title="ResNet-18")
 # %% [markdown]
 # ## (g) Norms are competitive on VGG-16
 #
-# The same areas: each norm less input capture, and less the two-axis composite.
+# The same areas: each norm less input capture, and less the composite of both axes.
 
 # %%
 norms = pd.concat(
     paired_difference(area, [norm], [own]).assign(network=network, scores=f"{norm} − {own}")
     for network, area in areas.items()
     for norm in ("l1", "l2", "fpgm", "lamp")
-    for own in ("input_capture", "two_axis")
+    for own in ("input_capture", "keep_both")
 )
 intervals(norms, ["network", "scores"], "allocation", digits=1)
 
 # %% [markdown]
 # **Holds.** On VGG-16 norms are level with our scores or ahead of them, most of all LAMP under its own allocation (11
-# points); only FPGM falls behind once (two-axis, `own`). They are competitive on ResNet-18 and MobileNetV2 too.
+# points); only FPGM falls behind once (`keep_both`, `own`). They are competitive on ResNet-18 and MobileNetV2 too.
 
 # %%
 plot_pruning(grids["VGG-16"], title="VGG-16")
@@ -292,7 +294,7 @@ refits = {
     title: read_grids(str(FOLDER / key / "seed_*/compensation/pruning.parquet")) for key, title in NETWORKS.items()
 }
 kept = pd.concat(grid.assign(network=title, accuracy=100 * grid["accuracy"]) for title, grid in refits.items())
-kept = over_runs(kept, "accuracy", by=["network", "score", "compensate", "budget"])
+kept = mean_over_runs(kept, "accuracy", by=["network", "score", "compensate", "budget"])
 kept = kept[kept["score"].isin(["dense", "l1", "input_capture", "task_information", "random"])]
 intervals(kept, ["network", "score", "compensate"], "budget", digits=1)
 
@@ -303,7 +305,7 @@ intervals(kept, ["network", "score", "compensate"], "budget", digits=1)
 gains = pd.concat(area_under_curve(grid).assign(network=title) for title, grid in refits.items())
 gains = gains.pivot_table(index=["network", "run", "score"], columns="compensate", values="area", sort=False)
 gains = (100 * (gains["refit"] - gains["none"])).rename("gain").reset_index()
-intervals(over_runs(gains, "gain", by=["network", "score"]), "score", "network", digits=1)
+intervals(mean_over_runs(gains, "gain", by=["network", "score"]), "score", "network", digits=1)
 
 # %% [markdown]
 # **It adds more than any choice of score does.** At half the MACs the bare networks are hardly above chance; refitted,
@@ -323,7 +325,8 @@ plot_pruning(refits["ResNet-18"], title="ResNet-18")
 # %%
 others = {"tiny_resnet18": "ResNet-18, Tiny-ImageNet", "tiny_convnext": "ConvNeXt-T, 312 steps"}
 rows = [
-    headline(pd.read_csv(FOLDER / key / "correlations.csv.gz")).assign(network=title) for key, title in others.items()
+    main_correlation(pd.read_csv(FOLDER / key / "correlations.csv.gz")).assign(network=title)
+    for key, title in others.items()
 ]
 columns = ["epoch", "rho", "null", "reliability_target"]
 pd.concat(rows).groupby("network", sort=False)[columns].agg(["first", "last"]).round(2)

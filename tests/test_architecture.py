@@ -26,7 +26,7 @@ CHAPTERS = [
     "cli",
     "__main__",
 ]
-#: What is pure mathematics, and may import neither a framework around torch nor pandas (but for statistics over tables).
+#: What `core` may not import; its statistics work on tables.
 FRAMEWORKS = {"lightning", "pytorch_lightning", "torchmetrics", "torchvision", "wandb", "pandas", "matplotlib"}
 TABLES = {"statistics.py"}
 MOST_FILES = 12

@@ -3,7 +3,7 @@
 import pytest
 from matplotlib.image import imread
 
-from chanaxes_pl.analysis.correlations import axis_correlations, headline
+from chanaxes_pl.analysis.correlations import axis_correlations, main_correlation
 from chanaxes_pl.analysis.runs import read_runs
 from chanaxes_pl.summary import summary
 from chanaxes_pl.tables import checkpoint_path
@@ -15,7 +15,7 @@ def test_start_highest_and_end_of_a_run(tmp_path, capsys, inner):
     run = write_run(tmp_path / "run")
     summary(str(run / inner), resamples=50)
     printed = capsys.readouterr().out
-    rho = headline(axis_correlations(read_runs([run]).table)).set_index("step")["rho"]
+    rho = main_correlation(axis_correlations(read_runs([run]).table)).set_index("step")["rho"]
     lines = {line[:18].strip(): line.split() for line in printed.splitlines() if line.startswith("at ")}
     for name, step in {"at initialisation": 0, "at its highest": int(rho.idxmax()), "at the end": STEPS[-1]}.items():
         assert {f"{step / 4:.3g}", str(step), f"{rho[step]:.2f}"} <= set(lines[name])

@@ -10,9 +10,19 @@ import numpy as np
 import pandas as pd
 
 from chanaxes_pl.core.metrics import LOCAL_METRICS, TARGET_METRICS
-from chanaxes_pl.tables import HALVED, HALVES, KEYS
+from chanaxes_pl.core.statistics import (
+    MIN_CHANNELS,
+    composite,
+    interval,
+    rank_correlations,
+    resample_counts,
+    spearman,
+    spearman_brown,
+)
+from chanaxes_pl.tables import HALVES, KEYS, SPLIT_HALF
 
-#: Axis coordinates: the mean of the within-layer z-scores of an axis's two metrics.
+#: Axis coordinates: the mean of the within-layer z-scores of an axis's two metrics, both with sign +.
+#: They are no pruning scores: ``keep_local`` takes peer overlap with sign −, see :mod:`scores`.
 AXES = {"local_axis": tuple(LOCAL_METRICS), "target_axis": tuple(TARGET_METRICS)}
 PAIRS = (
     ("input_capture", "task_information"),
@@ -21,42 +31,9 @@ PAIRS = (
     ("peer_overlap", "target_excess"),
     ("local_axis", "target_axis"),
 )
-HEADLINE = PAIRS[0]
+MAIN_PAIR = PAIRS[0]
 #: The name under which the mean over layers stands in the column ``layer``.
 NETWORK = "network"
-#: Fewer live channels than this have no axis correlation.
-MIN_CHANNELS = 3
-
-
-def spearman(first: np.ndarray, second: np.ndarray) -> float:
-    """Spearman rank correlation of ``[n]`` and ``[n]``; NaN for n < 3, a constant, or anything not finite.
-
-    Example:
-        >>> import numpy as np
-        >>> spearman(np.array([1.0, 2.0, 3.0, 4.0]), np.array([1.0, 4.0, 9.0, 8.0]))
-        0.8
-    """
-    if len(first) < MIN_CHANNELS or not (np.isfinite(first).all() and np.isfinite(second).all()):
-        return float("nan")
-    x, y = _centred_midranks(first), _centred_midranks(second)
-    scale = float(np.sqrt((x @ x) * (y @ y)))
-    return float(x @ y) / scale if scale > 0 else float("nan")
-
-
-def _centred_midranks(values: np.ndarray) -> np.ndarray:
-    """``[n]`` ranks, ties sharing their mean, less the mean rank; a sixth of the time that SciPy's call takes."""
-    _, group, held = np.unique(values, return_inverse=True, return_counts=True)
-    return (held.cumsum() - held / 2)[group] - len(values) / 2
-
-
-def spearman_brown(half: float) -> float:
-    """Reliability of a whole from the correlation r of its halves, 2r / (1 + r); 0 where they do not agree (r < 0).
-
-    Example:
-        >>> round(spearman_brown(0.6), 3), spearman_brown(-0.1)
-        (0.75, 0.0)
-    """
-    return 2 * half / (1 + half) if not half < 0 else 0.0
 
 
 def axis_correlations(table: pd.DataFrame, resamples: int = 0, seed: int = 0) -> pd.DataFrame:
@@ -91,14 +68,16 @@ def axis_correlations(table: pd.DataFrame, resamples: int = 0, seed: int = 0) ->
     return result[[*present, *(column for column in result if column not in present)]]
 
 
-def headline(correlations: pd.DataFrame, layer: str = NETWORK, pair: tuple[str, str] = HEADLINE) -> pd.DataFrame:
+def main_correlation(
+    correlations: pd.DataFrame, layer: str = NETWORK, pair: tuple[str, str] = MAIN_PAIR
+) -> pd.DataFrame:
     """The rows of one layer and pair of metrics; by default ρ(input capture, task information), the network's mean."""
     of_layer = correlations[correlations["layer"] == layer]
     pairs = zip(of_layer["local"], of_layer["target"], strict=True)
     return of_layer[[found == pair for found in pairs]].reset_index(drop=True)
 
 
-def reliabilities(table: pd.DataFrame, metrics: Sequence[str] = (*HALVED, *AXES)) -> pd.DataFrame:
+def reliabilities(table: pd.DataFrame, metrics: Sequence[str] = (*SPLIT_HALF, *AXES)) -> pd.DataFrame:
     """Split-half reliability of every metric and axis coordinate: keys, ``layer, metric, reliability``.
 
     The mean over layers is the layer ``"network"``.
@@ -128,45 +107,6 @@ def task_masses(table: pd.DataFrame) -> pd.DataFrame:
     return masses.groupby(keys, sort=False)[["duplicate", "nonreplaceable"]].sum(min_count=1).reset_index()
 
 
-_GROUPED = ("epoch", "step", "layer", "local", "target", "metric", "score", "allocation", "compensate", "budget")
-
-
-def over_runs(
-    frame: pd.DataFrame,
-    value: str | Sequence[str] = "rho",
-    resamples: int = 1000,
-    seed: int = 0,
-    by: Sequence[str] = _GROUPED,
-) -> pd.DataFrame:
-    """Mean over runs (seeds) of a column of a result table, with a 95 % percentile bootstrap over runs.
-
-    Args:
-        frame: rows of several runs, told apart by ``run``.
-        value: the column, or several.
-        resamples: bootstrap resamples over runs.
-        seed: of the resamples.
-        by: the columns that say what belongs together, as far as ``frame`` has them: checkpoint, layer, metrics, and
-            what tells the networks of a pruning grid apart.
-
-    Returns:
-        The keys, ``mean, std, low, high, runs``; of several columns also ``value``, which of them.
-    """
-    if not isinstance(value, str):
-        each = [over_runs(frame, column, resamples, seed, by).assign(value=column) for column in value]
-        return pd.concat(each, ignore_index=True)
-    present = [column for column in by if column in frame]
-
-    def summary(values: pd.Series) -> pd.Series:
-        data = values.dropna().to_numpy()
-        picks = np.random.default_rng(seed).integers(0, max(1, len(data)), (resamples, len(data)))
-        low, high = np.quantile(data[picks].mean(1), [0.025, 0.975]) if len(data) > 1 else (np.nan, np.nan)
-        std = data.std(ddof=1) if len(data) > 1 else np.nan
-        mean = data.mean() if len(data) else np.nan
-        return pd.Series({"mean": mean, "std": std, "low": low, "high": high, "runs": len(data)})
-
-    return frame.groupby(present, sort=False)[value].apply(summary).unstack().reset_index()
-
-
 def checkpoints(table: pd.DataFrame) -> Iterator[tuple[dict, pd.DataFrame]]:
     """Every checkpoint of a table, with its keys; the whole table where it has none."""
     present = [key for key in KEYS if key in table]
@@ -177,7 +117,7 @@ def checkpoints(table: pd.DataFrame) -> Iterator[tuple[dict, pd.DataFrame]]:
         yield dict(zip(present, values, strict=True)), frame
 
 
-def coordinates(frame: pd.DataFrame) -> dict[str, np.ndarray]:
+def layer_columns(frame: pd.DataFrame) -> dict[str, np.ndarray]:
     """Metrics and axis coordinates of one layer's live channels, also of the halves and the null, by name."""
     return _with_axes(next(_by_layer(frame))[1])
 
@@ -196,17 +136,16 @@ def _with_axes(metrics: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     values = dict(metrics)
     for axis, parts in AXES.items():
         for half in ("", *(f"_{half}" for half in HALVES)):
-            values[axis + half] = np.mean([_z_scores(metrics[metric + half]) for metric in parts], 0)
-    values["target_axis_null"] = np.mean([_z_scores(metrics[f"{metric}_null"]) for metric in TARGET_METRICS], 0)
+            values[axis + half] = _mean_z_score([metrics[metric + half] for metric in parts])
+    values["target_axis_null"] = _mean_z_score([metrics[f"{metric}_null"] for metric in TARGET_METRICS])
     return values
 
 
+def _mean_z_score(columns: Sequence[np.ndarray]) -> np.ndarray:
+    return composite(columns, [1] * len(columns))
+
+
 _NOT_METRICS = (*KEYS, "layer", "channel", "dead", "at_ceiling", "reason")
-
-
-def _z_scores(values: np.ndarray) -> np.ndarray:
-    spread = values.std() if len(values) else 0.0
-    return (values - values.mean()) / spread if spread > 0 else np.full_like(values, np.nan)
 
 
 def _layer_rows(values: dict[str, np.ndarray], draws: np.ndarray) -> list[dict]:
@@ -221,7 +160,7 @@ def _layer_rows(values: dict[str, np.ndarray], draws: np.ndarray) -> list[dict]:
                 "local": local,
                 "target": target,
                 "rho": rho,
-                **_interval(drawn),
+                **interval(drawn),
                 "n": len(values[local]),
                 "null": spearman(values[local], values[f"{target}_null"]),
                 **_disattenuated(rho, reliable[local], reliable[target]),
@@ -247,7 +186,7 @@ def _network_rows(layers: pd.DataFrame, draws: np.ndarray) -> pd.DataFrame:
     has_rho = layers.groupby(["local", "target"], sort=False)["rho"].count() > 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a mean over layers none of which has a value is NaN
-        bounds = pd.DataFrame([_interval(drawn) for drawn in np.nanmean(draws, 0)], index=network.index)
+        bounds = pd.DataFrame([interval(drawn) for drawn in np.nanmean(draws, 0)], index=network.index)
     return network.assign(
         layer=NETWORK,
         low=bounds["low"],
@@ -269,41 +208,17 @@ def _disattenuated(rho: float, local: float, target: float) -> dict[str, float]:
     }
 
 
-def _interval(draws: np.ndarray) -> dict[str, float]:
-    kept = draws[np.isfinite(draws)]
-    low, high = np.quantile(kept, [0.025, 0.975]) if len(kept) else (np.nan, np.nan)
-    return {"low": float(low), "high": float(high)}
-
-
 def _bootstrap(values: dict[str, np.ndarray], resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """``[pairs, resamples]`` Spearman correlations over channels drawn with replacement.
-
-    A resample is a count per channel. Midranks follow from counts summed in the order of the values, and the
-    correlation is Pearson's with the counts as weights, so nothing is sorted again.
-    """
+    """``[pairs, resamples]`` Spearman correlations over channels drawn with replacement; NaN where ρ is."""
     channels = len(values["input_capture"])
+    drawn = np.full((len(PAIRS), resamples), np.nan)
     if resamples == 0 or channels < MIN_CHANNELS:
-        return np.full((len(PAIRS), resamples), np.nan)
-    counts = rng.multinomial(channels, np.full(channels, 1 / channels), resamples).astype(float)
-    names = dict.fromkeys(name for pair in PAIRS for name in pair)
-    ranks = {name: _resampled_ranks(values[name], counts) for name in names}
-    return np.stack([_weighted_correlation(ranks[local], ranks[target], counts) for local, target in PAIRS])
-
-
-def _resampled_ranks(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """``[resamples, n]`` centred midranks of ``values [n]`` within each resample; NaN if one is not finite."""
-    if not np.isfinite(values).all():
-        return np.full_like(counts, np.nan)
-    order = np.argsort(values, kind="stable")
-    distinct, group = np.unique(values, return_inverse=True)
-    starts = np.searchsorted(values[order], distinct)
-    held = np.add.reduceat(counts[:, order], starts, axis=1)
-    middle = held.cumsum(1) - held / 2  # rank − ½ of a tied group's middle
-    return middle[:, group] - len(values) / 2
-
-
-def _weighted_correlation(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """``[resamples]``: correlation of centred ranks; NaN where a resample holds one value only."""
-    xy, xx, yy = ((weights * a * b).sum(1) for a, b in ((x, y), (x, x), (y, y)))
-    scale = np.sqrt(xx * yy)
-    return np.divide(xy, scale, out=np.full_like(xy, np.nan), where=scale > 0)
+        return drawn
+    counts = resample_counts(channels, resamples, rng).astype(float)
+    defined = {name for name in values if np.isfinite(values[name]).all()}
+    for target in dict.fromkeys(target for _, target in PAIRS if target in defined):
+        pairs = [number for number, pair in enumerate(PAIRS) if pair[1] == target and pair[0] in defined]
+        if pairs:
+            local = np.stack([values[PAIRS[number][0]] for number in pairs], 1)
+            drawn[pairs] = rank_correlations(local, values[target], counts, rerank=True).T
+    return drawn

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from chanaxes_pl.analysis.correlations import over_runs
+from chanaxes_pl.core.statistics import mean_over_runs
 from chanaxes_pl.tables import DENSE
 
 
@@ -51,10 +51,10 @@ def paired_difference(
 
     Returns:
         ``allocation, compensate, mean, std, low, high, runs`` of the difference, see
-        :func:`over_runs`.
+        :func:`mean_over_runs`.
     """
     areas = areas if "run" in areas else areas.assign(run="")
     keys = ["run", "allocation", "compensate"]
     means = [areas[areas["score"].isin(scores)].groupby(keys, sort=False)["area"].mean() for scores in (first, second)]
     gaps = (means[0] - means[1]).rename("gap").reset_index()
-    return over_runs(gaps, "gap", resamples, seed, by=keys[1:])
+    return mean_over_runs(gaps, "gap", resamples, seed, by=keys[1:])

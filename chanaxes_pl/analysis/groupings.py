@@ -11,7 +11,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import adjusted_rand_score
 from threadpoolctl import threadpool_limits
 
-from chanaxes_pl.analysis.correlations import AXES, checkpoints, coordinates
+from chanaxes_pl.analysis.correlations import AXES, checkpoints, layer_columns
+from chanaxes_pl.core.statistics import z_scores
 from chanaxes_pl.tables import HALVES
 
 GROUPS = 4
@@ -27,7 +28,7 @@ def groupings(table: pd.DataFrame, seed: int = 0, starts: int = 10) -> pd.DataFr
     rows = []
     for keys, checkpoint in checkpoints(table):
         for layer, frame in checkpoint.groupby("layer", sort=False):
-            values = coordinates(frame)
+            values = layer_columns(frame)
             labels = {
                 (axis, half): _clusters(np.stack([values[m + half] for m in metrics], 1), seed, starts)
                 for axis, metrics in AXES.items()
@@ -50,7 +51,7 @@ def _clusters(values: np.ndarray, seed: int, starts: int) -> np.ndarray | None:
     """``[n]`` k-means labels of ``[n, 2]`` points, z-scored; ``None`` where there is nothing to group."""
     if len(values) < GROUPS or not np.isfinite(values).all():
         return None
-    points = (values - values.mean(0)) / np.where(values.std(0) > 0, values.std(0), 1.0)
+    points = z_scores(values, constant=0.0)
     # On so few points threads only wait for each other: on a busy machine twenty times as long.
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct points than groups: some stay empty

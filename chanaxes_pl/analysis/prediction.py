@@ -1,4 +1,4 @@
-"""How early the axes tell which channels the trained network can do without."""
+"""Early prediction: how well the axes at a checkpoint predict the damage and the pruning order at the end of a run."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
-from chanaxes_pl.analysis.correlations import AXES, NETWORK, coordinates
-from chanaxes_pl.analysis.scores import own_scores, score_family
+from chanaxes_pl.analysis.correlations import AXES, NETWORK, layer_columns
+from chanaxes_pl.analysis.damage import join_axes, score_damage_correlation
+from chanaxes_pl.analysis.scores import REVERSE, SCORE_COLUMN, own_scores, score_family
 from chanaxes_pl.core.metrics import METRICS
-from chanaxes_pl.pruning.removability import join_axes, score_damage_correlation
 from chanaxes_pl.tables import KEYS, read_parquet, read_run
 
 #: What predicts.
 PREDICTORS = (*METRICS, "peer_r2", *AXES)
 #: What is predicted.
 TARGETS = ("damage", "order")
-#: Lesions of a checkpoint whose input capture agrees less with the run's last one are not this run's.
+#: Minimum rank correlation of input capture for lesions to belong to this run.
 SAME_NETWORK = 0.5
 _CHANNEL = ["layer", "channel"]
 
@@ -47,9 +47,10 @@ def early_prediction(
         run_folder: holds the tracker's folder and, somewhere in it, the ``lesions.parquet`` of ``chanaxes lesion``.
         lesions: that table or where it is, if it is elsewhere.
         damage: its column to predict.
-        order: the score that orders channels: one of ours (``"input_capture"``, ``"two_axis"``, ``"reverse_peer_r2"``,
-            see :func:`score_family`), or another such as ``"l1"``, of the lesioned
-            channels alone, where the lesions' table holds it.
+        order: the score that orders channels, by its name in :mod:`scores`: one of ours
+            (``"input_capture"``, ``"keep_both"``, ``"minus_peer_r2"``, ``"reverse_input_capture"``), or a baseline
+            such as ``"l1"``, of the lesioned channels alone, where the lesions' table holds it. ``"local_axis"``, which
+            is among :data:`PREDICTORS`, is an axis coordinate and no score.
         resamples: of the bootstrap; 0 for no intervals.
         seed: of the resamples.
         tracker: name of the tracker's folder.
@@ -122,7 +123,7 @@ def _wide(run: pd.DataFrame) -> pd.DataFrame:
     """A row a channel, a column for each step and metric."""
     live, axes = ~run["dead"].to_numpy(bool), np.full((len(run), len(AXES)), np.nan)
     for rows in run.groupby(["step", "layer"], sort=False).indices.values():
-        found = coordinates(run.iloc[rows])
+        found = layer_columns(run.iloc[rows])
         axes[rows[live[rows]]] = np.stack([found[axis] for axis in AXES], 1)
     run = run.assign(**dict(zip(AXES, axes.T, strict=True)))
     wide = run.pivot(index=_CHANNEL, columns="step", values=list(PREDICTORS))
@@ -132,14 +133,14 @@ def _wide(run: pd.DataFrame) -> pd.DataFrame:
 def _order(last: pd.DataFrame, lesions: pd.DataFrame | None, score: str) -> pd.DataFrame:
     """``layer, channel, order``, the rank within its layer at which each channel is removed; dead ones go first."""
     if score_family(score, "early_prediction") == "baseline":
-        column = f"score_{score}"
+        column = SCORE_COLUMN + score
         if lesions is None or column not in lesions:
             raise ValueError(
                 f"early_prediction(order={score!r}): the tracker's tables cannot give this score, and no lesions have "
                 f"the column {column!r}; expected one of our own scores, or lesions made with --scores '[\"{score}\"]'"
             )
         return lesions[_CHANNEL].assign(order=lesions.groupby("layer")[column].rank())
-    name, sign = score.removeprefix("reverse_"), -1 if score.startswith("reverse_") else 1
+    name, sign = score.removeprefix(REVERSE), -1 if score.startswith(REVERSE) else 1
     frames = []
     for _, frame in last.groupby("layer", sort=False):
         values = own_scores({str(column): frame[column].to_numpy(copy=True) for column in frame})[name].numpy()

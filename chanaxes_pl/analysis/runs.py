@@ -12,7 +12,8 @@ import pandas as pd
 import pyarrow as pa
 import yaml
 
-from chanaxes_pl.analysis.correlations import NETWORK, axis_correlations, headline, over_runs
+from chanaxes_pl.analysis.correlations import NETWORK, axis_correlations, main_correlation
+from chanaxes_pl.core.statistics import mean_over_runs
 from chanaxes_pl.tables import VARIANT, read_parquet
 
 #: Folder of a tracker that was given no name.
@@ -92,13 +93,13 @@ class Runs:
     @cached_property
     def landmarks(self) -> dict[str, int]:
         """Steps of the first checkpoint, of that with the highest headline correlation (mean of runs), of the last."""
-        mean = headline(self.correlations).groupby("step")["rho"].mean().fillna(-2.0)
+        mean = main_correlation(self.correlations).groupby("step")["rho"].mean().fillna(-2.0)
         highest = self.steps[int(mean.to_numpy().argmax())]
         return {"first": self.steps[0], "highest": highest, "last": self.steps[-1]}
 
     def mean(self, value: str = "rho") -> pd.DataFrame:
-        """Mean over runs of a column of the correlations, with its spread: see :func:`over_runs`."""
-        return over_runs(self.correlations, value, self.resamples)
+        """Mean over runs of a column of the correlations, with its spread: see :func:`mean_over_runs`."""
+        return mean_over_runs(self.correlations, value, self.resamples)
 
     def change(self, since: int, until: int) -> pd.DataFrame:
         """How much each axis correlation changed between two steps, run by run.
@@ -113,7 +114,7 @@ class Runs:
         """
         keys = ["run", *_PAIR]
         ends = [self.correlations[self.correlations["step"] == step].set_index(keys)["rho"] for step in (since, until)]
-        return over_runs((ends[1] - ends[0]).rename("change").reset_index(), "change", self.resamples)
+        return mean_over_runs((ends[1] - ends[0]).rename("change").reset_index(), "change", self.resamples)
 
     def beyond_headline(self, step: int) -> pd.DataFrame:
         """How much higher the other metric pairs correlate than the headline's, on the same checkpoints.
@@ -122,9 +123,9 @@ class Runs:
             ``layer, local, target, mean, std, low, high, runs`` of the network's ρ less the headline's, run by run.
         """
         rows = self.correlations[(self.correlations["step"] == step) & (self.correlations["layer"] == NETWORK)]
-        main = headline(rows).set_index("run")["rho"]
+        main = main_correlation(rows).set_index("run")["rho"]
         gaps = rows.assign(gap=rows["rho"] - rows["run"].map(main))[["run", *_PAIR, "gap"]]
-        return over_runs(gaps, "gap", self.resamples)
+        return mean_over_runs(gaps, "gap", self.resamples)
 
 
 def read_runs(folders: Sequence[str | Path], resamples: int = 1000) -> Runs:

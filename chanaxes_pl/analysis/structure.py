@@ -15,10 +15,10 @@ from sklearn.metrics import adjusted_rand_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from chanaxes_pl.analysis.correlations import MIN_CHANNELS, spearman
 from chanaxes_pl.core.gaussian import Association, information
 from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.core.moments import Moments
+from chanaxes_pl.core.statistics import MIN_CHANNELS, spearman
 from chanaxes_pl.core.targets import TargetSpec
 from chanaxes_pl.network.layers import LayerSpec, select_layers
 from chanaxes_pl.network.probe import MIN_IMAGES, Probe, Step, image_batches

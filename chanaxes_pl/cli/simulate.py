@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from chanaxes_pl.analysis.correlations import over_runs
+from chanaxes_pl.core.statistics import bounds, mean_over_runs, resampled
 from chanaxes_pl.plots import plot_simulation
 from chanaxes_pl.plots.style import RHO
 from chanaxes_pl.simulation.flows import FLOWS, check_flow, half_times, initial_coupling, simulate
@@ -80,7 +80,7 @@ def describe_start(start: pd.DataFrame, problem: Problem) -> str:
     one = problem.leading == 1
     vectors = "leading eigenvector" if one else f"{problem.leading} leading eigenvectors"
     held = problem.eigenvalues[: problem.leading].sum() / problem.eigenvalues.sum()
-    rho, angle = (over_runs(start, value, by=["share"]) for value in ("rho", "alignment"))
+    rho, angle = (mean_over_runs(start, value, by=["share"]) for value in ("rho", "alignment"))
     lines = [
         f"{problem.channels} random channels of {len(problem.eigenvalues)} Gaussian inputs, {_runs(problem.seeds)}; "
         f"the {vectors} {'has' if one else 'have'} {held:.0%} of the input's variance",
@@ -125,7 +125,7 @@ def _verdict(times: pd.Series) -> str:
 
 def _state(rows: pd.DataFrame) -> str:
     """One moment of a flow, a row a run."""
-    rho, angle = (_interval(over_runs(rows, value, by=["flow"]).iloc[0]) for value in ("rho", "alignment"))
+    rho, angle = (_interval(mean_over_runs(rows, value, by=["flow"]).iloc[0]) for value in ("rho", "alignment"))
     spreads = {"input_capture": "capture_spread", "task_information": "task_spread"}
     known = (f"{rows[value].mean():.3f} ± {rows[spread].mean():.3f}" for value, spread in spreads.items())
     return f"{rho:>21}{angle:>19}" + "".join(f"{cell:>17}" for cell in known)
@@ -135,8 +135,7 @@ def _half_time(times: np.ndarray, end: float) -> str:
     """Median over runs with its 95 % bootstrap interval; a run that has not got there by the end counts as later."""
     if not len(times):
         return "– (no run starts coupled)"
-    picks = np.random.default_rng(0).integers(0, len(times), (1000, len(times)))
-    ends = np.quantile(np.median(times[picks], axis=1), [0.025, 0.975], method="nearest")
+    ends = bounds(np.median(resampled(times, 1000, 0), axis=1), method="nearest")
     middle, low, high = (f"{value:.2f}" if value < np.inf else f"> {end:g}" for value in (np.median(times), *ends))
     interval = f" [{low}, {high}]" if len(times) > 1 else ""
     return f"{middle}{interval}, {np.isfinite(times).sum()}/{len(times)}"

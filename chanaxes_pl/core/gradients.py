@@ -90,7 +90,7 @@ def task_gradient(weights: Tensor, covariance: Tensor, cross: Tensor, target_var
 
 
 def alignment(sigma_w: Tensor, power: Tensor, cross: Tensor, shared: Tensor) -> dict[str, Tensor]:
-    """The angle between the gradients of both informations, with what it is made of, for C measured channels.
+    """Cosine between the gradients of input capture and task information, with its parts, for C measured channels.
 
     Args:
         sigma_w: ``[C, F]``, Σw = Cov(x, y).
@@ -99,15 +99,16 @@ def alignment(sigma_w: Tensor, power: Tensor, cross: Tensor, shared: Tensor) -> 
         shared: ``[C]``, b = Cov(y, T).
 
     Returns:
-        ``[C]`` each: ``alignment``, cos(Σw, g), NaN where g is 0 up to rounding (as with a single input);
-        ``signal_power``, D; ``task_covariance``, b; ``capture_norm``, ‖Σw‖; ``task_norm``, ‖c‖; ``residual_norm``, ‖g‖.
-        Then Σw·c = alignment·‖Σw‖·‖g‖ + (b/D)·‖Σw‖², and the rest follows.
+        ``[C]`` each: ``alignment``, cos(Σw, b·g) = sign(b)·cos(Σw, g), NaN where the gradient of task information is 0:
+        b is 0, or g is 0 up to rounding (as with a single input); ``signal_power``, D; ``task_covariance``, b;
+        ``capture_norm``, ‖Σw‖; ``task_norm``, ‖c‖; ``residual_norm``, ‖g‖. Then
+        Σw·c = sign(b)·alignment·‖Σw‖·‖g‖ + (b/D)·‖Σw‖², and the rest follows.
     """
     residuals = residual_of(sigma_w, power, cross, shared)
     capture, task, left = (vectors.norm(dim=1) for vectors in (sigma_w, cross, residuals))
-    angle = cosine(sigma_w, residuals)
+    angle = shared.sign() * cosine(sigma_w, residuals)
     return {
-        "alignment": torch.where(left > _ROUNDING * task, angle, torch.nan),
+        "alignment": torch.where((left > _ROUNDING * task) & (shared != 0), angle, torch.nan),
         "signal_power": power,
         "task_covariance": shared,
         "capture_norm": capture,

@@ -43,7 +43,6 @@ def label(logits: Tensor, labels: Tensor) -> Tensor:
 TARGETS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "logit_margin": logit_margin,
     "log_probability": log_probability,
-    "cross_entropy": log_probability,
     "label": label,
 }
 
@@ -58,6 +57,11 @@ def target_function(target: TargetSpec, caller: str) -> Callable[[Tensor, Tensor
         return target
     if target in TARGETS:
         return TARGETS[target]
+    if target == "cross_entropy":
+        raise ValueError(
+            f"{caller}(target='cross_entropy'): expected 'log_probability', which is minus the cross-entropy: the same "
+            "information, and the opposite sign of covariances"
+        )
     raise ValueError(
         f"{caller}(target={target!r}): expected {', '.join(map(repr, TARGETS))} or a function "
         "(logits, labels) → [B] or [B, D]"

@@ -1,4 +1,4 @@
-"""What a layer reads, beside what it gives and what is to be known: moments for the gradients of both informations."""
+"""Covariances of a layer's input patches with its outputs and with the target, for the gradients."""
 
 from __future__ import annotations
 

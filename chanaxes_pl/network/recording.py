@@ -141,7 +141,7 @@ class Recorder:
         target: ``(logits, labels) → [B]`` or ``[B, D]``.
         positions: local samples an image, or ``"all"``.
         halves: keep even and odd images apart.
-        alignment: collect what the gradients of both informations need, too.
+        alignment: collect what the gradients of both information terms need, too.
     """
 
     def __init__(

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from chanaxes_pl.core.statistics import z_scores
 from chanaxes_pl.network.groups import Units, find_units
 from chanaxes_pl.network.hooks import hooked
 from chanaxes_pl.network.layers import CONVOLUTIONS
@@ -47,7 +48,9 @@ class Routes:
         """
         worth = np.full((len(self.channels), len(self.spread)), np.nan)
         for row, (name, channels) in zip(worth, self.channels.items(), strict=True):
-            scores, read = _z_scores(given[name]), channels >= 0
+            scores, read = np.full(len(given[name]), np.nan), channels >= 0
+            known = np.isfinite(given[name])
+            scores[known] = z_scores(given[name][known])
             row[read] = scores[channels[read]]
         defined = np.isfinite(worth)
         mean = np.where(defined, worth, 0.0).sum(0) / np.maximum(defined.sum(0), 1)
@@ -189,10 +192,3 @@ def input_spread(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]
         yield spread
     for name, (_, (count, total, squares)) in sums.items():
         spread[name] = (squares / count - (total / count).square()).clamp(min=0).sqrt()
-
-
-def _z_scores(values: np.ndarray) -> np.ndarray:
-    """NaN throughout where they are all the same, or none is defined."""
-    defined = values[np.isfinite(values)]
-    spread = defined.std() if len(defined) else 0.0
-    return (values - defined.mean()) / spread if spread > 0 else np.full(len(values), np.nan)

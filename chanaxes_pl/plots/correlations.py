@@ -8,9 +8,9 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from chanaxes_pl.analysis.correlations import HEADLINE, NETWORK, PAIRS, headline
+from chanaxes_pl.analysis.correlations import MAIN_PAIR, NETWORK, PAIRS, main_correlation
 from chanaxes_pl.plots.style import BLUE, COLOURS, DASHES, GREY, MARKERS, ORANGE, RHO, WIDTH, short, styled, words
-from chanaxes_pl.tables import HALVED
+from chanaxes_pl.tables import SPLIT_HALF
 
 _TICKS = 6
 
@@ -30,7 +30,7 @@ def plot_correlations(correlations: pd.DataFrame, title: str = "") -> Figure:
     with styled():
         figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")
         mean, layers = figure.subplots(1, 2, width_ratios=(1.15, 1))
-        _draw_mean(mean, headline(correlations))
+        _draw_mean(mean, main_correlation(correlations))
         _draw_layers(layers, correlations)
         figure.legend(*mean.get_legend_handles_labels(), loc="outside lower left", ncols=3, frameon=False, fontsize=8)
         figure.suptitle(title)
@@ -63,7 +63,7 @@ def _draw_mean(axes: Axes, rows: pd.DataFrame) -> None:
 
 def _draw_layers(axes: Axes, correlations: pd.DataFrame) -> None:
     pairs = pd.Series(list(zip(correlations["local"], correlations["target"], strict=True)), index=correlations.index)
-    rows = correlations[(pairs == HEADLINE) & (correlations["layer"] != NETWORK)]
+    rows = correlations[(pairs == MAIN_PAIR) & (correlations["layer"] != NETWORK)]
     names = list(dict.fromkeys(rows["layer"]))
     grid = rows.pivot_table(index="layer", columns="step", values="rho", dropna=False).reindex(names)
     axes.set_facecolor("0.85")  # shows where a layer has no correlation
@@ -92,10 +92,10 @@ def plot_pairs(correlations: pd.DataFrame, reliabilities: pd.DataFrame, title: s
         rows = correlations[correlations["layer"] == NETWORK]
         for (local, target), marker, dashes in zip(PAIRS, MARKERS, (*DASHES, "-"), strict=False):
             pair = rows[(rows["local"] == local) & (rows["target"] == target)].groupby("step")["rho"].mean()
-            look = {"color": COLOURS["two_axis" if local == "local_axis" else local], "linestyle": dashes}
+            look = {"color": COLOURS["both" if local == "local_axis" else local], "linestyle": dashes}
             look |= {"marker": marker, "markersize": 4, "linewidth": 1, "label": f"{words(local)}, {words(target)}"}
             left.plot(range(len(pair)), pair, **look)
-        for metric in HALVED:
+        for metric in SPLIT_HALF:
             values = reliabilities[(reliabilities["layer"] == NETWORK) & (reliabilities["metric"] == metric)]
             mean = values.groupby("step")["reliability"].mean()
             look = {"color": COLOURS[metric], "label": words(metric)}

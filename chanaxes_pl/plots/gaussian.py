@@ -7,7 +7,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from chanaxes_pl.analysis.correlations import over_runs
+from chanaxes_pl.core.statistics import mean_over_runs
 from chanaxes_pl.plots.style import COLOURS, GREY, RHO, short, styled
 
 #: Range over hidden layers of a layer's mean |cos(Σw, g)|, ResNet-18 trained on CIFAR-100 (arXiv 2605.07086).
@@ -22,7 +22,7 @@ _FLOWS = {
 
 
 def plot_alignment(table: pd.DataFrame, published: bool = False, title: str = "") -> Figure:
-    """The angle between the gradients of both informations, a box a layer, layers in order of depth.
+    """The cosine between the gradients of both information terms, a box a layer, layers in order of depth.
 
     Args:
         table: of channels, measured with ``alignment=True``, at one checkpoint or several; channels of several runs
@@ -126,7 +126,7 @@ def plot_simulation(start: pd.DataFrame, flows: pd.DataFrame, title: str = "") -
     with styled():
         figure = Figure(figsize=(11, 4), layout="constrained")
         initial, coupling, angle = figure.subplots(1, 3)
-        _draw_band(initial, over_runs(start, by=["share"]), "share", "black", "")
+        _draw_band(initial, mean_over_runs(start, by=["share"]), "share", "black", "")
         share = flows["share"].iloc[0]
         initial.axvline(share, color=GREY, linestyle=":")
         initial.axhline(0, color="black", linewidth=0.6)
@@ -134,7 +134,7 @@ def plot_simulation(start: pd.DataFrame, flows: pd.DataFrame, title: str = "") -
         for name, path in flows.groupby("flow", sort=False):
             label, colour = _FLOWS[str(name)]
             for axes, value in ((coupling, "rho"), (angle, "alignment")):
-                _draw_band(axes, over_runs(path[path["time"] > 0], value, by=["time"]), "time", colour, label)
+                _draw_band(axes, mean_over_runs(path[path["time"] > 0], value, by=["time"]), "time", colour, label)
         coupling.axhline(0, color="black", linewidth=0.6)
         coupling.set(ylim=(-1.05, 1.05), ylabel=RHO, title=f"gradient flow, share {share:g}")
         angle.set(ylim=(0, None), ylabel=f"mean {_ANGLE}", title="angle between both gradients")

@@ -9,12 +9,12 @@ from typing import Any
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from chanaxes_pl.analysis.correlations import HEADLINE
+from chanaxes_pl.analysis.correlations import MAIN_PAIR
 
 #: Width in inches of a figure over both columns of a paper.
 WIDTH = 7.2
-#: Label of the headline correlation.
-RHO = f"ρ({', '.join(name.replace('_', ' ') for name in HEADLINE)})"
+#: Label of the main correlation.
+RHO = f"ρ({', '.join(name.replace('_', ' ') for name in MAIN_PAIR)})"
 
 # Wong's palette (Nature Methods 8, 441; 2011), which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, RED, PURPLE, BROWN, PINK, GREY, YELLOW, SKY = sns.color_palette("colorblind")
@@ -27,7 +27,6 @@ COLOURS = {
     "target_excess": RED,
     "local_axis": BLUE,
     "target_axis": ORANGE,
-    "two_axis": GREEN,
     "alignment": BROWN,
     "local": BLUE,
     "target": ORANGE,

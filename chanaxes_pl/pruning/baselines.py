@@ -88,7 +88,7 @@ def weight_scores(
             raise ValueError(
                 f"{caller}(score='bn_scale'): no BatchNorm with a scale runs right after {', '.join(bare[:3])}{more}; "
                 "expected one behind every removable layer: protect those layers, or take another score: all others do "
-                "without, l2, taylor or two_axis for instance"
+                "without, l2, taylor or keep_both for instance"
             )
     if score == "taylor":
         modules = _with_gradients(model, names, batches(), step, caller)

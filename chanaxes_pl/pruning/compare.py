@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from chanaxes_pl.analysis.correlations import over_runs
 from chanaxes_pl.analysis.grids import area_under_curve, paired_difference
 from chanaxes_pl.analysis.scores import SCORES
+from chanaxes_pl.core.statistics import mean_over_runs
 from chanaxes_pl.plots import plot_pruning
 from chanaxes_pl.tables import DENSE, VARIANT
 
@@ -58,7 +58,7 @@ def describe_runs(grid: pd.DataFrame, areas: pd.DataFrame, value: str, against: 
     dense = grid[grid["score"] == DENSE][value.removeprefix("tuned_")] * scale
     lines = [f"{value} in {unit}, {runs} run{'s' * (runs != 1)}, dense {_spread(dense)}; mean [95 % over runs]"]
     for (allocation, strength), part in grid[grid["score"] != DENSE].groupby(["allocation", "compensate"], sort=False):
-        means = over_runs(part[["run", *VARIANT, value]], value)
+        means = mean_over_runs(part[["run", *VARIANT, value]], value)
         budgets = sorted(means["budget"].unique(), reverse=True)
         head = "".join(f"{f'{100 * budget:g} %':>19}" for budget in budgets)
         title = f"{allocation}, {'no compensation' if strength == 'none' else strength}"

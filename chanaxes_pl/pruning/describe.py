@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 
 from chanaxes_pl.analysis.correlations import NETWORK
+from chanaxes_pl.analysis.damage import matched_comparison, rank_regression, score_damage_correlation
+from chanaxes_pl.analysis.scores import SCORE_COLUMN
 from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.lesions.interventions import OPERATIONS
-from chanaxes_pl.pruning.removability import matched_comparison, rank_regression, score_damage_correlation
 from chanaxes_pl.tables import DENSE
 
 _DOES = {
@@ -20,7 +21,7 @@ _DOES = {
 
 
 def describe_lesions(table: pd.DataFrame) -> str:
-    """Mean damage by operation, what damage goes with, and whether peer support refines removability.
+    """Mean damage by operation, its correlations with metrics and scores, and whether peer support explains more of it.
 
     Args:
         table: of :func:`join_axes`.
@@ -28,11 +29,11 @@ def describe_lesions(table: pd.DataFrame) -> str:
     operations = [operation for operation in OPERATIONS if f"{operation}_loss" in table]
     means = [f"{_DOES[operation]} {table[f'{operation}_loss'].mean():+.4f}" for operation in operations]
     damage = f"{operations[0]}_loss"
-    scores = [str(column) for column in table if str(column).startswith("score_")]
+    scores = [str(column) for column in table if str(column).startswith(SCORE_COLUMN)]
     correlations = score_damage_correlation(table.replace(-np.inf, np.nan), [*METRICS, "peer_r2", *scores], damage)
     lines = [
         f"{len(table)} lesioned channels; mean change of cross-entropy in nats: {', '.join(means)}",
-        f"Spearman ρ with {damage} within layers, mean over layers [95 % over units]; score_…: low = remove",
+        f"Spearman ρ with {damage} within layers, mean over layers [95 % over units]; {SCORE_COLUMN}…: low = remove",
     ]
     lines += [
         f"  {row['score']:24}{row['rho']:6.2f} [{row['low']:.2f}, {row['high']:.2f}]"

@@ -1,4 +1,7 @@
-"""Which channels go first: every score of every channel, and of units of coupled channels; low = remove."""
+"""Every score of every channel that could be removed, and of units of coupled channels; low = remove.
+
+For the names see ``analysis/scores``.
+"""
 
 from __future__ import annotations
 
@@ -57,9 +60,9 @@ def channel_scores(
 ) -> dict[str, dict[str, Tensor]]:
     """Some scores of every channel that could be removed. The model is left as it was.
 
-    High-is-redundant metrics (peer overlap, peer R²) are subtracted from their layer's maximum, and so is a score that
-    is reversed. Composites are means of within-layer z-scores, shifted to a layer minimum of 0. Channels that our own
-    metrics call dead come first in those, reversed or not.
+    A score ``minus_<metric>`` is its layer's maximum less the metric, and a reversed score likewise. Composites are
+    means of signed within-layer z-scores, shifted to a layer minimum of 0. Channels that our own metrics call dead come
+    first in all of these, reversed or not.
 
     Args:
         model: what the units were found in.

@@ -77,7 +77,7 @@ def number(value: float, digits: int = 2, sign: bool = False) -> str:
 
 
 def interval(row: pd.Series, digits: int = 2, sign: bool = False) -> str:
-    """``mean ± std [low, high]`` of a row of :func:`over_runs`, as far as it is defined."""
+    """``mean ± std [low, high]`` of a row of :func:`mean_over_runs`, where defined."""
     text = number(row["mean"], digits, sign)
     if row["std"] == row["std"]:  # a narrow cell breaks before the bracket, and nowhere else
         low, high = number(row["low"], digits), number(row["high"], digits)
@@ -86,7 +86,7 @@ def interval(row: pd.Series, digits: int = 2, sign: bool = False) -> str:
 
 
 def intervals(means: pd.DataFrame, index: str | list[str], columns: str, digits: int = 2) -> pd.DataFrame:
-    """Rows of :func:`over_runs` as a table of text, in the order in which they come.
+    """Rows of :func:`mean_over_runs` as a table of text, in the order in which they come.
 
     Args:
         means: the rows.

@@ -6,14 +6,15 @@ from typing import Any
 
 import pandas as pd
 
-from chanaxes_pl.analysis.correlations import NETWORK, over_runs
+from chanaxes_pl.analysis.correlations import NETWORK
+from chanaxes_pl.analysis.damage import score_damage_correlation
 from chanaxes_pl.analysis.prediction import early_prediction
 from chanaxes_pl.analysis.runs import Runs
 from chanaxes_pl.core.metrics import METRICS
+from chanaxes_pl.core.statistics import mean_over_runs
 from chanaxes_pl.lesions.interventions import OPERATIONS
 from chanaxes_pl.plots import plot_early_prediction, plot_lesions, plot_pruning
 from chanaxes_pl.plots.style import words
-from chanaxes_pl.pruning.removability import score_damage_correlation
 from chanaxes_pl.report.blocks import Missing, Picture, Section, Table, interval, intervals, number
 from chanaxes_pl.tables import DENSE, VARIANT
 
@@ -58,7 +59,7 @@ def _damage(table: pd.DataFrame) -> str:
 def _over_runs(correlations: pd.DataFrame, count: int, resamples: int) -> list[Table]:
     if count == 1:
         return []
-    means = over_runs(correlations[correlations["layer"] == NETWORK], "rho", resamples)
+    means = mean_over_runs(correlations[correlations["layer"] == NETWORK], "rho", resamples)
     rows = [[words(str(row["score"])), interval(row)] for _, row in means.iterrows()]
     return [
         Table("ρ with damage over runs: mean ± standard deviation [95 % bootstrap over runs].", ["metric", "ρ"], rows)
@@ -84,7 +85,7 @@ def early(runs: Runs) -> Section:
     drawn, spread = table, "95 % over channels"
     if len(frames) > 1:
         reasons = table.drop_duplicates("target").set_index("target")["reason"]
-        drawn = over_runs(table, "rho", runs.resamples).rename(columns={"mean": "rho"})
+        drawn = mean_over_runs(table, "rho", runs.resamples).rename(columns={"mean": "rho"})
         drawn, spread = drawn.assign(reason=drawn["target"].map(reasons)), "mean of runs, 95 % over runs"
     caption = (
         f"Mean over layers; bands: {spread}. Damage is that of removing a channel; the pruning order is that of input "
@@ -121,7 +122,7 @@ def _accuracies(grid: pd.DataFrame, title: str, resamples: int) -> list[Table]:
     pruned = pruned.assign(accuracy=100 * pruned["accuracy"])
     tables = []
     for (allocation, strength), part in pruned.groupby(["allocation", "compensate"], sort=False):
-        means = over_runs(part[["run", *VARIANT, "accuracy"]], "accuracy", resamples)
+        means = mean_over_runs(part[["run", *VARIANT, "accuracy"]], "accuracy", resamples)
         budgets = sorted(part["budget"].unique(), reverse=True)
         cells = intervals(means, "score", "budget", digits=1).fillna("–")
         rows = [[score, *cells.loc[score, budgets]] for score in part["score"].unique()]

@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from chanaxes_pl.analysis.correlations import HEADLINE, PAIRS, headline, over_runs, reliabilities, task_masses
+from chanaxes_pl.analysis.correlations import MAIN_PAIR, PAIRS, main_correlation, reliabilities, task_masses
 from chanaxes_pl.analysis.groupings import groupings
 from chanaxes_pl.analysis.runs import Run, Runs
+from chanaxes_pl.core.statistics import mean_over_runs
 from chanaxes_pl.plots import (
     channel_panels,
     distributions,
@@ -111,9 +112,9 @@ def correlation(runs: Runs) -> Section:
     )
     rows = []
     for pair in PAIRS:
-        by_step = headline(means, pair=pair).set_index("step")
+        by_step = main_correlation(means, pair=pair).set_index("step")
         cells = [interval(by_step.loc[[step]].iloc[0]) for step in runs.landmarks.values()]
-        whole = interval(headline(change, pair=pair).iloc[0], sign=True)
+        whole = interval(main_correlation(change, pair=pair).iloc[0], sign=True)
         rows.append([" and ".join(map(words, pair)), *cells, whole])
     spread = " ± standard deviation over runs [95 % bootstrap over runs]" if several else ""
     caption = f"Mean over layers{spread}. Change: last less first, of the same run."
@@ -132,10 +133,10 @@ def _against_headline(runs: Runs) -> list[Table]:
     rows = [
         [
             " and ".join(map(words, pair)),
-            *(interval(headline(frame, pair=pair).iloc[0], sign=True) for frame in (first, last)),
+            *(interval(main_correlation(frame, pair=pair).iloc[0], sign=True) for frame in (first, last)),
         ]
         for pair in PAIRS
-        if pair != HEADLINE
+        if pair != MAIN_PAIR
     ]
     caption = "ρ less that of input capture and task information, on the same checkpoint of the same run."
     return [Table(caption, ["pair", "first checkpoint", "last checkpoint"], rows)]
@@ -216,7 +217,7 @@ def gradients(runs: Runs) -> Section:
     ends = runs.table[runs.table["step"].isin([runs.steps[0], runs.steps[-1]])]
     ends = ends.assign(angle=ends["alignment"].abs())
     table = ends.groupby(["run", "epoch", "step", "layer"], sort=False)["angle"].mean().reset_index()
-    cells = intervals(over_runs(table, "angle", runs.resamples), "layer", "step").sort_index(axis=1)
+    cells = intervals(mean_over_runs(table, "angle", runs.resamples), "layer", "step").sort_index(axis=1)
     rows = [[layer, *cells.loc[layer]] for layer in runs.each[0].widths]
     known = {_setting(run.config, key) for run in runs.each for key in (_SHOWN["network"], _SHOWN["data"])}
     figure = plot_alignment(ends, published=known == {"resnet18", "CIFAR100DataModule"})

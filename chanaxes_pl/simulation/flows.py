@@ -1,4 +1,4 @@
-"""Gradient flows of channels on the unit sphere, and what both informations do on the way."""
+"""Gradient flows of channels on the unit sphere, and what both information terms do on the way."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from scipy.integrate import DOP853
 from torch import Tensor
 from torch.func import vmap
 
-from chanaxes_pl.analysis.correlations import spearman
 from chanaxes_pl.core.gaussian import information
 from chanaxes_pl.core.gradients import alignment, capture_gradient, task_gradient
 from chanaxes_pl.core.metrics import captured
+from chanaxes_pl.core.statistics import spearman
 from chanaxes_pl.simulation.problem import Draw, Problem
 
 #: What a flow ascends: input capture, task information, or a weighted mean of both.
 FLOWS = ("capture", "mixture", "task")
-#: Channels whose informations spread less than this, in nats, are the same up to the error of integration.
+#: Channels whose information terms spread less than this, in nats, are the same up to the error of integration.
 RESOLUTION = 1e-6
 COLUMNS = (
     *("flow", "share", "channels", "run", "time", "rho", "alignment", "input_capture", "task_information"),
@@ -38,7 +38,7 @@ def simulate(
     records: int = 50,
     tolerance: float = 1e-8,
 ) -> pd.DataFrame:
-    """Follow a gradient flow from random initialisation and record how both informations go together.
+    """Follow a gradient flow from random initialisation and record how both information terms go together.
 
     Every channel ascends on its own, ẇ = (1 − wwᵀ) ∇_w [(1 − μ) I_X + μ I_T], on the unit sphere: I_X would grow
     without bound under a free flow, while I_T does not depend on the norm and its free flow conserves it. The metric is

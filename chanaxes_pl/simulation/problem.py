@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from chanaxes_pl.analysis.correlations import MIN_CHANNELS
+from chanaxes_pl.core.statistics import MIN_CHANNELS
 
 # Beyond this, float64 has nothing left of the smallest eigenvalue.
 _MOST_SPREAD = 1e12

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from chanaxes_pl.analysis.correlations import HEADLINE, NETWORK, PAIRS, headline, reliabilities, task_masses
+from chanaxes_pl.analysis.correlations import MAIN_PAIR, NETWORK, PAIRS, main_correlation, reliabilities, task_masses
 from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.tables import ALIGNMENT, COLUMNS
 
@@ -28,7 +28,7 @@ def checkpoint_scalars(table: pd.DataFrame, correlations: pd.DataFrame, prefix: 
         ``<prefix>/rho`` is the headline, ρ(input capture, task information), the mean over layers;
         ``<prefix>/alignment``, where the table has it, the mean of |cos(Σw, g)|. Undefined ones are NaN.
     """
-    main = headline(correlations).iloc[0]
+    main = main_correlation(correlations).iloc[0]
     values = {
         "rho": main["rho"],
         "rho_null": main["null"],
@@ -56,7 +56,7 @@ def _per_layer(table: pd.DataFrame, correlations: pd.DataFrame) -> dict[str, flo
     dead = table.groupby("layer", sort=False)["dead"].sum()
     values = {}
     for layer in dead.index[:MAX_LAYERS]:
-        values[f"layer/{layer}/rho"] = rho[(layer, *HEADLINE)]
+        values[f"layer/{layer}/rho"] = rho[(layer, *MAIN_PAIR)]
         values[f"layer/{layer}/rho_axes"] = rho[(layer, "local_axis", "target_axis")]
         values[f"layer/{layer}/dead"] = dead[layer]
     return values

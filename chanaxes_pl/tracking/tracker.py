@@ -45,12 +45,13 @@ class AxisTracker(L.Callback):
         layers: ``"conv"``, ``"conv+linear"``, globs over layer names, or ``(name, module) → bool``.
         schedule: ``"epoch"``; ``"log"`` (steps 0, 1, 2, 4, … in the first epoch, then epochs); every ``n`` epochs
             (a number, or ``"n epochs"``); ``"n steps"``; or a list of optimiser steps. Step 0 is always measured.
-        target: the task variable: ``"logit_margin"``, ``"log_probability"``, ``"cross_entropy"`` (its
-            negative, hence the same), ``"label"``, or ``(logits, labels) → [B]`` or ``[B, D]``.
+        target: the task variable: ``"logit_margin"``, ``"log_probability"``, ``"label"``, or
+            ``(logits, labels) → [B]`` or ``[B, D]``.
         positions: local samples an image, or ``"all"``.
         noise: σ₀² of input capture: ``"median"``, ``"mean"``, a quantile such as ``"q0.25"``, a number.
         reliability: keep the probe's two halves apart, for reliabilities.
-        alignment: add the angle between the gradients of both informations, column ``alignment`` (see
+        alignment: add the cosine between the gradients of input capture and
+            task information, column ``alignment`` (see
             :func:`alignment`); costs more than all the rest.
         save: write the tables.
         name: first part of the logged keys and name of the folder; two trackers in one Trainer need two names.

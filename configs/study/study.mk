@@ -51,7 +51,7 @@ STUDY_LESION ?= --channels 16 --operations '["zero","mean","peer"]' --evaluation
 # every score, nothing compensated
 STUDY_PROTOCOL ?= --compensate '[false]' --budgets '[0.9,0.8,0.7,0.5]' --evaluation_size 2000
 STUDY_COMPENSATION ?= --compensate '[false,"refit"]' --budgets '[0.7,0.5,0.3]' --allocations '["uniform"]' \
-	--scores '["l1","input_capture","task_information","two_axis","taylor","random"]' --evaluation_size 2000
+	--scores '["l1","input_capture","task_information","keep_both","taylor","random"]' --evaluation_size 2000
 # 53 convolutions, and three to eight times the others' time an image
 STUDY_LESION_mobilenet_v2 ?= --channels 6
 STUDY_PRUNE_mobilenet_v2 ?= --evaluation_size 1000

@@ -15,16 +15,14 @@ from chanaxes_pl.analysis.correlations import (
     NETWORK,
     PAIRS,
     axis_correlations,
-    headline,
-    over_runs,
+    main_correlation,
     reliabilities,
-    spearman,
-    spearman_brown,
     task_masses,
 )
 from chanaxes_pl.analysis.groupings import groupings
 from chanaxes_pl.core.metrics import METRICS
-from chanaxes_pl.tables import HALVED, HALVES
+from chanaxes_pl.core.statistics import mean_over_runs, spearman, spearman_brown
+from chanaxes_pl.tables import HALVES, SPLIT_HALF
 from chanaxes_pl.tracking.logging import MAX_LAYERS, checkpoint_scalars
 from tests.helpers import cases as zoo
 
@@ -174,7 +172,7 @@ def test_reliability_of_a_known_share_of_noise():
     found = reliabilities(table_of(zoo.synthetic_layer(0, 40_000, noise=1.0, coupling=0.0)))
     by_metric = found[found["layer"] == "a"].set_index("metric")["reliability"]
     half = 6 / np.pi * np.arcsin(0.5 / 2)  # Spearman's ρ of a Gaussian pair with correlation 0.5
-    assert_allclose(by_metric[list(HALVED)], 2 * half / (1 + half), atol=0.02)
+    assert_allclose(by_metric[list(SPLIT_HALF)], 2 * half / (1 + half), atol=0.02)
     perfect = reliabilities(table_of(zoo.synthetic_layer(0, 30)))
     assert_allclose(perfect["reliability"], 1.0)
 
@@ -184,7 +182,7 @@ def test_network_reliability_is_the_mean_and_halves_not_kept_are_nan():
     found = reliabilities(table).set_index(["layer", "metric"])["reliability"]
     for metric in (*METRICS, "peer_r2", "local_axis"):
         assert_allclose(found[NETWORK, metric], (found["a", metric] + found["b", metric]) / 2)
-    halves = [f"{metric}_{half}" for metric in HALVED for half in HALVES]
+    halves = [f"{metric}_{half}" for metric in SPLIT_HALF for half in HALVES]
     assert reliabilities(table.assign(**dict.fromkeys(halves, np.nan)))["reliability"].isna().all()
 
 
@@ -219,7 +217,7 @@ def test_several_checkpoints_in_one_table_are_taken_one_by_one():
     for step, table in ((0, first), (10, second)):
         part = found[found["step"] == step].drop(columns=["run", "epoch", "step"]).reset_index(drop=True)
         pd.testing.assert_frame_equal(part, axis_correlations(table, resamples=20))
-    main = headline(found)
+    main = main_correlation(found)
     assert main["step"].tolist() == [0, 10]
     assert set(main["layer"]) == {NETWORK}
     assert set(zip(main["local"], main["target"], strict=True)) == {PAIRS[0]}
@@ -232,7 +230,7 @@ def test_over_runs_is_the_mean_over_seeds_with_its_interval():
     for k, table in enumerate(runs):
         table["task_information"] = np.random.default_rng(k).normal(size=len(table))
     frame = axis_correlations(pd.concat(runs))
-    summary = row(over_runs(frame), "a")
+    summary = row(mean_over_runs(frame), "a")
     rhos = frame[(frame["layer"] == "a") & (frame["target"] == "task_information")]
     rhos = rhos[rhos["local"] == "input_capture"]["rho"]
     assert_allclose(summary[["mean", "std"]].astype(float), [rhos.mean(), rhos.std()])
@@ -244,7 +242,7 @@ def test_over_runs_is_the_mean_over_seeds_with_its_interval():
 
 
 def test_over_one_run_there_is_a_mean_but_no_interval():
-    summary = over_runs(axis_correlations(two_layers().assign(run="s", epoch=0, step=0)))
+    summary = mean_over_runs(axis_correlations(two_layers().assign(run="s", epoch=0, step=0)))
     assert summary["mean"].notna().all()
     assert summary[["std", "low", "high"]].isna().all(axis=None)
     assert (summary["runs"] == 1).all()
@@ -253,7 +251,7 @@ def test_over_one_run_there_is_a_mean_but_no_interval():
 def test_over_runs_a_run_without_a_value_does_not_count():
     runs = [two_layers().assign(run=f"s{k}", epoch=0, step=0) for k in range(2)]
     runs[1].loc[runs[1]["layer"] == "a", "dead"] = True
-    summary = over_runs(axis_correlations(pd.concat(runs)))
+    summary = mean_over_runs(axis_correlations(pd.concat(runs)))
     assert row(summary, "a")["runs"] == 1
     assert row(summary, "b")["runs"] == 2
 
@@ -262,19 +260,19 @@ def test_over_runs_other_columns_can_say_what_belongs_together():
     frame = pd.DataFrame(
         {"run": [0, 1, 0, 1], "time": [0, 0, 1, 1], "epoch": [0, 1, 2, 3], "rho": [1.0, 3.0, 5.0, 9.0]}
     )
-    summary = over_runs(frame, by=["time", "absent"])
+    summary = mean_over_runs(frame, by=["time", "absent"])
     assert summary["time"].tolist() == [0, 1]
     assert summary["mean"].tolist() == [2.0, 7.0]
     assert summary["runs"].tolist() == [2, 2]
-    assert len(over_runs(frame)) == 4  # by epoch
+    assert len(mean_over_runs(frame)) == 4  # by epoch
 
 
 def test_over_runs_several_columns_are_each_summarised():
     frame = pd.DataFrame({"run": [0, 1], "epoch": 0, "rho": [1.0, 3.0], "null": [0.0, 0.5]})
-    both = over_runs(frame, ["rho", "null"])
+    both = mean_over_runs(frame, ["rho", "null"])
     for value in ("rho", "null"):
         alone = both[both["value"] == value].drop(columns="value").reset_index(drop=True)
-        pd.testing.assert_frame_equal(alone, over_runs(frame, value))
+        pd.testing.assert_frame_equal(alone, mean_over_runs(frame, value))
 
 
 # ---------------------------------------------------------------- groupings
@@ -305,7 +303,7 @@ def test_axes_that_agree_group_alike_and_unrelated_ones_by_chance():
 
 def test_groupings_of_too_few_channels_or_without_halves_are_nan():
     table = table_of(zoo.synthetic_layer(0, 3, "a"), zoo.synthetic_layer(0, 30, "b"))
-    halves = [f"{metric}_{half}" for metric in HALVED for half in HALVES]
+    halves = [f"{metric}_{half}" for metric in SPLIT_HALF for half in HALVES]
     found = groupings(table.assign(**dict.fromkeys(halves, np.nan))).set_index("layer")
     assert found.loc["a", ["ari", "ceiling_local", "ceiling_target"]].isna().all()
     assert found.loc["b", ["ceiling_local", "ceiling_target"]].isna().all()

@@ -9,13 +9,14 @@ from numpy.testing import assert_allclose
 from scipy import stats
 
 from chanaxes_pl.analysis.correlations import AXES, NETWORK
+from chanaxes_pl.analysis.damage import score_damage_correlation
 from chanaxes_pl.analysis.prediction import PREDICTORS, early_prediction
+from chanaxes_pl.analysis.scores import SCORES
 from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.plots import plot_early_prediction
 from chanaxes_pl.plots.style import words
 from chanaxes_pl.prune_module import PruneModule
-from chanaxes_pl.pruning.removability import score_damage_correlation
-from chanaxes_pl.tables import COLUMNS, HALVED, HALVES, NULLED, checkpoint_path, write_parquet
+from chanaxes_pl.tables import COLUMNS, HALVES, SPLIT_HALF, WITH_NULL, checkpoint_path, write_parquet
 from chanaxes_pl.tracking.tracker import AxisTracker
 from tests.helpers.training import QUIET, build, images, loaders, trainer
 
@@ -28,8 +29,8 @@ def table(rng: np.random.Generator, drift: float, end: pd.DataFrame | None) -> p
     """A checkpoint's table: the end's plus noise of standard deviation ``drift``; without an end, noise alone."""
     frames = [pd.DataFrame({"layer": layer, "channel": np.arange(width)}) for layer, width in WIDTHS.items()]
     result = pd.concat(frames, ignore_index=True)
-    halves = [f"{column}_{half}" for column in HALVED for half in HALVES]
-    for column in (*COLUMNS, *halves, *(f"{name}_null" for name in NULLED)):
+    halves = [f"{column}_{half}" for column in SPLIT_HALF for half in HALVES]
+    for column in (*COLUMNS, *halves, *(f"{name}_null" for name in WITH_NULL)):
         noise = rng.normal(size=len(result))
         result[column] = noise if end is None else end[column] + drift * noise
     return result.assign(dead=False, at_ceiling=False, reason="")
@@ -81,7 +82,7 @@ def slow(checkpoint: pd.DataFrame, wanted: pd.Series, metric: str) -> float:
 def test_every_number_agrees_with_its_definition(tmp_path):
     end = written(tmp_path)
     lesions = lesioned(end)
-    result = early_prediction(tmp_path, lesions, order="peer_overlap", resamples=20)
+    result = early_prediction(tmp_path, lesions, order="minus_peer_overlap", resamples=20)
     damage = lesions.set_index(["layer", "channel"])["zero_loss"]
     removal = -end.set_index(["layer", "channel"])["peer_overlap"]  # much overlap goes first
     for target, wanted in (("damage", damage), ("order", removal)):
@@ -96,6 +97,20 @@ def test_every_number_agrees_with_its_definition(tmp_path):
     assert sizes["damage", "second"] == [14]
     assert sizes["damage", NETWORK] == [8 + 14 + 11]
     assert (result["reason"] == "").all()
+
+
+def test_a_score_does_not_share_its_name_with_a_coordinate(tmp_path):
+    """keep_local takes overlap with sign −, the coordinate local_axis with sign +: neither stands for the other."""
+    end = written(tmp_path)
+    z = {name: end.groupby("layer")[name].transform(lambda x: (x - x.mean()) / x.std()) for name in METRICS}
+    keep = (z["input_capture"] - z["peer_overlap"]).set_axis(pd.MultiIndex.from_frame(end[["layer", "channel"]]))
+    found = network(early_prediction(tmp_path, order="keep_local", resamples=0), "order")
+    assert_allclose(found.loc[100, "local_axis"], slow(read(tmp_path, 100), keep, "local_axis"), rtol=1e-10)
+    assert found.loc[100, "local_axis"] < 0.9
+    with pytest.raises(ValueError, match=r"score='local_axis'.*did you mean 'keep_local'"):
+        early_prediction(tmp_path, order="local_axis")
+    assert not set(SCORES) & set(AXES)
+    assert not set(SCORES) & {"peer_overlap", "peer_r2"}  # their direction differs from the metrics'
 
 
 def test_prediction_grows_as_the_end_comes_near_and_of_what_matters_alone(tmp_path):

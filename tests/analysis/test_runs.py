@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from numpy.testing import assert_allclose
 
-from chanaxes_pl.analysis.correlations import NETWORK, axis_correlations, headline
+from chanaxes_pl.analysis.correlations import NETWORK, axis_correlations, main_correlation
 from chanaxes_pl.analysis.runs import keep_scalars, read_runs
 from chanaxes_pl.tables import checkpoint_path, write_parquet
 from tests.helpers import cases as zoo
@@ -66,7 +66,7 @@ def test_a_tracker_of_another_name_is_found_and_one_of_several_has_to_be_named(t
 
 def test_mean_and_interval_are_over_runs(seeds):
     runs = read_runs(seeds, resamples=400)
-    each = np.array([headline(axis_correlations(read_runs([seed]).table))["rho"] for seed in seeds])
+    each = np.array([main_correlation(axis_correlations(read_runs([seed]).table))["rho"] for seed in seeds])
     means = runs.mean()
     rows = means[(means["layer"] == NETWORK) & (means["target"] == "task_information")]
     rows = rows[rows["local"] == "input_capture"].set_index("step")
@@ -83,7 +83,7 @@ def test_changes_are_paired_run_by_run(seeds):
     change = (
         runs.change(0, 8).set_index(["layer", "local", "target"]).loc[(NETWORK, "input_capture", "task_information")]
     )
-    rho = [headline(axis_correlations(read_runs([seed]).table)).set_index("step")["rho"] for seed in seeds]
+    rho = [main_correlation(axis_correlations(read_runs([seed]).table)).set_index("step")["rho"] for seed in seeds]
     differences = [rows[8] - rows[0] for rows in rho]
     assert_allclose(change["mean"], np.mean(differences))
     assert_allclose(change["std"], np.std(differences, ddof=1))

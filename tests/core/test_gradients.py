@@ -45,7 +45,7 @@ def zoo() -> dict[str, tuple[Tensor, Tensor, Tensor, float]]:
     }
 
 
-def informations(weights: Tensor, covariance: Tensor, cross: Tensor, variance: float, noise: float):
+def information_terms(weights: Tensor, covariance: Tensor, cross: Tensor, variance: float, noise: float):
     """I_X and I_T as they are defined, of weights that want a gradient."""
     power = torch.einsum("ci,ij,cj->c", weights, covariance, weights)
     known = (weights @ cross).square() / (power * variance)
@@ -54,7 +54,7 @@ def informations(weights: Tensor, covariance: Tensor, cross: Tensor, variance: f
 
 def by_autograd(case, noise: float) -> list[Tensor]:
     weights = case[0].clone().requires_grad_()
-    values = informations(weights, *case[1:], noise)
+    values = information_terms(weights, *case[1:], noise)
     return [torch.autograd.grad(value.sum(), weights, retain_graph=True)[0] for value in values]
 
 
@@ -75,6 +75,25 @@ def test_gradients_are_those_of_autograd(name, noise):
     power, shared = torch.einsum("ci,ij,cj->c", weights, covariance, weights), weights @ cross
     rate = shared / (variance * power - shared.square())
     close(task_gradient(weights, covariance, cross, variance), task, rate[:, None] * cross)
+
+
+def test_alignment_is_the_cosine_between_the_gradients_with_its_sign():
+    """Of autograd's gradients of both information terms; channels whose covariance with the target is < 0 included."""
+    case = weights, covariance, cross, _ = zoo()["plain"]
+    case = (torch.cat([weights, -weights]), *case[1:])
+    capture, task = by_autograd(case, noise=1.0)
+    sigma_w = case[0] @ covariance
+    power, shared = (case[0] * sigma_w).sum(1), case[0] @ cross
+    assert (shared < 0).any()
+    assert (shared > 0).any()
+    found = alignment(sigma_w, power, cross.expand_as(case[0]), shared)["alignment"]
+    assert_close(found, torch.nn.functional.cosine_similarity(capture, task), rtol=1e-9, atol=1e-12)
+
+
+def test_alignment_is_undefined_where_task_information_has_no_gradient():
+    sigma_w, cross = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 1.0]])
+    found = alignment(sigma_w, torch.ones(1), cross, torch.zeros(1))["alignment"]
+    assert found.isnan().all()
 
 
 @settings(deadline=None, max_examples=60)
@@ -156,7 +175,7 @@ def test_measured_moments_give_the_weights_angle(channels, inputs, seed, scale):
         direction, c = covariance.numpy() @ w, cross.numpy()
         left = c - (w @ c) / (w @ direction) * direction
         expected = {
-            "alignment": direction @ left / np.linalg.norm(direction) / np.linalg.norm(left),
+            "alignment": np.sign(w @ c) * (direction @ left) / np.linalg.norm(direction) / np.linalg.norm(left),
             "signal_power": w @ direction,
             "task_covariance": w @ c,
             "capture_norm": np.linalg.norm(direction),
@@ -173,10 +192,10 @@ def test_measured_moments_give_the_weights_angle(channels, inputs, seed, scale):
 @settings(deadline=None)
 @given(**SIZES, scale=UNITS)
 def test_ingredients_put_the_product_together(channels, inputs, seed, scale):
-    """Σw·c = alignment ‖Σw‖ ‖g‖ + (b/D) ‖Σw‖²."""
+    """Σw·c = sign(b) alignment ‖Σw‖ ‖g‖ + (b/D) ‖Σw‖²."""
     weights, covariance, cross, _ = drawn(channels, inputs, seed, scale)
     sigma_w, found = measured(weights, covariance, cross)
-    again = found["alignment"] * found["capture_norm"] * found["residual_norm"]
+    again = found["task_covariance"].sign() * found["alignment"] * found["capture_norm"] * found["residual_norm"]
     again += found["task_covariance"] / found["signal_power"] * found["capture_norm"].square()
     assert_close(again / (found["capture_norm"] * found["task_norm"]), cosine(sigma_w, cross), rtol=0, atol=1e-8)
 

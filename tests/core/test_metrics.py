@@ -19,7 +19,7 @@ from chanaxes_pl.core.moments import Moments
 from chanaxes_pl.core.peers import peer_r2, peer_reconstruction
 from chanaxes_pl.network.layers import select_layers, widens_pointwise
 from chanaxes_pl.network.sampling import sample_positions
-from chanaxes_pl.tables import COLUMNS, HALVED
+from chanaxes_pl.tables import COLUMNS, SPLIT_HALF
 from tests.helpers import cases as zoo
 from tests.helpers import reference
 
@@ -79,7 +79,7 @@ def test_table_agrees_with_the_slow_reference(name, dtype, local, target):
             with np.errstate(invalid="ignore"):  # +∞ and −∞ in one mean
                 means = output[part].astype(np.float64).mean(2)
             expected = reference.layer_columns(samples, means, margin[part])
-            for column in LOCAL + TARGET if suffix == "" else HALVED:
+            for column in LOCAL + TARGET if suffix == "" else SPLIT_HALF:
                 rtol = tolerance(column, local, target, dtype, mapped)
                 if name in NEAR_DUPLICATES and dtype == torch.float32 and column == "peer_overlap":
                     rtol = max(rtol, 3e-6)

@@ -12,7 +12,7 @@ from chanaxes_pl.network.hooks import observed
 from chanaxes_pl.network.layers import LayerSpec, select_layers
 from chanaxes_pl.network.probe import Probe, images_and_labels
 from chanaxes_pl.network.recording import LayerMoments, Recorder
-from chanaxes_pl.tables import COLUMNS, HALVED, HALVES, NULLED
+from chanaxes_pl.tables import COLUMNS, HALVES, SPLIT_HALF, WITH_NULL
 
 CLASSES = 4
 BATCH = 16
@@ -227,8 +227,8 @@ def synthetic_layer(seed: int, channels: int, layer: str = "a", noise: float = 0
     for name in COLUMNS:
         columns[name] = coupling * shared + (1 - coupling) * rng.normal(size=channels)
     columns |= {"dead": np.zeros(channels, bool), "at_ceiling": np.zeros(channels, bool)}
-    for name in HALVED:
+    for name in SPLIT_HALF:
         for half in HALVES:
             columns[f"{name}_{half}"] = columns[name] + noise * rng.normal(size=channels)
-    columns |= {f"{name}_null": rng.normal(size=channels) for name in NULLED}
+    columns |= {f"{name}_null": rng.normal(size=channels) for name in WITH_NULL}
     return columns | {"reason": ""}

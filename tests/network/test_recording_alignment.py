@@ -1,4 +1,4 @@
-"""cos(Σw, g) of real layers: against NumPy on unfolded patches, with the laws that its ingredients obey."""
+"""The cosine between both gradients, in real layers: against NumPy on unfolded patches, with the laws of its parts."""
 
 import numpy as np
 import pytest
@@ -55,7 +55,8 @@ def reference(model: nn.Module, loader) -> dict[str, dict[str, np.ndarray]]:
             sigma_w, cross, power, shared = x.T @ y / len(y), x.T @ t / len(y), y @ y / len(y), y @ t / len(y)
             residual = cross - shared / power * sigma_w
             norms = [np.sqrt(vector @ vector) for vector in (sigma_w, cross, residual)]
-            angle = sigma_w @ residual / norms[0] / norms[2] if norms[2] > 1e-9 * norms[1] else np.nan
+            angle = np.sign(shared) * (sigma_w @ residual) / norms[0] / norms[2]
+            angle = angle if norms[2] > 1e-9 * norms[1] else np.nan
             rows.append([angle, power, shared, *norms])
         columns[name] = dict(zip(ALIGNMENT, np.array(rows).T, strict=True))
     return columns

@@ -19,6 +19,7 @@ from chanaxes_pl.plots import plot_lesions, plot_pruning
 from chanaxes_pl.pruning import grid as protocol
 from chanaxes_pl.pruning.grid import evaluate, milliseconds, pruning_grid
 from chanaxes_pl.pruning.pruner import prune
+from chanaxes_pl.tables import VARIANT
 from tests.helpers.training import CLASSES, images
 
 PROBE, TEST = images(32, 1), DataLoader(images(24, 3), batch_size=10)

@@ -64,7 +64,7 @@ def test_true_is_refit():
     assert not slims[0].report.empty
 
 
-@pytest.mark.parametrize("score", ["taylor", "two_axis", "random"])
+@pytest.mark.parametrize("score", ["taylor", "keep_both", "random"])
 def test_the_dense_network_is_left_bit_for_bit(score):
     dense = build("mobilenet_v2").train()
     dense.features[0].eval()

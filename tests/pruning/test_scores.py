@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from chanaxes_pl import compute_axes
 from chanaxes_pl.analysis.scores import SCORES, own_scores, score_family
+from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.models.backbones import BACKBONES, build_backbone
 from chanaxes_pl.network.groups import Units, find_units
 from chanaxes_pl.network.removal import Group
@@ -170,11 +171,13 @@ def test_metrics_are_the_columns_of_the_table_with_their_direction():
         for name in ("input_capture", "task_information", "target_excess"):
             np.testing.assert_allclose(values[name][layer], rows[name], rtol=1e-9)
         for name in ("peer_overlap", "peer_r2"):
-            np.testing.assert_allclose(values[name][layer], rows[name].max() - rows[name], rtol=1e-9, atol=1e-12)
-        z = {name: (rows[name] - rows[name].mean()) / rows[name].std(ddof=0) for name in rows if name in OWN}
+            np.testing.assert_allclose(
+                values[f"minus_{name}"][layer], rows[name].max() - rows[name], rtol=1e-9, atol=1e-12
+            )
+        z = {name: (rows[name] - rows[name].mean()) / rows[name].std(ddof=0) for name in METRICS}
         local = (z["input_capture"] - z["peer_overlap"]) / 2
         target = (z["task_information"] + z["target_excess"]) / 2
-        for name, axis in {"local_axis": local, "target_axis": target, "two_axis": (local + target) / 2}.items():
+        for name, axis in {"keep_local": local, "keep_target": target, "keep_both": (local + target) / 2}.items():
             np.testing.assert_allclose(values[name][layer], axis - axis.min(), rtol=1e-6, atol=1e-9)
             assert values[name][layer].min() == 0
     whole = scored(case, "activation_rms", positions="all")["activation_rms"]
@@ -217,8 +220,8 @@ def test_a_target_that_does_not_vary_is_named_where_it_matters():
     case = model, *_ = residual()
     for parameter in model.head.parameters():
         nn.init.zeros_(parameter)
-    with pytest.raises(ValueError, match=r"\(score='two_axis'\): undefined on this probe, target does not vary"):
-        scored(case, "l1", "two_axis")
+    with pytest.raises(ValueError, match=r"\(score='keep_both'\): undefined on this probe, target does not vary"):
+        scored(case, "l1", "keep_both")
     assert scored(case, "input_capture", "activation_rms")["input_capture"]["inner"].isfinite().all()
 
 
@@ -252,10 +255,12 @@ def test_scores_of_weights_read_no_probe(name):
 @pytest.mark.parametrize(
     ("name", "near"),
     [
-        ("peer_overlop", "'peer_overlap'"),
+        ("minus_peer_overlop", "'minus_peer_overlap'"),
+        ("local_axis", "did you mean 'keep_local'?"),
+        ("reverse_peer_r2", "did you mean 'reverse_minus_peer_r2'?"),
         ("reverse_l1", ""),
         ("reverse_random_2", ""),
-        ("reverse_reverse_peer_r2", "'reverse_peer_r2'"),
+        ("reverse_reverse_input_capture", "'reverse_input_capture'"),
         ("random_x", "'random'"),
         ("l1_2", "'l1'"),
         ("", ""),
@@ -270,7 +275,7 @@ def test_an_unknown_score_is_named_with_what_there_is(name, near):
 
 def test_families():
     assert {name: score_family(name) for name in SCORES} == SCORES
-    assert score_family("reverse_target_axis") == "target"
+    assert score_family("reverse_keep_target") == "target"
     assert score_family("random_12") == "baseline"
 
 
@@ -325,7 +330,7 @@ def test_every_score_of_every_backbone(backbone):
         model = build_backbone(backbone, zoo.CLASSES, 0.25, 32)
     units = find_units(model, torch.zeros(2, 3, 32, 32))
     case = model, zoo.loader_of(zoo.images_2d(24, side=32), batch=12), units
-    names = [*SCORES, "random_1", "reverse_two_axis"]
+    names = [*SCORES, "random_1", "reverse_keep_both"]
     if backbone == "convnext_tiny":
         names.remove("bn_scale")
         with pytest.raises(ValueError, match=r"right after features.0.0, .* and \d+ more"):

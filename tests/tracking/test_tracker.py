@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from chanaxes_pl import AxisTracker, compute_axes, read_run
-from chanaxes_pl.analysis.correlations import headline
+from chanaxes_pl.analysis.correlations import main_correlation
 from tests.helpers.training import QUIET, STEPS, WIDTHS, RecordingLogger, build, images, loaders, trainer
 
 pytestmark = [
@@ -54,7 +54,7 @@ def measured(folder) -> list[tuple[float, int]]:
 
 
 def rhos(tracker) -> list[float]:
-    return headline(tracker.correlations)["rho"].tolist()
+    return main_correlation(tracker.correlations)["rho"].tolist()
 
 
 class Watch(L.Callback):
@@ -284,7 +284,7 @@ def test_rows_of_layers_are_those_of_the_tables(tmp_path):
     last = logger.of()[-1][1]
     here = tracker.correlations.query("step == 4")
     for layer in WIDTHS:
-        assert last[f"axis/layer/{layer}/rho"] == headline(here, layer)["rho"].item()
+        assert last[f"axis/layer/{layer}/rho"] == main_correlation(here, layer)["rho"].item()
         assert last[f"axis/layer/{layer}/dead"] == tracker.table.query("layer == @layer")["dead"].sum()
 
 

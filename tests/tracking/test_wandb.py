@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 
 from chanaxes_pl import AxisTracker, read_run
-from chanaxes_pl.analysis.correlations import headline
+from chanaxes_pl.analysis.correlations import main_correlation
 from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.data import DigitsDataModule
 from chanaxes_pl.models import Classifier
@@ -117,7 +117,7 @@ def test_an_offline_run_holds_every_key_step_table_and_histogram_of_both_tracker
     _, records, trackers = digits
     assert [problems(records, tracker) for tracker in trackers] == [[], []]
     for tracker in trackers:
-        rhos = headline(tracker.correlations)["rho"].tolist()
+        rhos = main_correlation(tracker.correlations)["rho"].tolist()
         assert [row[f"{tracker.name}/rho"] for row in rows_of(records, tracker.name)] == pytest.approx(rhos)
     assert trackers[0].folder == digits[0] / "digits" / trackers[0].folder.parent.name / "axis"
 

@@ -7,7 +7,7 @@ from numpy.testing import assert_allclose
 from scipy import stats
 
 from chanaxes_pl.analysis.correlations import NETWORK
-from chanaxes_pl.pruning.removability import (
+from chanaxes_pl.analysis.damage import (
     CALIPER,
     join_axes,
     matched_comparison,

@@ -1,8 +1,9 @@
-"""Does peer support refine removability? Regressions and comparisons of measured damage with the axes' metrics.
+"""Damage analysis: relate the damage that removing a channel does to the metrics of its axes.
 
-Everything here works on one table of channels and their damage, see :func:`join_axes`, and within layers: what is
-compared are a channel's ranks among those of its own layer. Intervals are 95 % percentile bootstraps. They resample
-units, not rows: channels that can only be removed together share one damage and are drawn together.
+Every function takes one table of channels and their damage, see :func:`join_axes`, and compares ranks within layers.
+Intervals are 95 % percentile bootstraps over units, not rows: channels that can only be removed together share one
+damage and are drawn together. A resample keeps the ranks among all rows (``rerank=False`` of
+:func:`~chanaxes_pl.statistics.rank_correlations`).
 """
 
 from __future__ import annotations
@@ -13,9 +14,16 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 from scipy.optimize import linear_sum_assignment
-from scipy.stats import rankdata
 
-from chanaxes_pl.analysis.correlations import MIN_CHANNELS, NETWORK
+from chanaxes_pl.analysis.correlations import NETWORK
+from chanaxes_pl.core.statistics import (
+    MIN_CHANNELS,
+    bounds,
+    interval,
+    rank_correlations,
+    relative_ranks,
+    resample_counts,
+)
 
 #: What the claim sets peer support beside.
 BASE = ("input_capture", "task_information")
@@ -83,14 +91,14 @@ def rank_regression(
     usable = _usable(table, columns, "rank_regression")
     values, counts = usable[columns].to_numpy(float), _draws(usable, resamples, seed)
     products = np.zeros((resamples + 1, len(columns), len(columns)))
-    for rows in _by_layer(usable):
-        products += _within(_ranks(values[rows]), counts[:, rows])
+    for rows in _rows_of_layers(usable):
+        products += _within(relative_ranks(values[rows]), counts[:, rows])
     freedom = len(usable) - usable["layer"].nunique()
     small, _ = _fit(products, len(base), freedom)
     full, slopes = _fit(products, len(base) + 1, freedom)
     row = {"damage": damage, "base": " + ".join(base), "added": added, "r2_base": small[0], "r2_full": full[0]}
-    row |= {"increase": full[0] - small[0], **_interval((full - small)[1:])}
-    row |= {"slope": slopes[0], **_interval(slopes[1:], "slope_")}
+    row |= {"increase": full[0] - small[0], **interval((full - small)[1:])}
+    row |= {"slope": slopes[0], **interval(slopes[1:], "slope_")}
     return pd.DataFrame([row | {"channels": len(usable), "layers": usable["layer"].nunique()}])
 
 
@@ -129,8 +137,8 @@ def matched_comparison(
     usable = _usable(table, columns, "matched_comparison")
     values = usable[columns].to_numpy(float)
     ranks, pairs = np.zeros_like(values), []
-    for rows in _by_layer(usable):
-        ranks[rows] = _ranks(values[rows])
+    for rows in _rows_of_layers(usable):
+        ranks[rows] = relative_ranks(values[rows])
         pairs += [rows[pair] for pair in _pairs(ranks[rows, 1], ranks[rows, 2])]
     much, little = np.reshape(pairs, (-1, 2)).astype(int).T
     weights = _draws(usable, resamples, seed)[:, much]
@@ -140,7 +148,7 @@ def matched_comparison(
             drawn = weights @ (hurt[much] - hurt[little]) / weights.sum(1)
         row = {"damage": damage, "support": support, "matched": matched, "scale": scale}
         row |= {"much": _mean(hurt[much]), "little": _mean(hurt[little]), "difference": drawn[0]}
-        row |= _interval(drawn[1:]) | {"imbalance": _mean(ranks[much, 2] - ranks[little, 2])}
+        row |= interval(drawn[1:]) | {"imbalance": _mean(ranks[much, 2] - ranks[little, 2])}
         result.append(row | {"pairs": len(much), "layers": usable["layer"].iloc[much].nunique()})
     return pd.DataFrame(result)
 
@@ -168,13 +176,15 @@ def score_damage_correlation(
     usable = _usable(table, [damage], "score_damage_correlation", others=scores)
     values, target = usable[list(scores)].to_numpy(float), usable[damage].to_numpy(float)
     counts = _draws(usable, resamples, seed)
-    layers = _by_layer(usable)
-    draws = np.stack([_rank_correlations(values[rows], target[rows], counts[:, rows]) for rows in layers], 1)
+    layers = _rows_of_layers(usable)
+    draws = np.stack(
+        [rank_correlations(values[rows], target[rows], counts[:, rows], rerank=False) for rows in layers], 1
+    )
     sizes = np.stack([np.isfinite(values[rows]).sum(0) for rows in layers])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # no layer has one
         draws = np.concatenate([draws, np.nanmean(draws, 1, keepdims=True)], 1)
-    low, high = _bounds(draws[1:])
+    low, high = bounds(draws[1:])
     names = [*(usable["layer"].iloc[rows[0]] for rows in layers), NETWORK]
     columns = {"rho": draws[0], "low": low, "high": high, "n": np.vstack([sizes, sizes.sum(0)])}
     result = {"score": np.repeat(np.array(scores, object), len(names)), "damage": damage, "layer": names * len(scores)}
@@ -194,13 +204,8 @@ def _usable(table: pd.DataFrame, columns: Sequence[str], caller: str, others: Se
     return rows.reset_index(drop=True)
 
 
-def _by_layer(rows: pd.DataFrame) -> list[np.ndarray]:
+def _rows_of_layers(rows: pd.DataFrame) -> list[np.ndarray]:
     return [np.asarray(places) for places in rows.groupby("layer", sort=False).indices.values()]
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks of ``[n, k]`` values of one layer's channels, from −½ to ½, down the columns; equals share theirs."""
-    return (rankdata(values, axis=0) - 0.5) / len(values) - 0.5
 
 
 def _draws(rows: pd.DataFrame, resamples: int, seed: int) -> np.ndarray:
@@ -215,7 +220,7 @@ def _draws(rows: pd.DataFrame, resamples: int, seed: int) -> np.ndarray:
     counts = np.ones((1 + resamples, len(rows)))
     for members in group.groupby(group, sort=False).indices.values():
         number, names = pd.factorize(unit.iloc[members])
-        drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), resamples)
+        drawn = resample_counts(len(names), resamples, rng)
         counts[1:, members] = drawn[:, number]
     return counts
 
@@ -239,32 +244,6 @@ def _fit(products: np.ndarray, predictors: int, freedom: int) -> tuple[np.ndarra
     return (1 - (1 - plain) * freedom / left if left > 0 else np.full_like(plain, np.nan)), slopes[:, -1]
 
 
-def _rank_correlations(values: np.ndarray, target: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """``[resamples, k]`` Spearman correlations of ``[n, k]`` values with one target ``[n]``, each row counted so often.
-
-    A column's ranks, and the target's beside it, are those among the rows that it is defined for. They are not ranked
-    again in each resample.
-    """
-    found = np.full((len(counts), values.shape[1]), np.nan)
-    masks, group = np.unique(np.isfinite(values), axis=1, return_inverse=True)
-    for number, mask in enumerate(masks.T):
-        if mask.sum() >= MIN_CHANNELS:
-            columns = np.flatnonzero(group.ravel() == number)
-            x, y, weights = _ranks(values[np.ix_(mask, columns)]), _ranks(target[mask, None]), counts[:, mask]
-            found[:, columns] = _weighted_correlations(x, y, weights)
-    return found
-
-
-def _weighted_correlations(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """``[resamples, k]`` correlations of ``[n, k]`` with ``[n, 1]``."""
-    total = np.maximum(weights.sum(1, keepdims=True), 1)
-    sum_x, sum_y = weights @ x, weights @ y
-    xx, xy = weights @ x**2 - sum_x**2 / total, weights @ (x * y) - sum_x * sum_y / total
-    scale = np.sqrt(np.maximum(xx * (weights @ y**2 - sum_y**2 / total), 0.0))
-    # Where a resample holds one value only, rounding is all that is left of the sums.
-    return np.divide(xy, scale, out=np.full_like(xy, np.nan), where=scale > 1e-12)
-
-
 def _pairs(support: np.ndarray, matched: np.ndarray) -> list[np.ndarray]:
     """Places ``[2]`` of a channel of much and one of little support, for each pair of a layer."""
     much, little = np.flatnonzero(support > np.median(support)), np.flatnonzero(support < np.median(support))
@@ -277,17 +256,3 @@ def _pairs(support: np.ndarray, matched: np.ndarray) -> list[np.ndarray]:
 
 def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if len(values) else float("nan")
-
-
-def _interval(draws: np.ndarray, prefix: str = "") -> dict[str, float]:
-    low, high = _bounds(draws)
-    return {f"{prefix}low": float(low), f"{prefix}high": float(high)}
-
-
-def _bounds(draws: np.ndarray) -> np.ndarray:
-    """``[2, …]``, the ends of 95 % percentile intervals of ``[resamples, …]``, over the draws that are defined."""
-    if len(draws) and np.isfinite(draws).all():
-        return np.quantile(draws, [0.025, 0.975], axis=0)  # many times faster than the other
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # none is
-        return np.nanquantile(draws, [0.025, 0.975], axis=0) if len(draws) else np.full((2, *draws.shape[1:]), np.nan)
