@@ -3,7 +3,7 @@
 Every function takes one table of channels and their damage, see :func:`join_axes`, and compares ranks within layers.
 Intervals are 95 % percentile bootstraps over units, not rows: channels that can only be removed together share one
 damage and are drawn together. A resample keeps the ranks among all rows (``rerank=False`` of
-:func:`~chanaxes_pl.statistics.rank_correlations`).
+:func:`rank_correlations`).
 """
 
 from __future__ import annotations

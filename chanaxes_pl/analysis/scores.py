@@ -10,7 +10,7 @@ A score has one name everywhere: in a pruning grid, a table of lesions, a plot, 
 
 A table of lesions holds metrics and scores of the same channels. There the column of a score is :data:`SCORE_COLUMN`
 and its name, as in ``score_keep_local``. ``local_axis`` and ``target_axis`` are axis coordinates, not scores: see
-:data:`~chanaxes_pl.correlations.AXES`.
+:data:`AXES`.
 """
 
 from __future__ import annotations

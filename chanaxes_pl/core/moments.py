@@ -28,15 +28,16 @@ DEAD_SHARE = 1e-12
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Count, mean and centred scatter of ``F`` variables, in float64.
+    """Count, mean and centred scatter of ``F`` variables, in float64; of several blocks of them side by side, too.
 
     :meth:`merge` makes a new object and touches neither input. Merging is associative and order-independent up to
     float64 rounding, and :meth:`empty` is neutral.
 
     Attributes:
         count: scalar, the number of samples.
-        mean: ``[F]``, in the samples' unit.
-        scatter: ``[F, F]``, the sum over samples of centred outer products, in the unit squared.
+        mean: ``[F]``, in the samples' unit; ``[G, F]`` of blocks.
+        scatter: ``[F, F]``, the sum over samples of centred outer products, in the unit squared;
+            ``[G, F, F]`` of blocks.
 
     Example:
         >>> import torch
@@ -59,43 +60,38 @@ class Moments:
 
     @classmethod
     def of(cls, samples: Tensor) -> Moments:
-        """Moments of one batch.
+        """Moments of one batch, or of one batch of each of several blocks.
 
         The batch is centred on itself before anything is squared, so a mean of 1e4 costs no digits.
         Products run in the samples' own precision, but in float32 at least and never in TF32 or autocast.
 
         Args:
-            samples: ``[n, F]``, any floating type, n ≥ 0.
+            samples: ``[n, F]``, any floating type, n ≥ 0; ``[G, n, F]`` of blocks, n ≥ 1.
         """
-        if len(samples) == 0:
-            return cls.empty(samples.shape[1], accumulation_device(samples.device))
-        narrow = samples.shape[1] <= _NARROW
+        count, width = samples.shape[-2:]
+        if count == 0:
+            return cls.empty(width, accumulation_device(samples.device))
+        narrow = samples[..., 0, :].numel() <= _NARROW
         samples = _accumulated(samples) if narrow or samples.dtype == torch.float64 else samples.float()
         with true_float32(samples.device):
-            shift = samples.mean(0)
+            shift = samples.mean(-2, keepdim=True)
             centred = samples - shift
             # A large mean leaves its rounding behind: centre once more, on what is then small.
-            rest = centred.mean(0)
+            rest = centred.mean(-2, keepdim=True)
             centred -= rest
-            step = max(_ROWS, 2 * centred.shape[1]) if centred.dtype == torch.float32 else len(centred)
-            products = (_accumulated(symmetric_product(rows.T, rows)) for rows in centred.split(step))
+            step = max(_ROWS, 2 * width) if centred.dtype == torch.float32 else count
+            products = (_accumulated(_gram(rows)) for rows in centred.split(step, -2))
             scatter = reduce(torch.Tensor.add_, products)
-        return cls(scatter.new_tensor(float(len(samples))), _accumulated(shift) + _accumulated(rest), scatter)
+        mean = (_accumulated(shift) + _accumulated(rest)).squeeze(-2)
+        return cls(scatter.new_tensor(float(count)), mean, scatter)
 
     def merge(self, other: Moments) -> Moments:
         """Moments of both sets of samples together; neither is changed."""
         return Moments(self.count.clone(), self.mean.clone(), self.scatter.clone()).merge_(other)
 
     def merge_(self, other: Moments) -> Moments:
-        """:meth:`merge` into the tensors of ``self``, for an accumulator that owns them.
-
-        The parallel law of Chan, Golub and LeVeque (1979).
-        """
-        share = other.count / (self.count + other.count).clamp(min=1)
-        gap = other.mean - self.mean
-        self.scatter.addr_(gap, gap * (self.count * share)).add_(other.scatter)
-        self.mean.add_(gap * share)
-        self.count.add_(other.count)
+        """:meth:`merge` into the tensors of ``self``, for an accumulator that owns them."""
+        _merge_((self.count, other.count), [(self.mean, other.mean)], (self.scatter, other.scatter))
         return self
 
     def mapped(self, weight: Tensor, bias: Tensor) -> Moments:
@@ -108,7 +104,7 @@ class Moments:
         weight = weight.to(self.mean)
         mean = weight @ self.mean + bias.to(self.mean)
         scatter = symmetric_product(weight @ self.scatter, weight.T)
-        if not mean.isfinite().all():  # a bias does not enter the scatter: it has to make it NaN all the same
+        if not mean.isfinite().all():  # a non-finite bias must also make the scatter NaN
             scatter += 0.0 * torch.outer(mean, mean)
         return Moments(self.count, mean, scatter)
 
@@ -116,7 +112,7 @@ class Moments:
     def merge_all(cls, parts: Iterable[Moments]) -> Moments:
         """Moments of all ``parts`` together, merged from left to right."""
         first, *others = parts
-        merged = first.merge(cls.empty(len(first.mean), first.mean.device))
+        merged = cls(first.count.clone(), first.mean.clone(), first.scatter.clone())
         for other in others:
             merged.merge_(other)
         return merged
@@ -136,7 +132,7 @@ class Moments:
     @cached_property
     def variance(self) -> Tensor:
         """``[F]`` population variance."""
-        return self.scatter.diagonal() / self.count
+        return self.scatter.diagonal(dim1=-2, dim2=-1) / self.count
 
     @cached_property
     def correlation(self) -> Tensor:
@@ -153,8 +149,6 @@ class Moments:
 @dataclass(frozen=True, eq=False)
 class CrossMoments:
     """Count, means and centred cross products of two sets of variables, in float64; several blocks side by side.
-
-    Merging follows the same law as :class:`Moments`.
 
     Attributes:
         count: scalar, the number of samples.
@@ -204,18 +198,38 @@ class CrossMoments:
 
     def merge_(self, other: CrossMoments) -> CrossMoments:
         """Moments of both sets of samples together, in the tensors of ``self``."""
-        share = other.count / (self.count + other.count).clamp(min=1)
-        left, right = other.left - self.left, other.right - self.right
-        self.scatter.baddbmm_(left[:, :, None], right[:, None] * (self.count * share)).add_(other.scatter)
-        self.left.add_(left * share)
-        self.right.add_(right * share)
-        self.count.add_(other.count)
+        means = [(self.left, other.left), (self.right, other.right)]
+        _merge_((self.count, other.count), means, (self.scatter, other.scatter))
         return self
 
     @property
     def covariance(self) -> Tensor:
         """``[G, F, R]`` population covariance of left with right; NaN without samples."""
         return self.scatter / self.count
+
+
+def _merge_(counts: tuple[Tensor, Tensor], means: list[tuple[Tensor, Tensor]], scatters: tuple[Tensor, Tensor]) -> None:
+    """Merge two sets of samples into the tensors of the first: the parallel law of Chan, Golub and LeVeque (1979).
+
+    With d = mean₂ − mean₁ of each side: S₁ + S₂ + d dᵀ · n₁n₂ / (n₁ + n₂), and mean₁ + d · n₂ / (n₁ + n₂).
+
+    Args:
+        counts: of both sets.
+        means: of both sets, for each side of the scatter; one entry where the sides are the same variables.
+        scatters: of both sets.
+    """
+    (count, more), (scatter, other) = counts, scatters
+    share = more / (count + more).clamp(min=1)
+    gaps = [theirs - ours for ours, theirs in means]
+    left, right = gaps[0], gaps[-1] * (count * share)
+    if scatter.ndim == 2:
+        scatter.addr_(left, right)
+    else:
+        scatter.baddbmm_(left[:, :, None], right[:, None])
+    scatter.add_(other)
+    for (ours, _), gap in zip(means, gaps, strict=True):
+        ours.add_(gap * share)
+    count.add_(more)
 
 
 def live_mask(variance: Tensor) -> Tensor:
@@ -239,6 +253,13 @@ def accumulation_device(device: torch.device) -> torch.device:
 
 def _accumulated(values: Tensor) -> Tensor:
     return values.to(accumulation_device(values.device)).double()
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """``[F, F]`` products of the columns of ``[n, F]``; ``[G, F, F]`` of ``[G, n, F]``."""
+    if rows.ndim == 2:
+        return symmetric_product(rows.T, rows)
+    return symmetric_product(rows[0].T, rows[0])[None] if len(rows) == 1 else rows.mT @ rows
 
 
 def symmetric_product(left: Tensor, right: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from chanaxes_pl.network.hooks import observed
 from chanaxes_pl.network.layers import LayerSpec, channel_count, select_layers
 from chanaxes_pl.network.probe import Probe, Step, images_and_labels
 from chanaxes_pl.network.recording import Settings
-from chanaxes_pl.pruning.replay import Replay
+from chanaxes_pl.network.tracing import PartialForward
 
 #: A recovery is given where the damage that it is a share of exceeds 0 by this many standard errors.
 CLEAR = 2.0
@@ -155,7 +155,7 @@ class _Damage:
         self._model = model
         self._changes = changes
         self._step = step or images_and_labels
-        self._replay = Replay(model) if fast and step is None else None
+        self._forward = PartialForward(model) if fast and step is None else None
         self.images = 0
         self._sums: Tensor | float = 0.0
         self._squares: Tensor | float = 0.0
@@ -165,8 +165,8 @@ class _Damage:
         """Take in a batch."""
         logits, labels = self._step(self._model, batch)
         intact = task_variable(image_scores, logits, labels)
-        if self._replay is not None:
-            self._replay.run(batch[0], logits)
+        if self._forward is not None:
+            self._forward.run(batch[0], logits)
         home = accumulation_device(logits.device)
         differences = []
         for change in self._changes:
@@ -180,8 +180,8 @@ class _Damage:
         self.images += len(labels)
 
     def _logits(self, change: Intervention, batch: Any) -> Tensor:
-        if self._replay is not None:
-            return change.replayed(self._model, self._replay)
+        if self._forward is not None:
+            return change.replayed(self._model, self._forward)
         with change.applied(self._model):
             return self._step(self._model, batch)[0]
 

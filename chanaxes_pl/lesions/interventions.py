@@ -15,7 +15,7 @@ from chanaxes_pl.lesions.replacements import REPLACEMENTS, Replacement, check_ch
 from chanaxes_pl.network.groups import Units
 from chanaxes_pl.network.layers import channel_count, select_layers
 from chanaxes_pl.network.removal import Group, masked
-from chanaxes_pl.pruning.replay import Edit, Replay, edited
+from chanaxes_pl.network.tracing import Edit, PartialForward, edited
 
 #: What may happen to a channel: removal with all its unit, or one of the replacements.
 OPERATIONS = ("zero", *REPLACEMENTS)
@@ -46,12 +46,12 @@ class Intervention:
         with masked(model, [self.group], {self.group.name: units[units != self.unit]}):
             yield
 
-    def replayed(self, model: nn.Module, replay: Replay) -> Tensor:
+    def replayed(self, model: nn.Module, forward: PartialForward) -> Tensor:
         """Logits with the change, as much of the network as it concerns being run."""
         if self.group is None:
-            return replay.rerun(edits=self.edits)
+            return forward.rerun(edits=self.edits)
         with self.applied(model):
-            return replay.rerun((*self.group.consumers, *self.group.layer_norms))
+            return forward.rerun((*self.group.consumers, *self.group.layer_norms))
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from chanaxes_pl.core.peers import hull_coefficients, peer_reconstruction
 from chanaxes_pl.network.layers import channel_count
 from chanaxes_pl.network.probe import Probe
 from chanaxes_pl.network.recording import Settings, record
-from chanaxes_pl.pruning.replay import Edit
+from chanaxes_pl.network.tracing import Edit
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""Hooks that are always removed, and the context in which a model is observed."""
+"""Watching a model: hooks that are always removed, a context that leaves no trace, and whether outputs agree."""
 
 from __future__ import annotations
 
@@ -91,3 +91,22 @@ def observed(model: nn.Module) -> Iterator[None]:
         for module, flag in training.items():
             module.training = flag
         streams.__exit__(None, None, None)  # told of an exception, isolate_rng would restore nothing
+
+
+def same_outputs(found: object, wanted: Tensor, share: float) -> bool:
+    """Whether two outputs differ nowhere by more than a share of the largest finite value wanted.
+
+    Args:
+        found: what was computed another way; anything but a tensor of the shape wanted differs.
+        wanted: of any shape; where it is NaN or infinite, ``found`` has to be the same.
+        share: of the largest absolute value, such as 1e-4.
+
+    Example:
+        >>> wanted = torch.tensor([100.0, 1.0, float("nan")])
+        >>> same_outputs(wanted + 0.5, wanted, 0.01), same_outputs(wanted + 2, wanted, 0.01)
+        (True, False)
+    """
+    if not isinstance(found, Tensor) or found.shape != wanted.shape:
+        return False
+    largest = float(wanted.detach().abs().nan_to_num(0.0, 0.0, 0.0).amax()) if wanted.numel() else 0.0
+    return torch.allclose(found.to(wanted.dtype), wanted, rtol=0.0, atol=share * largest, equal_nan=True)

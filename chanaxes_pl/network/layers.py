@@ -91,11 +91,36 @@ def by_position(layer: nn.Module, tensor: Tensor, images: int, name: str) -> Ten
     return tensor[:, :, None] if tensor.ndim == 2 else tensor.flatten(1, -2).transpose(1, 2)
 
 
+def why_not_affine(layer: nn.Module) -> str:
+    """Why a convolution or Linear layer may give something else than its weight times its input plus its bias.
+
+    Returns:
+        Empty where the class' own forward runs on plain parameters with no hooks but this package's, which only look.
+    """
+    kind = next(kind for kind in (nn.Linear, *CONVOLUTIONS) if isinstance(layer, kind))
+    steps = [name for name in ("forward", "_conv_forward") if hasattr(kind, name)]
+    if any(name in vars(layer) or getattr(type(layer), name) is not getattr(kind, name) for name in steps):
+        return f"{type(layer).__name__} has a forward of its own, which need not be affine in its input"
+    own = dict(layer.named_parameters(recurse=False))
+    if own.get("weight") is not layer.weight or own.get("bias") is not layer.bias:
+        return "its weight or bias is computed from other parameters (a parametrization, a norm or a pruning mask)"
+    if any(not _ours(hook) for hook in (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values())):
+        return "a forward hook on it may change what it reads or gives"
+    return ""
+
+
+def _ours(hook: Callable) -> bool:
+    home = getattr(getattr(hook, "func", hook), "__module__", None) or ""  # that of a partial is its function's
+    return home.partition(".")[0] == __name__.partition(".")[0]
+
+
 def widens_pointwise(layer: nn.Module) -> bool:
     """Whether a layer maps each position's input by one matrix to more channels than it has inputs.
 
     The moments of such an output follow exactly from those of the narrower input, at a fraction of the work.
     """
+    if why_not_affine(layer):
+        return False
     if isinstance(layer, nn.Linear):
         return layer.in_features < layer.out_features
     return (

@@ -154,25 +154,6 @@ def _fixed_order(members: np.ndarray, size: int, keep_order: bool) -> np.ndarray
     return np.sort(np.random.default_rng(_SEED).permutation(members)[:size])
 
 
-def same_outputs(found: Tensor, wanted: Tensor, share: float) -> bool:
-    """Whether two outputs differ nowhere by more than a share of the largest finite value wanted.
-
-    Args:
-        found: of any shape.
-        wanted: what it should be; where it is NaN or infinite, ``found`` has to be the same.
-        share: of the largest absolute value, such as 1e-4.
-
-    Example:
-        >>> wanted = torch.tensor([100.0, 1.0, float("nan")])
-        >>> same_outputs(wanted + 0.5, wanted, 0.01), same_outputs(wanted + 2, wanted, 0.01)
-        (True, False)
-    """
-    if found.shape != wanted.shape:
-        return False
-    largest = float(wanted.detach().abs().nan_to_num(0.0, 0.0, 0.0).amax()) if wanted.numel() else 0.0
-    return torch.allclose(found.to(wanted.dtype), wanted, rtol=0.0, atol=share * largest, equal_nan=True)
-
-
 def image_batches(
     loader: DataLoader | Dataset, count: int, to_device: Callable[[Any], Any], caller: str
 ) -> list[Tensor]:

@@ -11,61 +11,30 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from chanaxes_pl.core.metrics import check_noise
 from chanaxes_pl.core.moments import Moments, accumulation_device
 from chanaxes_pl.core.targets import TargetSpec, null_target, target_function, task_variable
-from chanaxes_pl.network.hooks import observed
-from chanaxes_pl.network.layers import LayerSpec, affine, by_position, channel_count, select_layers, widens_pointwise
+from chanaxes_pl.network.hooks import observed, same_outputs
+from chanaxes_pl.network.layers import (
+    LayerSpec,
+    affine,
+    by_position,
+    channel_count,
+    select_layers,
+    widens_pointwise,
+)
+from chanaxes_pl.network.moments_metric import MomentsMetric
 from chanaxes_pl.network.patches import PatchMoments, PatchRecorder
 from chanaxes_pl.network.probe import MIN_IMAGES, Probe, Step, images_and_labels, too_small
 from chanaxes_pl.network.sampling import image_means, local_samples, sample_positions
 
 # Numbers that a buffer holds at least: an eighth of a megabyte of float32.
 _WAITING = 1 << 15
-
-
-class MomentsMetric(Metric):
-    """:class:`Moments` of ``width`` variables as a torchmetrics metric: ``update`` with samples ``[n, width]``."""
-
-    full_state_update = False
-    count: Tensor
-    mean: Tensor
-    scatter: Tensor
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        empty = Moments.empty(width)
-        for name in ("count", "mean", "scatter"):
-            state: Tensor = getattr(empty, name)
-            # No reduction: a sync stacks the processes' states, and compute() merges them.
-            self.add_state(name, state, dist_reduce_fx=None)
-            # What reset() copies: one zero seen in every place. torchmetrics would keep a second square matrix.
-            self._defaults[name] = state.new_zeros(()).expand(state.shape)
-
-    def update(self, samples: Tensor) -> None:
-        """Merge in a batch of samples."""
-        Moments(self.count, self.mean, self.scatter).merge_(Moments.of(samples))
-
-    def compute(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Count, mean and scatter over all processes."""
-        width = self.mean.shape[-1]
-        stacked = zip(
-            self.count.reshape(-1),
-            self.mean.reshape(-1, width),
-            self.scatter.reshape(-1, width, width),
-            strict=True,
-        )
-        merged = Moments.merge_all(Moments(*state) for state in stacked)
-        return merged.count, merged.mean, merged.scatter
-
-    @property
-    def moments(self) -> Moments:
-        """The result as :class:`Moments`; a collective call where several processes run."""
-        count, mean, scatter = self.compute()
-        width = self.mean.shape[-1]
-        return Moments(count, mean.reshape(width), scatter.reshape(width, width))
+# A widening layer's output is compared with its affine map at about this many positions of as many images, up to this
+# share of the largest value: far above what TF32 rounds off, far below what another map would give.
+_CHECKED = 8
+_CHECK_SHARE = 1e-2
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +67,7 @@ class _Parts:
     """
 
     def __init__(self, parts: int, width: int, device: torch.device) -> None:
-        self._metrics = [MomentsMetric(width).to(device) for _ in range(parts)]
+        self._metrics = [MomentsMetric(Moments.empty(width)).to(device) for _ in range(parts)]
         self._capacity = max(_WAITING // width, width // 2)
         self._buffers: list[Tensor | None] = [None] * parts
         self._filled = [0] * parts
@@ -108,14 +77,14 @@ class _Parts:
             if self._filled[part] + len(new) > self._capacity:
                 self._flush(part)
             if len(new) > self._capacity:
-                self._metrics[part].update(new)
+                self._metrics[part].update(Moments.of(new))
             else:
                 self._keep(part, new)
 
     def moments(self) -> tuple[Moments, ...]:
         for part in range(len(self._metrics)):
             self._flush(part)
-        return tuple(metric.moments for metric in self._metrics)
+        return tuple(metric.merged for metric in self._metrics)
 
     def _keep(self, part: int, new: Tensor) -> None:
         buffer = self._buffers[part]
@@ -129,7 +98,7 @@ class _Parts:
         buffer, metric = self._buffers[part], self._metrics[part]
         # A process whose share holds none of this part's images says so too: a metric has to be told something.
         if buffer is not None and (self._filled[part] or not metric.update_called):
-            metric.update(buffer[: self._filled[part]])
+            metric.update(Moments.of(buffer[: self._filled[part]]))
             self._filled[part] = 0
 
 
@@ -159,7 +128,7 @@ class Recorder:
         self._parts = 2 if halves else 1
         self._local: dict[str, _Parts] = {}
         self._joint: dict[str, _Parts] = {}
-        self._maps: dict[str, tuple[Tensor, Tensor]] = {}
+        self._maps: dict[str, tuple[Tensor, Tensor] | None] = {}
         self._patches = {name: PatchRecorder(layer) for name, layer in layers.items()} if alignment else {}
         self._batch = _Batch(np.arange(0), self._parts)
 
@@ -210,8 +179,8 @@ class Recorder:
     def _layer_moments(self, name: str) -> LayerMoments:
         local, joint = self._local[name].moments(), self._joint[name].moments()
         channels = channel_count(self.layers[name])
-        if name in self._maps:
-            weight, bias = self._maps[name]
+        if (mapped := self._maps[name]) is not None:
+            weight, bias = mapped
             local = tuple(part.mapped(weight, bias) for part in local)
             extra = len(joint[0].mean) - weight.shape[1]
             weight = torch.block_diag(weight, torch.eye(extra).to(weight))
@@ -229,10 +198,11 @@ class Recorder:
         if self._patches:
             places = self._positions_of(seen.shape[2], seen.device)
             self._patches[name].read(inputs[0], output, seen, places, name)
-        # In lower precision an output is not quite the affine map of its input: then it is looked at itself.
-        if widens_pointwise(layer) and output.dtype == inputs[0].dtype in (torch.float32, torch.float64):
+        if name not in self._maps:
+            read = by_position(layer, inputs[0], len(batch.indices), name) if widens_pointwise(layer) else None
+            self._maps[name] = None if read is None else _affine_map(layer, read, seen)
+        if self._maps[name] is not None:
             seen = by_position(layer, inputs[0], len(batch.indices), name)
-            self._maps[name] = affine(layer)
         batch.means[name] = image_means(seen)
         if name not in self._local:
             self._local[name] = _Parts(self._parts, seen.shape[1], accumulation_device(seen.device))
@@ -263,6 +233,23 @@ class _Batch:
         """Rows of the batch in each part of the probe."""
         self._parts = [part.to(device) for part in self._parts]
         return self._parts
+
+
+def _affine_map(layer: nn.Module, read: Tensor, gave: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Weight and bias of a layer that widens pointwise; ``None`` where its output is not their map of its input.
+
+    Args:
+        layer: for which :func:`widens_pointwise` holds.
+        read: ``[B, F, P]``, its input.
+        gave: ``[B, C, P]``, its output.
+    """
+    if not gave.dtype == read.dtype in (torch.float32, torch.float64):
+        return None  # in lower precision an output is not quite the affine map of its input
+    weight, bias = affine(layer)
+    few = [slice(None, None, max(1, size // _CHECKED)) for size in (len(read), read.shape[2])]
+    found, wanted = (part[few[0], :, few[1]].mT for part in (read, gave))
+    same = same_outputs(nn.functional.linear(found, weight, bias), wanted, _CHECK_SHARE)
+    return (weight, bias) if same else None
 
 
 @dataclass(frozen=True)

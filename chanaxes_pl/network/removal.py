@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from chanaxes_pl.network.hooks import hooked, observed
-from chanaxes_pl.network.probe import same_outputs
+from chanaxes_pl.network.hooks import hooked, observed, same_outputs
 
 #: What a network may raise that is given other images, or fewer channels, than it was written for.
 FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from chanaxes_pl.core.moments import Moments
 from chanaxes_pl.core.statistics import z_scores
 from chanaxes_pl.network.groups import Units, find_units
 from chanaxes_pl.network.hooks import hooked
@@ -25,8 +26,8 @@ class Routes:
 
     Attributes:
         layer: its name.
-        channels: for each layer that gives inputs, with no other layer between, ``[F]``: the channel of it that each
-            input reads, −1 for none of its. An input may read several layers, whose maps have been summed.
+        channels: for each layer that gives inputs, with no other layer between, ``[F]``: the index of its channel
+            behind each input, −1 where none is. An input may read several layers, whose maps have been summed.
         norms: ``[C, F / groups]``, the norm of the weights between each channel and each input that it reads.
         spread: ``[F]``, the inputs' standard deviations.
         reason: why the inputs cannot be followed; empty where they can.
@@ -178,17 +179,15 @@ def input_spread(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]
     Args:
         layers: convolutions and Linear layers, by name; one that does not run in the block is left out.
     """
-    sums: dict[str, tuple[Tensor, Tensor]] = {}
+    moments: dict[str, Moments] = {}
 
     def read(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        rows = inputs[0].movedim(-1 if isinstance(layer, nn.Linear) else 1, 0).flatten(1).float()
-        shift = sums[name][0] if name in sums else rows.mean(1, keepdim=True)
-        off = rows - shift  # so that a large mean costs no digits
-        new = torch.stack([off.new_full((len(off),), off.shape[1]), off.sum(1), off.square().sum(1)]).cpu().double()
-        sums[name] = (shift, sums[name][1] + new if name in sums else new)
+        rows = inputs[0].movedim(-1 if isinstance(layer, nn.Linear) else 1, 0).flatten(1)
+        part = Moments.of(rows[:, :, None])  # each input a block of its own: their covariances are not asked for
+        moments[name] = moments[name].merge_(part) if name in moments else part
 
     spread: dict[str, Tensor] = {}
     with hooked(((layer, partial(read, name)) for name, layer in layers.items()), before=True):
         yield spread
-    for name, (_, (count, total, squares)) in sums.items():
-        spread[name] = (squares / count - (total / count).square()).clamp(min=0).sqrt()
+    for name, found in moments.items():
+        spread[name] = found.variance[:, 0].sqrt().cpu()

@@ -1,4 +1,4 @@
-"""Compensation: the channels that stay make up for those that are gone, without labels and without training.
+"""Compensation: refit the remaining weights to the dense network's activations, without labels and without training.
 
 Layer by layer in forward order, what the pruned network really gives a layer is set against what the layer had in the
 dense network, over the same images. ``fold`` rebuilds the dense inputs from those that are left, at one position, and
@@ -10,28 +10,34 @@ Zhang and Sun, 2017; Luo, Wu and Lin, 2017); because each fit sees the errors ma
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from chanaxes_pl.core.moments import accumulation_device, symmetric_product, true_float32
+from chanaxes_pl.core.moments import Moments
 from chanaxes_pl.network.groups import executed_layers
-from chanaxes_pl.network.hooks import observed
-from chanaxes_pl.network.layers import CONVOLUTIONS, by_position
+from chanaxes_pl.network.hooks import observed, same_outputs
+from chanaxes_pl.network.layers import CONVOLUTIONS, by_position, why_not_affine
 from chanaxes_pl.network.removal import Group
 from chanaxes_pl.network.sampling import local_samples, patches, sample_positions
-from chanaxes_pl.pruning.lockstep import Signals, lockstep
+from chanaxes_pl.network.tracing import Activations, paired_activations
 from chanaxes_pl.pruning.plans import add_bias
 
 #: Ridge λ of each strength, as a share of the mean variance of what is regressed on.
 RIDGE = {"fold": 1e-3, "refit": 1e-2}
 #: Positions of a map that are fitted to, an image.
 POSITIONS = 16
+# A layer's output is compared with its class' own on this many images, up to this share of the largest value.
+_CHECKED = 4
+_CHECK_SHARE = 1e-3
 
 
 def compensate(
@@ -67,17 +73,21 @@ def compensate(
     """
     if strength not in RIDGE:
         raise ValueError(f"compensate={strength!r}: expected one of {', '.join(map(repr, RIDGE))}, True or False")
-    with observed(dense):
-        runs = Counter(executed_layers(dense, batches[0][:1]))
-    once = [name for name, times in runs.items() if times == 1]
+    refused = _refusals(dense, slim, batches[0][:1])
+    fitted = [name for name, why in refused.items() if not why]
     channels = kept_channels(dense, groups, kept)
     fit = _fold if strength == "fold" else _refit
-    rows = [_row(name, reason="runs more than once in a forward pass") for name in runs if runs[name] > 1]
+    rows = [_row(name, reason=why) for name, why in refused.items() if why]
     with observed(dense), observed(slim):
-        for name, signals in lockstep(dense, slim, batches, once):
+        for name, activations in paired_activations(dense, slim, batches, fitted):
             layer, original = slim.get_submodule(name), dense.get_submodule(name)
             task = _Task(name, layer, original, *channels[name], positions)
-            rows.append(_row(name, *fit(task, signals, RIDGE[strength] if ridge is None else ridge)))
+            first = next(activations)
+            if _is_affine(original, first):
+                found = fit(task, chain([first], activations), RIDGE[strength] if ridge is None else ridge)
+            else:
+                found = math.nan, math.nan, "its output is not its weight times its input plus its bias"
+            rows.append(_row(name, *found))
     return pd.DataFrame(rows)
 
 
@@ -138,56 +148,115 @@ class _Task:
     positions: int
 
 
+class _WeightReads(TorchFunctionMode):
+    """Counts how many operations make a tensor from each of some weights, whoever calls them.
+
+    Attributes:
+        counts: layer name → operations; of layers that share a weight, each has those of both.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self._names: dict[int, list[str]] = defaultdict(list)
+        for name, layer in model.named_modules():
+            if isinstance(layer, (*CONVOLUTIONS, nn.Linear)):
+                # By address: two parameters may share their memory.
+                self._names[layer.weight.data_ptr()].append(name)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = result if isinstance(result, (tuple, list)) else (result,)
+        if any(isinstance(part, Tensor) for part in made):  # else its shape or device was asked for
+            for value in (*args, *(kwargs or {}).values()):
+                if isinstance(value, nn.Parameter):
+                    self.counts.update(self._names.get(value.data_ptr(), ()))
+        return result
+
+
+def _refusals(dense: nn.Module, slim: nn.Module, image: Tensor) -> dict[str, str]:
+    """For every layer that runs, in order, why it cannot be fitted; empty where it can."""
+    with observed(dense), _WeightReads(dense) as reads:
+        runs = Counter(executed_layers(dense, image))
+    reasons = {}
+    for name, times in runs.items():
+        reason = why_not_affine(dense.get_submodule(name)) or why_not_affine(slim.get_submodule(name))
+        if times > 1:
+            reason = "runs more than once in a forward pass"
+        elif not reason and reads.counts[name] != 1:
+            reason = "its weight is read elsewhere too: fitting it would change what is computed there"
+        reasons[name] = reason
+    return reasons
+
+
+def _is_affine(layer: nn.Module, batch: Activations) -> bool:
+    """Whether a layer's output is what its class makes of its input, on the first images."""
+    few = batch.dense_input[:_CHECKED]
+    return same_outputs(type(layer).forward(layer, few), batch.dense_output[:_CHECKED], _CHECK_SHARE)
+
+
 def _row(layer: str, before: float = math.nan, after: float = math.nan, reason: str = "") -> dict[str, object]:
     reason = reason or ("what it was to be fitted to does not vary" if math.isnan(before) else "")
     return {"layer": layer, "before": before, "after": after, "reason": reason}
 
 
-def _refit(task: _Task, signals: Iterator[Signals], ridge: float) -> tuple[float, float, str]:
+def _refit(task: _Task, activations: Iterable[Activations], ridge: float) -> tuple[float, float, str]:
+    """Fit a layer's weights and bias to its dense outputs y, from what it reads in the slim network, x.
+
+    Minimises E‖y − Wx − b‖² + λ v ‖W − W₀‖² over W and b, for each group of a grouped convolution by itself: W₀ are the
+    weights as they are, v the mean variance of x. The reconstruction of He, Zhang and Sun (2017), with ridge.
+
+    Returns:
+        The error before and after, and why the layer could not be fitted, else empty; see :func:`compensate`.
+    """
     layer = task.layer
     blocks = layer.groups if isinstance(layer, CONVOLUTIONS) else 1
-    sums = _Sums()
-    for first, signal in _numbered(signals):
-        if _same(signal):
-            continue
-        wanted = by_position(layer, signal.dense_output, len(signal.dense_output), task.name)[:, task.outputs]
+
+    def sample(batch: Activations, first: int) -> Tensor:
+        wanted = by_position(layer, batch.dense_output, len(batch.dense_output), task.name)[:, task.outputs]
         images, places = _places(first, len(wanted), wanted.shape[2], task.positions)
         if isinstance(layer, CONVOLUTIONS):
-            seen = patches(layer, signal.slim_input, images, places, signal.dense_output.shape[2:])
+            seen = patches(layer, batch.slim_input, images, places, batch.dense_output.shape[2:])
         else:
-            seen = local_samples(by_position(layer, signal.slim_input, len(wanted), task.name), images, places)
-        samples = [seen.reshape(len(seen), blocks, -1), local_samples(wanted, images, places)]
-        sums.update(torch.cat([samples[0], samples[1].reshape(len(seen), blocks, -1)], 2))
-    if not sums.count:
+            seen = local_samples(by_position(layer, batch.slim_input, len(wanted), task.name), images, places)
+        given = local_samples(wanted, images, places)
+        return torch.cat([part.reshape(len(seen), blocks, -1) for part in (seen, given)], 2)
+
+    moments = _moments(activations, sample)
+    if moments is None:
         return 0.0, 0.0, ""
     weight = layer.weight.double().reshape(blocks, len(layer.weight) // blocks, -1)  # type: ignore[operator,arg-type]
-    bias = _bias(layer, weight)
-    fitted, shift, before, after = _ridge(sums, weight, bias, ridge)
+    fitted, shift, before, after = _ridge(moments, weight, _bias(layer, weight), ridge)
     _write(layer, fitted, shift)
     return before, after, ""
 
 
-def _fold(task: _Task, signals: Iterator[Signals], ridge: float) -> tuple[float, float, str]:
+def _fold(task: _Task, activations: Iterable[Activations], ridge: float) -> tuple[float, float, str]:
+    """Rebuild a layer's dense inputs z from those that are left, x, and fold the coefficients into its weights.
+
+    Minimises E‖z − Rx − r‖² + λ v ‖R − R₀‖² over R and r, one matrix for all places of the kernel: R₀ passes each input
+    that is left on as it is, v is the mean variance of x. The dense weights W and bias b become WR and b + Wr.
+
+    Returns:
+        The error before and after, and why the layer could not be fitted, else empty; see :func:`compensate`.
+    """
     layer, original = task.layer, task.original
     if isinstance(layer, CONVOLUTIONS) and layer.groups > 1:
-        for _ in signals:  # they have to pass this layer all the same
-            pass
         return math.nan, math.nan, "its outputs read groups of inputs, which have nothing to fold into"
-    sums = _Sums()
-    for first, signal in _numbered(signals):
-        if _same(signal):
-            continue
-        wanted = by_position(layer, signal.dense_input, len(signal.dense_input), task.name)
-        seen = by_position(layer, signal.slim_input, len(wanted), task.name)
+
+    def sample(batch: Activations, first: int) -> Tensor:
+        wanted = by_position(layer, batch.dense_input, len(batch.dense_input), task.name)
+        seen = by_position(layer, batch.slim_input, len(wanted), task.name)
         images, places = _places(first, len(wanted), wanted.shape[2], task.positions)
-        rows = [local_samples(part, images, places) for part in (seen, wanted)]
-        sums.update(torch.cat(rows, 1)[:, None])
-    if not sums.count:
+        return torch.cat([local_samples(part, images, places) for part in (seen, wanted)], 1)[:, None]
+
+    moments = _moments(activations, sample)
+    if moments is None:
         return 0.0, 0.0, ""
     width = len(original.weight[0])  # type: ignore[index,arg-type]
-    select = torch.zeros(1, width, len(task.inputs), dtype=torch.float64, device=sums.total.device)
+    select = moments.mean.new_zeros(1, width, len(task.inputs))
     select[0, task.inputs, torch.arange(len(task.inputs))] = 1.0
-    rebuild, shift, before, after = _ridge(sums, select, select.new_zeros(1, width), ridge)
+    rebuild, shift, before, after = _ridge(moments, select, select.new_zeros(1, width), ridge)
     whole = original.weight.double()[task.outputs].reshape(len(task.outputs), width, -1)  # type: ignore[operator,index]
     fitted = torch.einsum("ock,cj->ojk", whole, rebuild[0].to(whole))
     bias = _bias(original, original.weight.double()[None])[0, task.outputs]  # type: ignore[operator,index]
@@ -195,13 +264,38 @@ def _fold(task: _Task, signals: Iterator[Signals], ridge: float) -> tuple[float,
     return before, after, ""
 
 
-def _ridge(sums: _Sums, weight: Tensor, bias: Tensor, ridge: float) -> tuple[Tensor, Tensor, float, float]:
-    """Weights ``[g, o, f]`` and bias ``[g, o]`` that predict the last o variables from the first f, and errors.
+def _moments(activations: Iterable[Activations], sample: Callable[[Activations, int], Tensor]) -> Moments | None:
+    """Moments of what ``sample(batch, number of its first image)`` takes of the batches, ``[n, g, w]`` of each.
 
-    Minimises the mean squared error plus λ‖W − W₀‖² times the mean variance of the predictors.
+    Only batches count in which something upstream has changed; ``None`` where there are none.
+    """
+    moments, first = None, 0
+    for batch in activations:
+        if not _same(batch):
+            part = Moments.of(sample(batch, first).transpose(0, 1))
+            moments = part if moments is None else moments.merge_(part)
+        first += len(batch.dense_input)
+    return moments
+
+
+def _ridge(moments: Moments, weight: Tensor, bias: Tensor, ridge: float) -> tuple[Tensor, Tensor, float, float]:
+    """Predict the last o of some variables, y, from the first f, x, by a ridge regression that shrinks to W₀.
+
+    Minimises E‖y − Wx − b‖² + λ v ‖W − W₀‖², with v the mean variance of x, for each of g blocks by itself. Hence
+    W = W₀ + (Cov(y, x) − W₀ Cov(x)) (Cov(x) + λ v I)⁻¹ and b = E y − W E x.
+
+    Args:
+        moments: of g blocks of the f + o variables.
+        weight: ``[g, o, f]``, W₀.
+        bias: ``[g, o]``, with which W₀ is used before the fit.
+        ridge: λ.
+
+    Returns:
+        W ``[g, o, f]``, b ``[g, o]``, and the mean squared errors of W₀ with ``bias`` and of W with b, both as a share
+        of the summed variance of y; NaN where that is 0.
     """
     features = weight.shape[2]
-    mean, covariance = sums.mean, sums.covariance
+    mean, covariance = moments.mean, moments.covariance
     weight, bias = weight.to(mean), bias.to(mean)
     among, toward = covariance[:, :features, :features], covariance[:, :features, features:]
     own = covariance.diagonal(dim1=1, dim2=2)[:, features:]
@@ -219,58 +313,15 @@ def _ridge(sums: _Sums, weight: Tensor, bias: Tensor, ridge: float) -> tuple[Ten
     return fitted, shift, error(weight, bias), error(fitted, shift)
 
 
-class _Sums:
-    """Moments of g independent sets of variables at once, from samples ``[n, g, w]``.
-
-    Products run in float32 about the first batch's means and are summed in float64.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def update(self, samples: Tensor) -> None:
-        home = accumulation_device(samples.device)
-        with true_float32(samples.device):
-            rows = samples.float().transpose(0, 1)
-            if not self.count:
-                blocks, width = len(rows), rows.shape[2]
-                self.about = rows.mean(1, keepdim=True)
-                self.total = torch.zeros(blocks, width, dtype=torch.float64, device=home)
-                self.products = torch.zeros(blocks, width, width, dtype=torch.float64, device=home)
-            rows = rows - self.about
-            self.count += rows.shape[1]
-            self.total += rows.sum(1).to(home)
-            product = symmetric_product(rows[0].T, rows[0])[None] if len(rows) == 1 else rows.mT @ rows
-            self.products += product.to(home)
-
-    @property
-    def mean(self) -> Tensor:
-        """``[g, w]``."""
-        return self.about[:, 0].to(self.total) + self.total / self.count
-
-    @property
-    def covariance(self) -> Tensor:
-        """``[g, w, w]``."""
-        off = self.total / self.count
-        return self.products / self.count - off[:, :, None] * off[:, None, :]
-
-
-def _numbered(signals: Iterable[Signals]) -> Iterator[tuple[int, Signals]]:
-    first = 0
-    for signal in signals:
-        yield first, signal
-        first += len(signal.dense_input)
-
-
 def _places(first: int, count: int, total: int, positions: int) -> tuple[Tensor, Tensor]:
     """Rows of a batch, and which of ``total`` positions are sampled in each."""
     places = sample_positions(np.arange(first, first + count), total, positions)
     return torch.arange(count), torch.arange(total).expand(count, -1) if places is None else places
 
 
-def _same(signal: Signals) -> bool:
+def _same(batch: Activations) -> bool:
     """Whether nothing upstream has changed, so that there is nothing to make up for."""
-    return signal.slim_input.shape == signal.dense_input.shape and torch.equal(signal.slim_input, signal.dense_input)
+    return batch.slim_input.shape == batch.dense_input.shape and torch.equal(batch.slim_input, batch.dense_input)
 
 
 def _depthwise(layer: nn.Module) -> bool:

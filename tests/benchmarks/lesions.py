@@ -22,7 +22,7 @@ from chanaxes_pl.lesions.replacements import Replacement, replacement
 from chanaxes_pl.models import build_backbone
 from chanaxes_pl.network.hooks import observed
 from chanaxes_pl.network.layers import channel_count, select_layers
-from chanaxes_pl.pruning.replay import Replay
+from chanaxes_pl.network.tracing import PartialForward
 
 BATCH = 50
 #: name: backbone, budget of the ratio
@@ -62,9 +62,9 @@ def compare(name: str, device: str, batch: int, repeats: int) -> tuple[float, fl
     paths = {module: path for path, module in model.named_modules()}
     totals = [0.0, 0.0]
     with observed(model):
-        replay = Replay(model)
-        replay.run(images)
-        assert replay.partial
+        forward = PartialForward(model)
+        forward.run(images)
+        assert forward.partial
         for layer in layers.values():
             width = channel_count(layer)
             nothing = torch.zeros(width, width, dtype=torch.float64)
@@ -76,7 +76,7 @@ def compare(name: str, device: str, batch: int, repeats: int) -> tuple[float, fl
                     return model(images)
 
             def fast(change: Intervention = change) -> Tensor:
-                return change.replayed(model, replay)
+                return change.replayed(model, forward)
 
             pairs = [(seconds(whole, device), seconds(fast, device)) for _ in range(repeats + 1)][1:]
             torch.testing.assert_close(pairs[0][0][1], pairs[0][1][1], rtol=1e-4, atol=1e-4)

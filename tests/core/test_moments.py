@@ -13,7 +13,8 @@ from numpy.testing import assert_allclose
 
 from chanaxes_pl import compute_axes
 from chanaxes_pl.core.moments import Moments, median
-from chanaxes_pl.network.recording import LayerMoments, MomentsMetric
+from chanaxes_pl.network.moments_metric import MomentsMetric
+from chanaxes_pl.network.recording import LayerMoments
 from chanaxes_pl.tables import axes_table
 from tests.helpers import cases as zoo
 
@@ -194,7 +195,7 @@ def test_matmul_precision_settings_do_not_change_the_result_and_stay(precision):
 
 SWITCH = """
 import torch
-from chanaxes_pl.moments import true_float32
+from chanaxes_pl.core.moments import true_float32
 matmul = torch.backends.cuda.matmul
 matmul.fp32_precision = 'tf32'
 before = matmul.fp32_precision
@@ -254,15 +255,15 @@ def test_median_is_numpys(values):
 
 def test_the_metric_streams_and_merges_what_processes_stack():
     parts = batches(0, [5, 3, 8], 4, (1.0, 1.0))
-    metric = MomentsMetric(4)
+    metric = MomentsMetric(Moments.empty(4))
     for part in parts:
-        metric.update(part)
-    assert_same(metric.moments, Moments.of(torch.cat(parts)))
-    one, other = MomentsMetric(4), MomentsMetric(4)
-    one.update(parts[0])
-    other.update(torch.cat(parts[1:]))
-    stacked = MomentsMetric(4)
-    stacked.update(parts[0])
+        metric.update(Moments.of(part))
+    assert_same(metric.merged, Moments.of(torch.cat(parts)))
+    one, other = MomentsMetric(Moments.empty(4)), MomentsMetric(Moments.empty(4))
+    one.update(Moments.of(parts[0]))
+    other.update(Moments.of(torch.cat(parts[1:])))
+    stacked = MomentsMetric(Moments.empty(4))
+    stacked.update(Moments.of(parts[0]))
     for name in ("count", "mean", "scatter"):  # what a sync without reduction leaves
         setattr(stacked, name, torch.stack([getattr(one, name), getattr(other, name)]))
     count, mean, scatter = stacked.compute()

@@ -23,7 +23,7 @@ from tests.helpers import cases as zoo
 from tests.helpers import reference
 from tests.helpers import training as small
 from tests.lesions.test_replacements import assert_unchanged, loader, repairs_of, snapshot
-from tests.test_replay import Branching, backbone, batch, build
+from tests.network.test_tracing import Branching, backbone, batch, build
 
 #: A few layers of each backbone: the first, inner ones, and such as a residual sum ties to others.
 LAYERS = {

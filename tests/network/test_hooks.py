@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from chanaxes_pl.network.hooks import calls, hooked
-from chanaxes_pl.network.probe import same_outputs
+from chanaxes_pl.network.hooks import calls, hooked, same_outputs
 
 
 def hooks_of(model: nn.Module) -> int:

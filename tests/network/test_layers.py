@@ -1,16 +1,32 @@
 """Which layers are tracked, how their outputs become samples, and which positions are looked at."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
 from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+from torch.nn.utils import prune as torch_prune
 
 from chanaxes_pl import compute_axes
 from chanaxes_pl.core.targets import scrambled
-from chanaxes_pl.network.layers import affine, by_position, channel_count, select_layers, widens_pointwise
+from chanaxes_pl.network.hooks import same_outputs
+from chanaxes_pl.network.layers import (
+    affine,
+    by_position,
+    channel_count,
+    select_layers,
+    why_not_affine,
+    widens_pointwise,
+)
+from chanaxes_pl.network.recording import Recorder
 from chanaxes_pl.network.sampling import image_means, local_samples, sample_positions
+from chanaxes_pl.network.upstream import input_spread
 from tests.helpers import cases as zoo
+from tests.helpers import reference
 
 
 def network() -> nn.Module:
@@ -240,3 +256,107 @@ def test_a_widening_1x1_convolution_with_padding_by_name_is_measured_like_any_ot
     tables = [compute_axes(nn.Sequential(first, tail), loader).table for first in (by_name, plain)]
     numbers = tables[0].select_dtypes("number").columns
     assert_allclose(tables[0][numbers], tables[1][numbers], 1e-8, 1e-10)
+
+
+class Normed(nn.Conv2d):
+    """Weights of length 1."""
+
+    def forward(self, x):
+        return F.conv2d(x, F.normalize(self.weight.flatten(1), dim=1)[..., None, None], self.bias)
+
+
+class Squashed(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.tanh())
+
+
+class Derived(nn.Conv2d):
+    """Does what its class does."""
+
+
+def with_hook(layer, before=False):
+    if before:
+        layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].tanh(),))
+    else:
+        layer.register_forward_hook(lambda _, __, output: output.tanh())
+    return layer
+
+
+def replaced(layer):
+    plain = layer.forward
+    layer.forward = lambda x: plain(x.tanh())
+    return layer
+
+
+NOT_AFFINE = {
+    "forward of its own": lambda: Normed(3, 8, 1),
+    "forward of an instance": lambda: replaced(nn.Conv2d(3, 8, 1)),
+    "parametrized": lambda: parametrizations.weight_norm(nn.Conv2d(3, 8, 1)),
+    "masked": lambda: torch_prune.random_unstructured(nn.Conv2d(3, 8, 1), "weight", 0.5),
+    "hook": lambda: with_hook(nn.Conv2d(3, 8, 1)),
+    "pre-hook": lambda: with_hook(nn.Conv2d(3, 8, 1), before=True),
+}
+
+
+@pytest.mark.parametrize("name", NOT_AFFINE)
+def test_widening_layers_that_are_not_affine_are_measured_at_their_outputs(name):
+    torch.manual_seed(0)
+    first = NOT_AFFINE[name]().double()
+    model = nn.Sequential(first, *zoo.head(8)).double()
+    loader = zoo.loader_of(zoo.images_2d().double())
+    table = compute_axes(model, loader, layers=["0"], positions="all").table
+    outputs, logits, labels = zoo.captured(model, loader, ["0"])
+    found = outputs["0"]
+    expected = reference.layer_columns(
+        found.swapaxes(1, 2).reshape(-1, 8), found.mean(2), reference.margins(logits, labels)
+    )
+    for column in ("input_capture", "peer_overlap", "task_information"):
+        assert_allclose(table[column], expected[column], 1e-8, err_msg=column)
+    assert why_not_affine(first)
+    assert not widens_pointwise(first)
+
+
+def test_linear_layers_with_a_forward_of_their_own_are_measured_too():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), zoo.Apply(lambda x: x.mean((2, 3))), Squashed(4, 9)).double()
+    loader = zoo.loader_of(zoo.images_2d().double())
+    table = compute_axes(model, loader, layers=["2"]).table
+    output = zoo.captured(model, loader, ["2"])[0]["2"][..., 0]
+    assert_allclose(table["input_capture"], reference.input_capture(output), 1e-8)
+
+
+def test_a_subclass_without_a_forward_of_its_own_is_what_its_class_is():
+    assert why_not_affine(Derived(3, 8, 1)) == ""
+    assert widens_pointwise(Derived(3, 8, 1))
+
+
+def test_hooks_of_ours_only_look():
+    layer = nn.Conv2d(3, 8, 1)
+    with input_spread({"layer": layer}), Recorder({"layer": layer}, lambda logits, labels: logits[:, 0]).attached():
+        assert widens_pointwise(layer)
+
+
+def test_a_widening_layer_whose_call_gives_something_else_is_measured():
+    """A hook on all modules is seen on none of them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), *zoo.head(8)).double()
+    loader = zoo.loader_of(zoo.images_2d().double())
+    squash = nn.modules.module.register_module_forward_hook(
+        lambda layer, _, output: output.tanh() if isinstance(layer, nn.Conv2d) else None
+    )
+    try:
+        table = compute_axes(model, loader, positions="all").table
+        output = zoo.captured(model, loader)[0]["0"]
+    finally:
+        squash.remove()
+    assert_allclose(table["input_capture"], reference.input_capture(output.swapaxes(1, 2).reshape(-1, 8)), 1e-8)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_same_outputs_are_the_same_at_every_scale(scale):
+    wanted = scale * torch.tensor([1.0, -2.0, 0.0, math.nan])
+    assert same_outputs(wanted + 1e-4 * scale, wanted, 1e-4)
+    assert not same_outputs(wanted + 1e-3 * scale, wanted, 1e-4)
+    assert not same_outputs(wanted.nan_to_num(0.0), wanted, 1e-4)
+    assert not same_outputs(wanted[None], wanted, 1e-4)
+    assert not same_outputs(None, wanted, 1e-4)

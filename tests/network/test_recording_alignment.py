@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from chanaxes_pl import compute_axes
 from chanaxes_pl.core.moments import CrossMoments
 from chanaxes_pl.network.layers import CONVOLUTIONS, select_layers
-from chanaxes_pl.network.patches import CrossMetric, PatchRecorder
+from chanaxes_pl.network.moments_metric import MomentsMetric
+from chanaxes_pl.network.patches import PatchRecorder
 from chanaxes_pl.tables import ALIGNMENT
 from tests.helpers import cases as zoo
 
@@ -164,15 +165,15 @@ def test_processes_that_stack_their_states_get_the_whole():
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(50, 2, 5, generator=generator), torch.randn(50, 2, 3, generator=generator) + 10
     whole = CrossMoments.of(left, right)
-    one, other, stacked = (CrossMetric(2, 5, 3) for _ in range(3))
-    one.update(left[:7], right[:7])
-    other.update(left[7:20], right[7:20])
-    other.update(left[20:], right[20:])
-    stacked.update(left, right)
+    one, other, stacked = (MomentsMetric(CrossMoments.empty(2, 5, 3)) for _ in range(3))
+    one.update(CrossMoments.of(left[:7], right[:7]))
+    other.update(CrossMoments.of(left[7:20], right[7:20]))
+    other.update(CrossMoments.of(left[20:], right[20:]))
+    stacked.update(CrossMoments.of(left, right))
     for name in ("count", "left", "right", "scatter"):  # what a sync without reduction leaves
         setattr(stacked, name, torch.stack([getattr(one, name), getattr(other, name)]))
     before = one.scatter.clone()
-    assert_allclose(stacked.covariance, whole.covariance, 1e-10, 1e-12)
+    assert_allclose(stacked.merged.covariance, whole.covariance, 1e-10, 1e-12)
     assert torch.equal(one.scatter, before)
     expected = torch.stack([torch.cov(torch.cat([left[:, g], right[:, g]], 1).T, correction=0)[:5, 5:] for g in (0, 1)])
     assert_allclose(whole.covariance, expected, 1e-4, 1e-6)

@@ -8,13 +8,17 @@ import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+from torch.nn.utils import prune as torch_prune
 
+from chanaxes_pl.core.moments import Moments
+from chanaxes_pl.network import tracing
 from chanaxes_pl.network.groups import executed_layers, find_units
 from chanaxes_pl.network.removal import Group, remove
+from chanaxes_pl.network.tracing import paired_activations
 from chanaxes_pl.pruning import compensation as home
-from chanaxes_pl.pruning import lockstep as lockstep_home
 from chanaxes_pl.pruning.compensation import RIDGE, compensate, kept_channels, reestimate_norms
-from chanaxes_pl.pruning.lockstep import lockstep
 from tests.helpers.networks import NETS, ONE, Net, build, halves, head, pooled
 
 BATCHES = torch.randn(96, 3, 32, 32, generator=torch.Generator().manual_seed(6)).split(40)
@@ -112,7 +116,7 @@ def test_fits_see_the_errors_upstream():
     compensate(slim, model, groups, kept, BATCHES)
     for name in executed_layers(model, ONE):
         alone = cut(model, kept, groups)
-        for _, signals in lockstep(model, alone, BATCHES, [name]):
+        for _, signals in paired_activations(model, alone, BATCHES, [name]):
             task = home._Task(name, alone.get_submodule(name), model.get_submodule(name), *channels[name], 16)
             home._refit(task, signals, RIDGE["refit"])
         fitted, layer = alone.get_submodule(name), pieces.get_submodule(name)
@@ -158,7 +162,7 @@ def test_a_network_that_cannot_be_traced_gets_the_same_weights(name, strength, m
     images = [batch[:12] for batch in BATCHES[:2]]
     traced, whole = cut(model, kept, groups), cut(model, kept, groups)
     first = compensate(traced, model, groups, kept, images, strength)
-    monkeypatch.setattr(lockstep_home, "_traced", lambda *_: None)
+    monkeypatch.setattr(tracing, "_checked_trace", lambda *_: None)
     second = compensate(whole, model, groups, kept, images, strength)
     pd.testing.assert_frame_equal(first, second)
     for key, value in traced.state_dict().items():
@@ -259,10 +263,9 @@ def test_ridge_is_least_squares(offset, ridge, sizes):
     mixing = rng.normal(size=(blocks, 8, 8)) + np.eye(8)
     rows = (np.einsum("nbi,bij->nbj", rng.normal(size=(200, blocks, 8)), mixing) + offset).astype(np.float32)
     weight, bias = rng.normal(size=(blocks, outputs, features)), rng.normal(size=(blocks, outputs))
-    sums = home._Sums()
-    for part in np.split(rows, np.cumsum(sizes)[:-1]):
-        sums.update(torch.from_numpy(part))
-    fitted, shift, before, after = home._ridge(sums, torch.tensor(weight), torch.tensor(bias), ridge)
+    parts = np.split(rows, np.cumsum(sizes)[:-1])
+    moments = Moments.merge_all(Moments.of(torch.from_numpy(part).transpose(0, 1)) for part in parts)
+    fitted, shift, before, after = home._ridge(moments, torch.tensor(weight), torch.tensor(bias), ridge)
     rest: dict[str, float] = {"before": 0, "after": 0, "own": 0}
     for b in range(blocks):
         block = rows[:, b].astype(np.float64)
@@ -278,12 +281,12 @@ def test_ridge_is_least_squares(offset, ridge, sizes):
 
 
 def test_much_ridge_leaves_the_weights_and_corrects_the_mean():
-    sums, rng = home._Sums(), torch.Generator().manual_seed(0)
-    sums.update(torch.randn(50, 1, 4, generator=rng) + 2)
+    rng = torch.Generator().manual_seed(0)
+    moments = Moments.of(torch.randn(1, 50, 4, generator=rng) + 2)
     weight = torch.randn(1, 1, 3, generator=rng, dtype=torch.float64)
-    fitted, shift, _, _ = home._ridge(sums, weight, torch.zeros(1, 1), 1e9)
+    fitted, shift, _, _ = home._ridge(moments, weight, torch.zeros(1, 1), 1e9)
     torch.testing.assert_close(fitted, weight, rtol=0, atol=1e-6)
-    torch.testing.assert_close(shift, sums.mean[:, 3:] - weight[:, 0] @ sums.mean[0, :3, None], rtol=0, atol=1e-5)
+    torch.testing.assert_close(shift, moments.mean[:, 3:] - weight[:, 0] @ moments.mean[0, :3, None], rtol=0, atol=1e-5)
 
 
 def statistics_of(model: nn.Module, norm: Callable[[nn.Module], nn.Module]) -> tuple[Tensor, Tensor]:
@@ -314,3 +317,142 @@ def test_norms_are_estimated_anew():
         reestimate_norms(model, [torch.zeros(2, 5, 32, 32)])
     assert [m.training for m in model.modules()] == modes
     assert model.bn1.momentum == 0.3
+
+
+# ---------------------------------------------------------------- layers that are not what their class says
+
+
+class Cosine(nn.Linear):
+    """A cosine classifier."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 10 * F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1))
+
+
+class Causal(nn.Conv2d):
+    """Pads on two sides only before it runs as its class does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (2, 0, 2, 0)))
+
+
+def classes(last: nn.Module, middle: nn.Module | None = None) -> nn.Module:
+    return Net(
+        lambda net, x: net.last(pooled(net.middle(net.first(x).relu()).relu())),
+        first=nn.Conv2d(3, 12, 3),
+        middle=middle or nn.Conv2d(12, 8, 3),
+        last=last,
+    )
+
+
+def masked() -> nn.Module:
+    return torch_prune.random_unstructured(nn.Linear(8, 6), "weight", 0.5)
+
+
+def replaced_forward() -> nn.Module:
+    layer = nn.Linear(8, 6)
+    layer.forward = lambda x: F.linear(x.tanh(), layer.weight, layer.bias)
+    return layer
+
+
+def with_hook(prepared: bool) -> nn.Module:
+    layer = nn.Linear(8, 6)
+    if prepared:
+        layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].tanh(),))
+    else:
+        layer.register_forward_hook(lambda _, __, output: output.tanh())
+    return layer
+
+
+NOT_AFFINE: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
+    "cosine head": (lambda: classes(Cosine(8, 6)), "last", "Cosine has a forward of its own"),
+    "causal convolution": (lambda: classes(head(8), Causal(12, 8, 3)), "middle", "Causal has a forward of its own"),
+    "forward of an instance": (lambda: classes(replaced_forward()), "last", "Linear has a forward of its own"),
+    "pruning mask": (lambda: classes(masked()), "last", "computed from other parameters"),
+    "weight norm": (lambda: classes(parametrizations.weight_norm(nn.Linear(8, 6))), "last", "other parameters"),
+    "pre-hook": (lambda: classes(with_hook(True)), "last", "a forward hook"),
+    "hook": (lambda: classes(with_hook(False)), "last", "a forward hook"),
+}
+
+
+@pytest.mark.parametrize("strength", RIDGE)
+@pytest.mark.parametrize("name", NOT_AFFINE)
+@torch.no_grad()
+def test_layers_that_are_not_affine_are_left_out_with_the_reason(name, strength):
+    make, layer, reason = NOT_AFFINE[name]
+    torch.manual_seed(0)
+    model = make().eval()
+    slim = copy.deepcopy(model)
+    slim.first.weight[::3] = 0  # what follows sees an error
+    slim.first.bias[::3] = 0
+    state, images = copy.deepcopy(slim.state_dict()), torch.cat(BATCHES)
+    wanted, without = model(images), slim(images)
+    report = compensate(slim, model, [], {}, BATCHES, strength).set_index("layer")
+    assert reason in report.reason[layer]
+    assert report.loc[layer, ["before", "after"]].isna().all()
+    assert (report.reason == "").sum() == 2
+    assert all(torch.equal(v, state[key]) for key, v in slim.state_dict().items() if key.startswith(layer))
+    assert (slim(images) - wanted).square().mean() < 0.9 * (without - wanted).square().mean()
+
+
+class Tied(nn.Module):
+    """Two layers of one weight, or a weight that is read by a function as well."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.stem, self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)
+        self.last = head(8)
+        if how == "one parameter":
+            self.b.weight = self.a.weight
+        elif how == "one memory":
+            self.b.weight = nn.Parameter(self.a.weight.data)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(self.stem(x).relu()).relu()
+        x = F.conv2d(x, self.a.weight) if self.how == "a function" else self.b(x)
+        return self.last(pooled(x.relu()))
+
+
+@pytest.mark.parametrize("strength", RIDGE)
+@pytest.mark.parametrize("how", ["one parameter", "one memory", "a function"])
+@torch.no_grad()
+def test_tied_weights_are_left_out_with_the_reason(how, strength):
+    torch.manual_seed(0)
+    model = Tied(how).eval()
+    slim = copy.deepcopy(model)
+    slim.stem.weight[::3] = 0
+    state = copy.deepcopy(slim.state_dict())
+    report = compensate(slim, model, [], {}, BATCHES, strength).set_index("layer")
+    tied = [name for name in ("a", "b") if name in report.index]
+    assert len(tied) == (1 if how == "a function" else 2)
+    assert report.reason[tied].str.contains("read elsewhere too").all()
+    assert (report.reason.drop(index=tied) == "").all()
+    assert torch.equal(slim.a.weight, state["a.weight"])
+    assert torch.equal(slim.b.weight, state["b.weight"])
+
+
+def test_a_shape_that_is_asked_for_is_no_use_of_a_weight():
+    model = classes(head(8))
+    model.function = lambda net, x: net.last(
+        pooled(net.middle(net.first(x.to(net.first.weight.dtype)).relu()).relu())[:, : net.last.weight.shape[1]]
+    )
+    report = compensate(copy.deepcopy(model), model, [], {}, BATCHES)
+    assert (report.reason == "").all()
+
+
+@torch.no_grad()
+def test_a_call_that_gives_something_else_is_seen_as_it_runs():
+    """A hook on all modules is seen on none of them."""
+    model = classes(head(8)).eval()
+    slim = copy.deepcopy(model)
+    slim.first.weight[::3] = 0
+    doubled = nn.modules.module.register_module_forward_hook(
+        lambda layer, _, output: 2 * output if isinstance(layer, nn.Linear) else None
+    )
+    try:
+        report = compensate(slim, model, [], {}, BATCHES).set_index("layer")
+    finally:
+        doubled.remove()
+    assert report.reason["last"] == "its output is not its weight times its input plus its bias"
+    assert (report.reason.drop(index="last") == "").all()

@@ -1,0 +1,385 @@
+"""Networks as torch.fx graphs: run again in part after a change, and two run side by side, layer by layer."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import reduce
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from chanaxes_pl.network.hooks import same_outputs
+from chanaxes_pl.network.layers import CONVOLUTIONS
+
+#: What a module's output is replaced by.
+Edit = Callable[[Tensor], Tensor]
+
+
+# Run as one, so that their hooks fire, also where torchvision or others derive from them.
+_LEAVES = (*CONVOLUTIONS, nn.Linear, nn.LayerNorm)
+# What a model's own code raises when it meets torch.fx's stand-ins for tensors, where its path depends on shapes,
+# types or values. An error of the model itself comes up again in its forward pass.
+_UNTRACEABLE = (ValueError, TypeError, RuntimeError, AttributeError, NameError, LookupError, ArithmeticError)
+_OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
+# Logits of the graph and of the model differ by no more than a GPU's choice of algorithm.
+_SHARE = 1e-4
+
+
+@contextmanager
+def edited(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
+    """Replace the outputs of some modules of a model inside the block.
+
+    Args:
+        model: any module.
+        edits: name of a submodule → what is made of its output.
+    """
+    handles = []
+    try:
+        for name, edit in edits.items():
+            hook = model.get_submodule(name).register_forward_hook
+            handles.append(hook(lambda _module, _inputs, output, edit=edit: edit(output)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Trace:
+    """A model of one input as a graph whose operations never overwrite their inputs.
+
+    Attributes:
+        operations: the graph's nodes in order, without its inputs, each with the values that nothing after it reads.
+        modules: node → the module that it calls: every convolution, Linear and LayerNorm that runs, and torch's own.
+    """
+
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+        self._root = root
+        self._image, *self._options = (node for node in graph.nodes if node.op == "placeholder")
+        self.operations = last_reads(node for node in graph.nodes if node.op != "placeholder")
+        calls = (node for node, _ in self.operations if node.op == "call_module")
+        self.modules = {node: root.get_submodule(str(node.target)) for node in calls}
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Trace | None:
+        """Trace a model; ``None`` where torch.fx cannot, say because its control flow depends on the data."""
+        root: nn.Module = getattr(model, "_orig_mod", model)  # inside torch.compile's wrapper
+        try:
+            graph = _Tracer().trace(root)
+        except _UNTRACEABLE:
+            return None
+        inputs = [node for node in graph.nodes if node.op == "placeholder"]
+        if not inputs or str(inputs[0].target).startswith("*") or not all(node.args for node in inputs[1:]):
+            return None  # an input beside the images has to have a default
+        return cls(root, graph) if _without_overwriting(graph, root) else None
+
+    def inputs(self, images: Tensor) -> dict[fx.Node, Any]:
+        """The values of the graph's inputs, from which :meth:`compute` goes on."""
+        return {self._image: images, **{node: node.args[0] for node in self._options}}
+
+    def values(self, images: Tensor, logits: Tensor) -> dict[fx.Node, Any] | None:
+        """What every operation gives for a batch; ``None`` where that does not end in the model's own logits.
+
+        Args:
+            images: ``[B, …]``, what the model takes.
+            logits: ``[B, K]``, what the model gives for them.
+        """
+        values = self.inputs(images)
+        try:
+            for node, _ in self.operations:
+                values[node] = self.compute(node, values)
+        except _UNTRACEABLE:  # of the trace alone: the model itself has run
+            return None
+        return values if same_outputs(next(reversed(values.values())), logits, _SHARE) else None
+
+    def compute(self, node: fx.Node, values: Mapping[fx.Node, Any], fresh: Mapping[fx.Node, Any] | None = None) -> Any:
+        """Run one operation.
+
+        Args:
+            node: the operation.
+            values: what those before it gave.
+            fresh: values that take the place of those in ``values``.
+        """
+
+        def value(used: fx.Node) -> Any:
+            return fresh[used] if fresh and used in fresh else values[used]
+
+        if node.op == "get_attr":
+            return reduce(getattr, str(node.target).split("."), self._root)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+        if node.op == "output":
+            return args[0]
+        if node.op == "call_module":
+            return _called(self.modules[node], args, kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+
+
+def last_reads(nodes: Iterable[fx.Node]) -> list[tuple[fx.Node, list[fx.Node]]]:
+    """Operations in order, each with the values that none of those after it reads."""
+    nodes = list(nodes)
+    last = {used: node for node in nodes for used in node.all_input_nodes}
+    return [(node, [used for used in node.all_input_nodes if last[used] is node]) for node in nodes]
+
+
+class PartialForward:
+    """Logits of one batch, over and over, as modules of the network change.
+
+    :meth:`run` keeps what every operation of the network gave for a batch, and :meth:`rerun` repeats only what lies
+    downstream of a change. A network that torch.fx cannot trace (its control flow depends on the data, say), or that
+    is found to compute something else than its trace, runs as a whole every time: the numbers are the same.
+
+    Memory is that of all the activations of a batch. Everything has to happen inside
+    :func:`observed`, beginning with the constructor: a trace is of one mode, and hooks have to fire.
+
+    Args:
+        model: ``model(images)`` gives logits.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1)).eval()
+        >>> forward = PartialForward(model)
+        >>> logits = forward.run(torch.ones(3, 2))
+        >>> forward.rerun(edits={"0": torch.zeros_like}).equal(model[2].bias.expand(3, 1))
+        True
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._trace = Trace.of(model)
+        self._plans: dict[tuple[str, ...], list[tuple[fx.Node, list[fx.Node]]]] = {}
+        self._images: Tensor | None = None
+        self._values: dict[fx.Node, Any] | None = None
+
+    @property
+    def partial(self) -> bool:
+        """Whether the last batch can be run again in part."""
+        return self._values is not None
+
+    def run(self, images: Tensor, logits: Tensor | None = None) -> Tensor:
+        """Logits of a batch, whose values are kept for :meth:`rerun`.
+
+        Args:
+            images: ``[B, …]``, what the model takes.
+            logits: ``[B, K]``, what it gives for them, where that is known already.
+        """
+        self._images, self._values = images, None
+        whole = self._model(images) if logits is None else logits
+        if self._trace is not None:
+            self._values = self._trace.values(images, whole)
+        return whole
+
+    def rerun(self, changed: Iterable[str] = (), edits: Mapping[str, Edit] | None = None) -> Tensor:
+        """Logits of the last batch now that some modules have changed; a change has to be named while it lasts.
+
+        Args:
+            changed: names of submodules whose hooks or parameters are not as they were: they run again.
+            edits: name of a submodule → what is made of its output: it runs again only if its input changed.
+
+        Raises:
+            AttributeError: if the model has no submodule of such a name.
+            RuntimeError: before the first :meth:`run`.
+        """
+        edits = edits or {}
+        if self._images is None:
+            raise RuntimeError(
+                "PartialForward.rerun() before PartialForward.run(images): there is no batch to run again"
+            )
+        if self._trace is None or self._values is None:
+            with edited(self._model, edits):
+                return self._model(self._images)
+        repeat = {self._model.get_submodule(name) for name in changed}
+        rewrite = {self._model.get_submodule(name): edit for name, edit in edits.items()}
+        fresh: dict[fx.Node, Any] = {}
+        value = next(reversed(self._values.values()))  # the network's output
+        for node, finished in self._plan((*changed, *edits)):
+            module = self._trace.modules.get(node)
+            kept = module in rewrite and module not in repeat and fresh.keys().isdisjoint(node.all_input_nodes)
+            value = self._values[node] if kept else self._trace.compute(node, self._values, fresh)
+            fresh[node] = value = rewrite[module](value) if module in rewrite else value
+            for used in finished:
+                fresh.pop(used, None)
+        return value
+
+    def _plan(self, names: tuple[str, ...]) -> list[tuple[fx.Node, list[fx.Node]]]:
+        """What lies downstream of some modules, each with the values that nothing after it reads."""
+        assert self._trace is not None
+        if names not in self._plans:
+            sources = {self._model.get_submodule(name) for name in names}
+            nodes: dict[fx.Node, None] = {}
+            for node, _ in self._trace.operations:
+                if self._trace.modules.get(node) in sources or not nodes.keys().isdisjoint(node.all_input_nodes):
+                    nodes[node] = None
+            self._plans[names] = last_reads(nodes)
+        return self._plans[names]
+
+
+class Activations(NamedTuple):
+    """A layer's input and output in the dense network, and its input in the slim one, for one batch.
+
+    Attributes:
+        dense_input: what the layer reads in the dense network.
+        dense_output: what it gives there.
+        slim_input: what the layer of the same name reads in the slim one.
+    """
+
+    dense_input: Tensor
+    dense_output: Tensor
+    slim_input: Tensor
+
+
+def paired_activations(
+    dense: nn.Module, slim: nn.Module, batches: Sequence[Tensor], layers: Sequence[str]
+) -> Iterator[tuple[str, Iterator[Activations]]]:
+    """Run two networks side by side, and give each layer in turn with its activations, batch by batch.
+
+    Later layers see the changes made to earlier ones of the slim network. Where both networks can be traced, all
+    batches advance together, layer by layer, so that each runs once; memory is one layer's activations of all images.
+    Elsewhere every layer takes a pass of its own.
+
+    Args:
+        dense: in eval mode.
+        slim: of the same class, with the same layers; in eval mode.
+        batches: images, on the networks' device.
+        layers: names of layers that run once in a forward pass, in the order in which they do.
+    """
+    traces = [_checked_trace(model, layers, batches[0][:1]) for model in (dense, slim)]
+    if any(trace is None for trace in traces):
+        for name in layers:
+            yield name, (Activations(*_caught(dense, name, b), _caught(slim, name, b)[0]) for b in batches)
+        return
+    stops = [{model.get_submodule(name) for name in layers} for model in (dense, slim)]
+    pairs = [(trace, at) for trace, at in zip(traces, stops, strict=True) if trace is not None]
+    walks = [[_walk(trace, images, at) for trace, at in pairs] for images in batches]
+    for name in layers:
+        activations = (Activations(next(whole), next(whole), next(cut)) for whole, cut in walks)
+        yield name, activations
+        for _ in activations:  # batches that were not asked for pass this layer all the same
+            pass
+        for _, cut in walks:
+            next(cut)
+
+
+def _checked_trace(model: nn.Module, layers: Sequence[str], image: Tensor) -> Trace | None:
+    """A model's trace; ``None`` where it does not give the model's logits or does not call each layer once."""
+    trace = Trace.of(model)
+    if trace is None:
+        return None
+    calls = Counter(trace.modules.values())
+    if any(calls[model.get_submodule(name)] != 1 for name in layers):  # such as inside a module of torch's
+        return None
+    return None if trace.values(image, model(image)) is None else trace
+
+
+def _walk(trace: Trace, images: Tensor, layers: Collection[nn.Module]) -> Iterator[Tensor]:
+    """The input and then the output of each of some layers, none of them run before it is asked for."""
+    values = trace.inputs(images)
+    for node, finished in trace.operations:
+        stop = trace.modules.get(node) in layers
+        if stop:
+            yield values[node.all_input_nodes[0]]
+        values[node] = trace.compute(node, values)
+        if stop:
+            yield values[node]
+        for used in finished:
+            del values[used]
+
+
+class _Reached(Exception):
+    """Thrown by a hook to end a forward pass early."""
+
+
+def _caught(model: nn.Module, name: str, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Input and output of one layer, by a forward pass that goes no further."""
+    held: list[Any] = []
+
+    def catch(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        held.extend((inputs[0], output))
+        raise _Reached
+
+    handle = model.get_submodule(name).register_forward_hook(catch)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            model(images)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return held[0], held[1]
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, _LEAVES) or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        inside = getattr(m, "_orig_mod", None)  # torch.compile's wrapper does not let itself be traced
+        return super().call_module(m, forward, args, kwargs) if inside is None else inside(*args, **kwargs)
+
+
+def _called(module: nn.Module, args: tuple, kwargs: dict) -> Any:
+    """Run a module that does not overwrite its input, which may be a value that is kept."""
+    if getattr(module, "inplace", False) is not True:
+        return module(*args, **kwargs)
+    try:
+        module.inplace = False  # type: ignore[assignment]
+        return module(*args, **kwargs)
+    finally:
+        module.inplace = True  # type: ignore[assignment]
+
+
+def _without_overwriting(graph: fx.Graph, root: nn.Module) -> bool:
+    """Rewrite operations that overwrite an input into ones that do not; whether that is possible."""
+    seen: set[fx.Node] = set()
+    for node in graph.nodes:
+        seen.add(node)
+        if _overwrites(node, root):
+            if not _rewrite(node):
+                return False
+            # Whatever reads the input from here on reads what has become of it.
+            node.all_input_nodes[0].replace_all_uses_with(node, delete_user_cb=lambda user: user not in seen)
+    return True
+
+
+def _overwrites(node: fx.Node, root: nn.Module) -> bool:
+    if not node.all_input_nodes:
+        return False
+    if node.op == "call_module":
+        return getattr(root.get_submodule(str(node.target)), "inplace", False) is True
+    if node.op not in ("call_method", "call_function"):
+        return False
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    private = name.startswith("_") or node.target in (operator.and_, operator.or_, operator.is_, operator.not_)
+    return node.target in _OUT_OF_PLACE or bool(node.kwargs.get("inplace")) or (name.endswith("_") and not private)
+
+
+def _rewrite(node: fx.Node) -> bool:
+    """Make an operation give a new tensor; whether that is possible."""
+    if node.op == "call_module":
+        return True  # its flag is switched off while it runs
+    if node.kwargs.get("inplace"):
+        node.kwargs = {**node.kwargs, "inplace": False}
+    elif node.op == "call_method":
+        node.target = str(node.target).removesuffix("_")
+        return hasattr(Tensor, node.target)
+    elif node.target in _OUT_OF_PLACE:
+        node.target = _OUT_OF_PLACE[node.target]
+    else:
+        name = getattr(node.target, "__name__", "").removesuffix("_")
+        twin = getattr(torch, name, None) or getattr(F, name, None)
+        if twin is None:
+            return False
+        node.target = twin
+    return True
