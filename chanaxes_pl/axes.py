@@ -14,6 +14,7 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from chanaxes_pl.core.errors import naming
 from chanaxes_pl.analysis.correlations import axis_correlations, reliabilities
 from chanaxes_pl.analysis.groupings import groupings
 from chanaxes_pl.core.targets import TargetSpec
@@ -122,12 +123,13 @@ def compute_axes(
         0     0        0          0.291
         1     0        1          0.360
     """
-    settings = Settings(layers, positions, target, noise, reliability, step, probe_size, alignment=alignment)
-    parameter = next(model.parameters(), torch.empty(0))
-    table = measure_axes(
-        model,
-        Probe(loader, probe_size, settings.caller),
-        settings,
-        to_device=lambda batch: move_data_to_device(batch, parameter.device),
-    )
-    return Axes(table, resamples)
+    with naming("compute_axes"):
+        settings = Settings(layers, positions, target, noise, reliability, step, probe_size, alignment=alignment)
+        parameter = next(model.parameters(), torch.empty(0))
+        table = measure_axes(
+            model,
+            Probe(loader, probe_size),
+            settings,
+            to_device=lambda batch: move_data_to_device(batch, parameter.device),
+        )
+        return Axes(table, resamples)

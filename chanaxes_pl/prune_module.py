@@ -206,14 +206,14 @@ class PruneModule(ImageClassifier):
         """This process's lesions, beside the axes and scores of their channels."""
         probe, around = self.probe_images(), self._surroundings()
         place = {key: around[key] for key in ("to_device", "rank", "world")}
-        size, seed, caller = self._probe_size, self._seed, "PruneModule"
-        example = image_batches(probe, MIN_IMAGES, around["to_device"], caller)[0]
-        units = find_units(self.network, example, caller)
-        settings = Settings(self.lesion_options["layers"], reliability=False, probe_size=size, caller=caller)
-        axes = measure_axes(self.network, Probe(probe, size, caller), settings, **place)
+        size, seed = self._probe_size, self._seed
+        example = image_batches(probe, MIN_IMAGES, around["to_device"])[0]
+        units = find_units(self.network, example)
+        settings = Settings(self.lesion_options["layers"], reliability=False, probe_size=size)
+        axes = measure_axes(self.network, Probe(probe, size), settings, **place)
         names = self.grid_options["scores"]
         names = default_scores(self.network, units, example) if names is None else names
-        scores = channel_scores(self.network, probe, units, names, probe_size=size, seed=seed, caller=caller, **place)
+        scores = channel_scores(self.network, probe, units, names, probe_size=size, seed=seed, **place)
         share = lesion_table(
             self.network,
             _evaluation(self.trainer, self._evaluation_size),

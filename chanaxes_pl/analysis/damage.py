@@ -16,6 +16,7 @@ import pandas as pd
 from scipy.optimize import linear_sum_assignment
 
 from chanaxes_pl.analysis.correlations import NETWORK
+from chanaxes_pl.core.errors import InputError
 from chanaxes_pl.core.statistics import (
     MIN_CHANNELS,
     bounds,
@@ -191,16 +192,16 @@ def score_damage_correlation(
     return pd.DataFrame(result | {name: column.T.ravel() for name, column in columns.items()})
 
 
-def _usable(table: pd.DataFrame, columns: Sequence[str], caller: str, others: Sequence[str] = ()) -> pd.DataFrame:
+def _usable(table: pd.DataFrame, columns: Sequence[str], others: Sequence[str] = ()) -> pd.DataFrame:
     """The rows for which all columns are defined, of the layers that have at least 3 of them; others only exist."""
     missing = [column for column in (*columns, *others) if column not in table]
     if missing:
-        raise ValueError(f"{caller}: no column {', '.join(map(repr, missing))}; there are {', '.join(table.columns)}")
+        raise InputError(f"no column {', '.join(map(repr, missing))}; there are {', '.join(table.columns)}")
     defined: np.ndarray = np.isfinite(table[list(columns)].to_numpy(float)).all(axis=1)  # type: ignore[assignment]
     rows = table.loc[defined]
     rows = rows.loc[rows.groupby("layer")["layer"].transform("size") >= MIN_CHANNELS]
     if rows.empty:
-        raise ValueError(f"{caller}: no layer has {MIN_CHANNELS} channels for which {', '.join(columns)} are defined")
+        raise InputError(f"no layer has {MIN_CHANNELS} channels for which {', '.join(columns)} are defined")
     return rows.reset_index(drop=True)
 
 

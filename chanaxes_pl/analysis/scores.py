@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from chanaxes_pl.core.errors import ArgumentError
 from chanaxes_pl.core.statistics import composite
 
 #: Score → which axis it stands for.
@@ -65,13 +66,12 @@ _RENAMED = {
 }
 
 
-def score_family(score: str, caller: str = "score_family") -> str:
+def score_family(score: str) -> str:
     """Which axis a score stands for: ``"local"``, ``"target"``, ``"both"``, or ``"baseline"``.
 
     Args:
         score: a key of :data:`SCORES`, one of our own (no baseline) after ``"reverse_"``, or ``"random_1"``,
             ``"random_2"`` and so on for further draws.
-        caller: how an error names the call.
 
     Raises:
         ValueError: for any other name.
@@ -86,10 +86,11 @@ def score_family(score: str, caller: str = "score_family") -> str:
     near = get_close_matches(score, [*SCORES, *(REVERSE + name for name in OWN_SCORES)], n=2)
     if base in _RENAMED:
         near = [score.removesuffix(base) + _RENAMED[base]]
-    raise ValueError(
-        f"{caller}(score={score!r}): no such score{'; did you mean ' + ' or '.join(map(repr, near)) if near else ''}? "
+    raise ArgumentError(
+        f"score={score!r}",
+        f"no such score{'; did you mean ' + ' or '.join(map(repr, near)) if near else ''}? "
         f"Expected one of {', '.join(SCORES)}; random_1, random_2, … for further draws; {REVERSE}NAME for the "
-        f"opposite of {', '.join(OWN_SCORES)}"
+        f"opposite of {', '.join(OWN_SCORES)}",
     )
 
 

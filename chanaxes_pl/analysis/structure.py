@@ -15,6 +15,7 @@ from sklearn.metrics import adjusted_rand_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from chanaxes_pl.core.errors import naming, ArgumentError
 from chanaxes_pl.core.gaussian import Association, information
 from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.core.moments import Moments
@@ -88,24 +89,24 @@ def layer_structure(
     Raises:
         ValueError: for settings out of range, a probe that does not fit, or no layer that matches.
     """
-    caller = "layer_structure"
-    settings = Settings(layers, positions, target, reliability=False, step=step, probe_size=probe_size, caller=caller)
-    if nulls < 2:
-        raise ValueError(f"{caller}(nulls={nulls}): expected at least 2, for their mean and spread")
-    device = next(model.parameters(), torch.empty(0)).device
-    move = partial(move_data_to_device, device=device)
-    tracked = select_layers(model, layers, caller)
-    example = image_batches(loader, MIN_IMAGES, move, caller)[0][:1] if example_input is None else example_input
-    with input_spread(tracked) as spread:
-        recorder = record(model, Probe(loader, probe_size, caller), settings, to_device=move)
-    rows, metrics = [], {}
-    for number, (name, moments) in enumerate(recorder.moments()):
-        row, metrics[name] = _layer_row(moments, widest, nulls, np.random.default_rng([seed, number]))
-        rows.append({"layer": name} | row)
-    routes = find_routes(model, tracked, spread, example, caller)
-    for number, row in enumerate(rows):
-        row |= _propagation(routes[row["layer"]], metrics, nulls, np.random.default_rng([seed, number, 1]))
-    return pd.DataFrame(rows)
+    with naming("layer_structure"):
+        settings = Settings(layers, positions, target, reliability=False, step=step, probe_size=probe_size)
+        if nulls < 2:
+            raise ArgumentError(f"nulls={nulls}", "expected at least 2, for their mean and spread")
+        device = next(model.parameters(), torch.empty(0)).device
+        move = partial(move_data_to_device, device=device)
+        tracked = select_layers(model, layers)
+        example = image_batches(loader, MIN_IMAGES, move)[0][:1] if example_input is None else example_input
+        with input_spread(tracked) as spread:
+            recorder = record(model, Probe(loader, probe_size), settings, to_device=move)
+        rows, metrics = [], {}
+        for number, (name, moments) in enumerate(recorder.moments()):
+            row, metrics[name] = _layer_row(moments, widest, nulls, np.random.default_rng([seed, number]))
+            rows.append({"layer": name} | row)
+        routes = find_routes(model, tracked, spread, example)
+        for number, row in enumerate(rows):
+            row |= _propagation(routes[row["layer"]], metrics, nulls, np.random.default_rng([seed, number, 1]))
+        return pd.DataFrame(rows)
 
 
 def joint_information(association: Association) -> Tensor:

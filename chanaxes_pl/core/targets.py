@@ -9,6 +9,7 @@ import torch
 from scipy.special import ndtri
 from torch import Tensor
 
+from chanaxes_pl.core.errors import ArgumentError
 from chanaxes_pl.core.moments import accumulation_device
 
 #: The name of a target in :data:`TARGETS`, or ``(logits [B, K], labels [B]) → [B]`` or ``[B, D]``.
@@ -47,7 +48,7 @@ TARGETS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def target_function(target: TargetSpec, caller: str) -> Callable[[Tensor, Tensor], Tensor]:
+def target_function(target: TargetSpec) -> Callable[[Tensor, Tensor], Tensor]:
     """The function behind ``target``.
 
     Raises:
@@ -58,13 +59,13 @@ def target_function(target: TargetSpec, caller: str) -> Callable[[Tensor, Tensor
     if target in TARGETS:
         return TARGETS[target]
     if target == "cross_entropy":
-        raise ValueError(
-            f"{caller}(target='cross_entropy'): expected 'log_probability', which is minus the cross-entropy: the same "
-            "information, and the opposite sign of covariances"
+        raise ArgumentError(
+            "target='cross_entropy'",
+            "expected 'log_probability', which is minus the cross-entropy: the same "
+            "information, and the opposite sign of covariances",
         )
-    raise ValueError(
-        f"{caller}(target={target!r}): expected {', '.join(map(repr, TARGETS))} or a function "
-        "(logits, labels) → [B] or [B, D]"
+    raise ArgumentError(
+        f"target={target!r}", f"expected {', '.join(map(repr, TARGETS))} or a function (logits, labels) → [B] or [B, D]"
     )
 
 

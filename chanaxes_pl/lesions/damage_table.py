@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from chanaxes_pl.core.errors import naming, ArgumentError
 from chanaxes_pl.core.moments import accumulation_device
 from chanaxes_pl.core.targets import image_scores, task_variable
 from chanaxes_pl.lesions.interventions import OPERATIONS, Intervention, Interventions, Key, check_places
@@ -83,43 +84,43 @@ def lesion_table(
     Raises:
         ValueError: for unknown operations, layers or channels, or data that does not fit.
     """
-    caller = "lesion_table"
-    settings = Settings(layers, positions, reliability=False, step=step, probe_size=probe_size, caller=caller)
-    check_operations(operations, OPERATIONS, caller)
-    if not 0 <= rank < world:
-        raise ValueError(f"{caller}(rank={rank}, world={world}): expected rank from 0 to world − 1")
-    modules = select_layers(model, layers, caller)
-    places = _places(modules, channels, seed, caller)
-    move = to_device or partial(move_data_to_device, device=next(model.parameters(), torch.empty(0)).device)
-    repairs: dict[str, Replacement] = {}
-    with observed(model):
-        if not set(operations) <= {"zero"}:
-            if probe_loader is None:
-                raise ValueError(f"{caller}(probe_loader=None): expected a probe for all operations but 'zero'")
-            repairs = measure_replacements(model, Probe(probe_loader, probe_size, caller), settings, to_device=move)
-        if "zero" in operations and units is None:
-            units = _units_of_first(model, evaluation_loader, move, step, caller)
-        planned = Interventions(model, modules, repairs, units)
-        rows = [planned.row(layer, channel, operations) for layer, channel in places[rank::world]]
-        damage = _Damage(model, list(planned.changes.values()), step, fast)
-        batches = sized_len(evaluation_loader)
-        total = None if batches is None else batches * len(planned.changes)
-        with tqdm(total=total, disable=not progress, desc="lesions", unit="lesion") as bar:
-            for batch in evaluation_loader:
-                damage.add(move(batch), bar.update)
-    if not damage.images:
-        raise ValueError(f"{caller}(evaluation_loader): it holds no images")
-    return _table(rows, damage, list(planned.changes), operations)
+    with naming("lesion_table"):
+        settings = Settings(layers, positions, reliability=False, step=step, probe_size=probe_size)
+        check_operations(operations, OPERATIONS)
+        if not 0 <= rank < world:
+            raise ArgumentError(f"rank={rank}, world={world}", "expected rank from 0 to world − 1")
+        modules = select_layers(model, layers)
+        places = _places(modules, channels, seed)
+        move = to_device or partial(move_data_to_device, device=next(model.parameters(), torch.empty(0)).device)
+        repairs: dict[str, Replacement] = {}
+        with observed(model):
+            if not set(operations) <= {"zero"}:
+                if probe_loader is None:
+                    raise ArgumentError("probe_loader=None", "expected a probe for all operations but 'zero'")
+                repairs = measure_replacements(model, Probe(probe_loader, probe_size), settings, to_device=move)
+            if "zero" in operations and units is None:
+                units = _units_of_first(model, evaluation_loader, move, step)
+            planned = Interventions(model, modules, repairs, units)
+            rows = [planned.row(layer, channel, operations) for layer, channel in places[rank::world]]
+            damage = _Damage(model, list(planned.changes.values()), step, fast)
+            batches = sized_len(evaluation_loader)
+            total = None if batches is None else batches * len(planned.changes)
+            with tqdm(total=total, disable=not progress, desc="lesions", unit="lesion") as bar:
+                for batch in evaluation_loader:
+                    damage.add(move(batch), bar.update)
+        if not damage.images:
+            raise ArgumentError("evaluation_loader", "it holds no images")
+        return _table(rows, damage, list(planned.changes), operations)
 
 
 def _places(
-    modules: Mapping[str, nn.Module], channels: str | int | Mapping[str, Iterable[int]], seed: int, caller: str
+    modules: Mapping[str, nn.Module], channels: str | int | Mapping[str, Iterable[int]], seed: int
 ) -> list[tuple[str, int]]:
     """Layer and channel of every lesion, in the order of the table."""
     widths = {name: channel_count(module) for name, module in modules.items()}
     if isinstance(channels, Mapping):
         chosen = {layer: list(of_layer) for layer, of_layer in channels.items()}
-        check_places(modules, chosen, caller)
+        check_places(modules, chosen)
     elif channels == "all":
         chosen = {layer: list(range(width)) for layer, width in widths.items()}
     elif isinstance(channels, int) and channels > 0:
@@ -128,24 +129,22 @@ def _places(
             for number, (layer, width) in enumerate(widths.items())
         }
     else:
-        raise ValueError(
-            f"{caller}(channels={channels!r}): expected 'all', how many a layer (a whole number above 0), or "
-            "layer name → channels"
+        raise ArgumentError(
+            f"channels={channels!r}",
+            "expected 'all', how many a layer (a whole number above 0), or layer name → channels",
         )
     return [(layer, channel) for layer, of_layer in chosen.items() for channel in of_layer]
 
 
-def _units_of_first(
-    model: nn.Module, loader: Iterable[Any], move: Callable[[Any], Any], step: Step | None, caller: str
-) -> Units:
+def _units_of_first(model: nn.Module, loader: Iterable[Any], move: Callable[[Any], Any], step: Step | None) -> Units:
     if step is not None:
-        raise ValueError(f"{caller}(step=…): with a step of your own, 'zero' needs units=find_units(model, example)")
+        raise ArgumentError("step=…", "with a step of your own, 'zero' needs units=find_units(model, example)")
     batch = next(iter(loader), None)
     if batch is None:
-        raise ValueError(f"{caller}(evaluation_loader): it holds no images")
+        raise ArgumentError("evaluation_loader", "it holds no images")
     moved = move(batch)
     images_and_labels(model, moved)  # what a batch has to be is said there
-    return find_units(model, moved[0][:1], caller)
+    return find_units(model, moved[0][:1])
 
 
 class _Damage:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from chanaxes_pl.core.errors import InputError
 from chanaxes_pl.lesions.replacements import REPLACEMENTS, Replacement, check_channels, check_operations, replacement
 from chanaxes_pl.network.groups import Units
 from chanaxes_pl.network.layers import channel_count, select_layers
@@ -97,13 +98,13 @@ def lesion(
         yield
 
 
-def check_places(modules: Mapping[str, nn.Module], chosen: Mapping[str, Iterable[int]], caller: str) -> None:
+def check_places(modules: Mapping[str, nn.Module], chosen: Mapping[str, Iterable[int]]) -> None:
     """Refuse a layer that is not among ``modules``, or a channel that it has not."""
     for layer, channels in chosen.items():
         if layer not in modules:
             near = get_close_matches(layer, modules, n=2) or list(modules)[:3]
-            raise ValueError(f"{caller}: no layer {layer!r}; did you mean {' or '.join(map(repr, near))}?")
-        check_channels(layer, channels, channel_count(modules[layer]), caller)
+            raise InputError(f"no layer {layer!r}; did you mean {' or '.join(map(repr, near))}?")
+        check_channels(layer, channels, channel_count(modules[layer]))
 
 
 #: Of a change: the operation with layer and channel, or with the unit.

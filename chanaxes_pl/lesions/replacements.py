@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from chanaxes_pl.core.errors import InputError
 from chanaxes_pl.core.moments import Moments
 from chanaxes_pl.core.peers import hull_coefficients, peer_reconstruction
 from chanaxes_pl.network.layers import channel_count
@@ -101,23 +102,23 @@ def replacement(layer: nn.Module, channel: int, repair: Replacement, operation: 
     return edit
 
 
-def check_operations(operations: Iterable[str], known: Iterable[str], caller: str) -> None:
+def check_operations(operations: Iterable[str], known: Iterable[str]) -> None:
     """Refuse an operation that there is not."""
     known = tuple(known)
     for operation in operations:
         if operation not in known:
             near = get_close_matches(str(operation), known, n=1)
-            raise ValueError(
-                f"{caller}: unknown operation {operation!r}; expected {', '.join(map(repr, known))}"
+            raise InputError(
+                f"unknown operation {operation!r}; expected {', '.join(map(repr, known))}"
                 + (f"; did you mean {near[0]!r}?" if near else "")
             )
 
 
-def check_channels(layer: str, channels: Iterable[int], width: int, caller: str) -> None:
+def check_channels(layer: str, channels: Iterable[int], width: int) -> None:
     """Refuse a channel that a layer of ``width`` channels has not."""
     for channel in channels:
         if not 0 <= channel < width:
-            raise ValueError(f"{caller}: layer {layer!r} has no channel {channel}; expected 0 to {width - 1}")
+            raise InputError(f"layer {layer!r} has no channel {channel}; expected 0 to {width - 1}")
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch_pruning import ops
 
+from chanaxes_pl.core.errors import naming, ArgumentError, InputError
 from chanaxes_pl.core.moments import accumulation_device
 from chanaxes_pl.network.hooks import calls
 from chanaxes_pl.network.layers import CONVOLUTIONS
@@ -65,7 +66,7 @@ class Units:
     groups: dict[str, Group]
     fixed: dict[str, str]
 
-    def protect(self, patterns: Sequence[str], caller: str = "protect") -> Units:
+    def protect(self, patterns: Sequence[str]) -> Units:
         """Without the groups that have a producer whose name matches one of some globs.
 
         Raises:
@@ -75,8 +76,8 @@ class Units:
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
                 near = get_close_matches(pattern, names, n=2) or names[:3]
-                raise ValueError(
-                    f"{caller}(protect={pattern!r}): matches no layer; did you mean {' or '.join(map(repr, near))}?"
+                raise ArgumentError(
+                    f"protect={pattern!r}", f"matches no layer; did you mean {' or '.join(map(repr, near))}?"
                 )
         kept, hit = {}, []
         for name, group in self.groups.items():
@@ -87,55 +88,55 @@ class Units:
         return replace(self, groups=kept, fixed=self.fixed | dict.fromkeys(hit, "protected by name"))
 
 
-def find_units(model: nn.Module, example: Tensor, caller: str = "find_units") -> Units:
+def find_units(model: nn.Module, example: Tensor) -> Units:
     """The units of a model, from torch-pruning's dependency graph of one forward pass, each tried out on a copy.
 
     Args:
         model: left as it is.
         example: ``[B, …]``, an input of the model, on its device.
-        caller: how an error names the call.
 
     Raises:
         ValueError: if the model does not run on the example, or has no channels that could be removed.
     """
-    copied = twin(model).eval().requires_grad_(True)
-    with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-        output = _run(copied, example, caller)
-        if not isinstance(output, Tensor) or output.grad_fn is None:
-            raise ValueError(
-                f"{caller}: {type(model).__name__}(images) gave {type(output).__name__} without a gradient: expected "
-                "logits that autograd can follow back to the weights"
-            )
-        graph = tp.DependencyGraph()
-        graph.build_dependency(copied, example_inputs=(example,), verbose=False)
-    names = {module: name for name, module in copied.named_modules()}
-    parameters = {parameter: name for name, parameter in copied.named_parameters()}
-    order = {name: place for place, name in enumerate(executed_layers(copied, example))}
-    groups, fixed = {}, {}
-    for found in graph.get_all_groups():
-        producers = [names[dep.target.module] for dep, _ in found.items if dep.handler in _PRODUCES]
-        reason = _why_fixed(found)
-        if reason or not producers:
-            fixed |= dict.fromkeys(producers, reason)
-            continue
-        group = _group(found, names, parameters, order)
-        groups[group.name] = group
-    groups = {name: groups[name] for name in sorted(groups, key=order.__getitem__)}
-    fixed |= _unreached(copied, {*fixed, *(name for group in groups.values() for name in group.producers)}, order)
-    groups, refused = _tried(copied, example, groups)
-    fixed |= refused
-    if not groups:
-        why = "; ".join(f"{name}: {reason}" for name, reason in list(fixed.items())[:3])
-        raise ValueError(f"{caller}: {type(model).__name__} has no channels that can be removed ({why or 'no layers'})")
-    return Units(groups, fixed)
+    with naming("find_units"):
+        copied = twin(model).eval().requires_grad_(True)
+        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+            output = _run(copied, example)
+            if not isinstance(output, Tensor) or output.grad_fn is None:
+                raise InputError(
+                    f"{type(model).__name__}(images) gave {type(output).__name__} without a gradient: expected "
+                    "logits that autograd can follow back to the weights"
+                )
+            graph = tp.DependencyGraph()
+            graph.build_dependency(copied, example_inputs=(example,), verbose=False)
+        names = {module: name for name, module in copied.named_modules()}
+        parameters = {parameter: name for name, parameter in copied.named_parameters()}
+        order = {name: place for place, name in enumerate(executed_layers(copied, example))}
+        groups, fixed = {}, {}
+        for found in graph.get_all_groups():
+            producers = [names[dep.target.module] for dep, _ in found.items if dep.handler in _PRODUCES]
+            reason = _why_fixed(found)
+            if reason or not producers:
+                fixed |= dict.fromkeys(producers, reason)
+                continue
+            group = _group(found, names, parameters, order)
+            groups[group.name] = group
+        groups = {name: groups[name] for name in sorted(groups, key=order.__getitem__)}
+        fixed |= _unreached(copied, {*fixed, *(name for group in groups.values() for name in group.producers)}, order)
+        groups, refused = _tried(copied, example, groups)
+        fixed |= refused
+        if not groups:
+            why = "; ".join(f"{name}: {reason}" for name, reason in list(fixed.items())[:3])
+            raise InputError(f"{type(model).__name__} has no channels that can be removed ({why or 'no layers'})")
+        return Units(groups, fixed)
 
 
-def _run(model: nn.Module, example: Tensor, caller: str) -> Any:
+def _run(model: nn.Module, example: Tensor) -> Any:
     try:
         return model(example)
     except FAILURES as error:
-        raise ValueError(
-            f"{caller}: {type(model).__name__} does not run on a {example.dtype} batch of shape "
+        raise InputError(
+            f"{type(model).__name__} does not run on a {example.dtype} batch of shape "
             f"{tuple(example.shape)} ({error}); pass example_input=a batch of images as the model takes them"
         ) from error
 

@@ -8,13 +8,15 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
+from chanaxes_pl.core.errors import ArgumentError
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _KINDS = {"conv": CONVOLUTIONS, "conv+linear": (*CONVOLUTIONS, nn.Linear)}
 #: ``"conv"``, ``"conv+linear"``, a glob or several over layer names, or ``(name, module) → bool``.
 LayerSpec = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
 
-def select_layers(model: nn.Module, layers: LayerSpec = "conv", caller: str = "select_layers") -> dict[str, nn.Module]:
+def select_layers(model: nn.Module, layers: LayerSpec = "conv") -> dict[str, nn.Module]:
     """The tracked modules of a model, by their own names in it.
 
     Trackable are modules that are affine in their input: ``Conv1d/2d/3d`` of any groups, and ``Linear``.
@@ -24,7 +26,6 @@ def select_layers(model: nn.Module, layers: LayerSpec = "conv", caller: str = "s
         model: any module.
         layers: ``"conv"``, ``"conv+linear"``, a glob or a list of globs over names
             (``"layer[34].*"``), or a function ``(name, module) → bool``.
-        caller: how an error names the call.
 
     Raises:
         ValueError: if nothing matches; the message names the layers there are.
@@ -48,7 +49,7 @@ def select_layers(model: nn.Module, layers: LayerSpec = "conv", caller: str = "s
         globs = [layers] if isinstance(layers, str) else list(layers)
         chosen = {n: m for n, m in trackable.items() if any(fnmatchcase(n, g) for g in globs)}
     if not chosen:
-        raise ValueError(f"{caller}(layers={layers!r}): no tracked module; {_what_there_is(trackable, layers)}")
+        raise ArgumentError(f"layers={layers!r}", f"no tracked module; {_what_there_is(trackable, layers)}")
     return chosen
 
 

@@ -11,9 +11,10 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, Subset, SubsetRandomSampler
 
+from chanaxes_pl.core.errors import ArgumentTypeError, InputError
+
 #: ``(module, batch) → (logits [B, K], labels [B])``.
 Step = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
-
 
 MIN_IMAGES = 3
 _BATCH = 128
@@ -63,16 +64,15 @@ class Probe:
     Args:
         source: a map-style Dataset whose items are ``(image, label)``, or a DataLoader.
         size: N, images at the most.
-        caller: how an error names the call.
 
     Raises:
         TypeError: if ``source`` is neither.
         ValueError: if it holds fewer than 3 images.
     """
 
-    def __init__(self, source: Dataset | DataLoader, size: int = 5000, caller: str = "Probe") -> None:
+    def __init__(self, source: Dataset | DataLoader, size: int = 5000) -> None:
         if not isinstance(source, (DataLoader, Dataset)):
-            raise TypeError(f"{caller}(probe={source!r}): expected a Dataset or a DataLoader of (images, labels)")
+            raise ArgumentTypeError(f"probe={source!r}", "expected a Dataset or a DataLoader of (images, labels)")
         loader = source if isinstance(source, DataLoader) else DataLoader(source, batch_size=_BATCH)
         self._loader = loader
         self._size = size
@@ -84,7 +84,7 @@ class Probe:
             keep_order = isinstance(source, DataLoader) and isinstance(sampler, SequentialSampler)
             self._order = _fixed_order(_members(loader), size, keep_order)
             if len(self._order) < MIN_IMAGES:
-                raise ValueError(too_small(len(self._order), caller))
+                raise ValueError(too_small(len(self._order)))
 
     def batches(self, rank: int = 0, world: int = 1) -> Iterator[tuple[np.ndarray, Any]]:
         """This process's share, as ``(indices [B] of the images in the probe, batch)``.
@@ -133,10 +133,10 @@ class Probe:
             seen += images
 
 
-def too_small(images: int, caller: str) -> str:
+def too_small(images: int) -> str:
     """The error for a probe of too few images."""
     return (
-        f"{caller}: the probe holds {images} image{'' if images == 1 else 's'}, expected at least {MIN_IMAGES} "
+        f"the probe holds {images} image{'' if images == 1 else 's'}, expected at least {MIN_IMAGES} "
         "(and some hundred for figures that mean something); pass a larger probe="
     )
 
@@ -154,23 +154,21 @@ def _fixed_order(members: np.ndarray, size: int, keep_order: bool) -> np.ndarray
     return np.sort(np.random.default_rng(_SEED).permutation(members)[:size])
 
 
-def image_batches(
-    loader: DataLoader | Dataset, count: int, to_device: Callable[[Any], Any], caller: str
-) -> list[Tensor]:
+def image_batches(loader: DataLoader | Dataset, count: int, to_device: Callable[[Any], Any]) -> list[Tensor]:
     """The first ``count`` images of a loader, or of a data set a fixed random choice, in its batches.
 
     Raises:
         ValueError: if a batch holds no images first, or an image is not finite.
     """
     batches, seen = [], 0
-    for _, batch in Probe(loader, count, caller).batches():
+    for _, batch in Probe(loader, count).batches():
         moved = to_device(batch)
         images = moved[0] if isinstance(moved, (tuple, list)) and moved else moved
         if not isinstance(images, Tensor) or images.ndim < 2:
-            raise ValueError(f"{caller}: a batch of type {type(batch).__name__}: expected (images, labels), or images")
+            raise InputError(f"a batch of type {type(batch).__name__}: expected (images, labels), or images")
         bad = (~images.flatten(1).isfinite().all(1)).nonzero().flatten()
         if len(bad):
-            raise ValueError(f"{caller}: image {seen + int(bad[0])} of the probe holds NaN or infinity; leave it out")
+            raise InputError(f"image {seen + int(bad[0])} of the probe holds NaN or infinity; leave it out")
         batches.append(images[: count - seen])
         seen += len(images)
     return batches

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from chanaxes_pl.core.errors import ArgumentError, InputError
 from chanaxes_pl.core.metrics import check_noise
 from chanaxes_pl.core.moments import Moments, accumulation_device
 from chanaxes_pl.core.targets import TargetSpec, null_target, target_function, task_variable
@@ -257,7 +258,7 @@ class Settings:
     """What is measured, and how: the arguments that :func:`compute_axes` and ``AxisTracker`` share.
 
     Raises:
-        ValueError: for a value that is out of range, quoting it and ``caller``.
+        ValueError: for a value that is out of range, quoting it.
     """
 
     layers: LayerSpec = "conv"
@@ -267,25 +268,25 @@ class Settings:
     reliability: bool = True
     step: Step | None = None
     probe_size: int = 5000
-    caller: str = "compute_axes"
     alignment: bool = False
 
     def __post_init__(self) -> None:
         whole = isinstance(self.positions, int) and self.positions > 0
         if not whole and self.positions != "all":
-            raise ValueError(f"{self.caller}(positions={self.positions!r}): expected a whole number above 0, or 'all'")
+            raise ArgumentError(f"positions={self.positions!r}", "expected a whole number above 0, or 'all'")
         if self.probe_size < MIN_IMAGES:
-            raise ValueError(f"{self.caller}(probe_size={self.probe_size}): expected at least {MIN_IMAGES} images")
-        target_function(self.target, self.caller)
+            raise ArgumentError(f"probe_size={self.probe_size}", f"expected at least {MIN_IMAGES} images")
+        target_function(self.target)
         if self.alignment and self.target == "label":
-            raise ValueError(
-                f"{self.caller}(alignment=True, target='label'): the label is K − 1 numbers an image, expected one, "
-                "for there is one gradient; use 'logit_margin' or 'log_probability'"
+            raise ArgumentError(
+                "alignment=True, target='label'",
+                "the label is K − 1 numbers an image, expected one, "
+                "for there is one gradient; use 'logit_margin' or 'log_probability'",
             )
         try:
             check_noise(self.noise)
         except ValueError as error:
-            raise ValueError(f"{self.caller}: {error}") from None
+            raise InputError(f"{error}") from None
 
 
 def record(
@@ -312,9 +313,9 @@ def record(
     Raises:
         ValueError: if the images or the layers are not what ``settings`` need.
     """
-    layers = select_layers(model, settings.layers, settings.caller)
+    layers = select_layers(model, settings.layers)
     step = settings.step or images_and_labels
-    target = target_function(settings.target, settings.caller)
+    target = target_function(settings.target)
     recorder = Recorder(layers, target, settings.positions, settings.reliability, settings.alignment)
     with observed(model), recorder.attached():
         for indices, batch in probe.batches(rank, world):
@@ -326,5 +327,5 @@ def record(
 
             recorder.record(indices, forward)
     if world == 1 and recorder.images < MIN_IMAGES:
-        raise ValueError(too_small(recorder.images, settings.caller))
+        raise ValueError(too_small(recorder.images))
     return recorder

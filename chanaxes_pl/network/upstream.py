@@ -69,7 +69,7 @@ class Routes:
 
 
 def find_routes(
-    model: nn.Module, layers: Mapping[str, nn.Module], spread: Mapping[str, Tensor], example: Tensor, caller: str
+    model: nn.Module, layers: Mapping[str, nn.Module], spread: Mapping[str, Tensor], example: Tensor
 ) -> dict[str, Routes]:
     """What each of some layers reads from the others; the model is left as it was.
 
@@ -80,12 +80,11 @@ def find_routes(
         layers: convolutions and Linear layers of the model, by the names to give them.
         spread: from :func:`input_spread`; a layer that is missing was not reached.
         example: ``[B, …]`` images.
-        caller: how an error names the call.
     """
     spelt = {module: name for name, module in model.named_modules()}  # as units spell compiled layers
     ours = {spelt[module]: name for name, module in layers.items()}
     try:
-        units, refused = find_units(model, example, caller), ""
+        units, refused = find_units(model, example), ""
     except ValueError as error:
         units, refused = Units({}, {}), str(error)
     givers = {} if refused else direct_producers(model, example)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
+from chanaxes_pl.core.errors import ArgumentError
 from chanaxes_pl.network.macs import Cost
 from chanaxes_pl.network.removal import Group
 
@@ -44,19 +45,18 @@ def _by_key(numbers: np.ndarray, keys: Sequence[float]) -> np.ndarray:
     return numbers[np.argsort(np.asarray(keys), kind="stable")]
 
 
-def fit_budget(cost: Cost, order: np.ndarray, budget: float, caller: str = "fit_budget") -> np.ndarray:
+def fit_budget(cost: Cost, order: np.ndarray, budget: float) -> np.ndarray:
     """How many units of each group go, ``[G]``, so that MACs come as close to a budget as one unit allows.
 
     Args:
         cost: of the network.
         order: the turns, from :func:`uniform_order` or :func:`threshold_order`.
         budget: MACs that remain, as a share of the dense network's.
-        caller: how an error names the call.
 
     Raises:
         ValueError: if the budget is not in (0, 1], or lower than what remains with one unit left in every group.
     """
-    check_budget(budget, caller)
+    check_budget(budget)
 
     def removed(turns: int) -> np.ndarray:
         return np.bincount(order[:turns], minlength=len(cost.groups))
@@ -66,9 +66,10 @@ def fit_budget(cost: Cost, order: np.ndarray, budget: float, caller: str = "fit_
 
     least = share(len(order))
     if budget < least:
-        raise ValueError(
-            f"{caller}(budget={budget}): {least:.4f} of the MACs remain when every group is down to one unit, "
-            f"protected and unprunable layers included; expected a budget from {least:.4f} to 1, or a shorter protect="
+        raise ArgumentError(
+            f"budget={budget}",
+            f"{least:.4f} of the MACs remain when every group is down to one unit, "
+            f"protected and unprunable layers included; expected a budget from {least:.4f} to 1, or a shorter protect=",
         )
     above, below = 0, len(order)  # turns with at least, and with at most the budget
     while below - above > 1:
@@ -78,12 +79,12 @@ def fit_budget(cost: Cost, order: np.ndarray, budget: float, caller: str = "fit_
     return removed(closer)
 
 
-def check_budget(budget: float, caller: str) -> None:
+def check_budget(budget: float) -> None:
     """Refuse a budget that is no share."""
     if not 0 < budget <= 1:
-        raise ValueError(
-            f"{caller}(budget={budget}): expected the share of the dense network's MACs that remains, above 0 and at "
-            "most 1, such as 0.5"
+        raise ArgumentError(
+            f"budget={budget}",
+            "expected the share of the dense network's MACs that remains, above 0 and at most 1, such as 0.5",
         )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from chanaxes_pl.core.errors import ArgumentError
 from chanaxes_pl.core.moments import accumulation_device
 from chanaxes_pl.network.groups import Units
 from chanaxes_pl.network.hooks import calls, observed
@@ -58,7 +59,7 @@ def weight_score(score: str, module: nn.Module) -> Tensor:
 
 
 def weight_scores(
-    score: str, model: nn.Module, units: Units, batches: Callable[[], Iterator[Any]], step: Step, caller: str
+    score: str, model: nn.Module, units: Units, batches: Callable[[], Iterator[Any]], step: Step
 ) -> dict[str, Tensor]:
     """One of :data:`WEIGHT_SCORES` of every producer's channels, each layer by itself.
 
@@ -70,7 +71,6 @@ def weight_scores(
         units: of the model.
         batches: gives the probe's batches each time it is called.
         step: ``(model, batch) → (logits, labels)``.
-        caller: how an error names the call.
 
     Returns:
         Layer → ``[C]``; low = remove.
@@ -85,13 +85,14 @@ def weight_scores(
         bare = [name for name in names if name not in modules]
         if bare:
             more = f" and {len(bare) - 3} more" if len(bare) > 3 else ""
-            raise ValueError(
-                f"{caller}(score='bn_scale'): no BatchNorm with a scale runs right after {', '.join(bare[:3])}{more}; "
+            raise ArgumentError(
+                "score='bn_scale'",
+                f"no BatchNorm with a scale runs right after {', '.join(bare[:3])}{more}; "
                 "expected one behind every removable layer: protect those layers, or take another score: all others do "
-                "without, l2, taylor or keep_both for instance"
+                "without, l2, taylor or keep_both for instance",
             )
     if score == "taylor":
-        modules = _with_gradients(model, names, batches(), step, caller)
+        modules = _with_gradients(model, names, batches(), step)
     return {name: weight_score(score, modules[name]) for name in names}
 
 
@@ -118,9 +119,7 @@ def norms_behind(model: nn.Module, units: Units, forward: Callable[[], Any]) -> 
     return norms
 
 
-def _with_gradients(
-    model: nn.Module, names: Iterable[str], batches: Iterable[Any], step: Step, caller: str
-) -> dict[str, nn.Module]:
+def _with_gradients(model: nn.Module, names: Iterable[str], batches: Iterable[Any], step: Step) -> dict[str, nn.Module]:
     """Copies of layers whose weights hold the gradient of the mean cross-entropy over the probe, in eval mode."""
     copied = twin(model).requires_grad_(False)
     layers = {name: copied.get_submodule(name) for name in names}
@@ -135,9 +134,10 @@ def _with_gradients(
             loss.backward()
             images, total = images + len(labels), total + loss.item()
     if not np.isfinite(total):
-        raise ValueError(
-            f"{caller}(score='taylor'): the cross-entropy over the probe is {total}, expected a finite number; "
-            "the network's logits are not finite"
+        raise ArgumentError(
+            "score='taylor'",
+            f"the cross-entropy over the probe is {total}, expected a finite number; "
+            "the network's logits are not finite",
         )
     for weight in weights:
         weight.grad /= images  # type: ignore[operator]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from chanaxes_pl.core.errors import naming
 from chanaxes_pl.analysis.scores import score_family
 from chanaxes_pl.core.targets import image_scores
 from chanaxes_pl.network.hooks import observed
@@ -80,45 +81,43 @@ def pruning_grid(
     Raises:
         ValueError: for anything out of range, before the first network is pruned.
     """
-    caller = "pruning_grid"
-    for budget in budgets:
-        check_budget(budget, caller)
-    for score in scores or ():
-        score_family(score, caller)
-    strengths = [strength_of(choice, caller) for choice in compensate]
-    device = next(model.parameters(), torch.empty(0)).device
-    move = to_device or partial(move_data_to_device, device=device)
-    batches = image_batches(probe, images, move, caller)
-    pruner = Pruner(model, batches[0], protect, caller)
-    for allocation, budget in product(allocations, budgets):
-        pruner.check_reachable(allocation, budget)
-    scores = default_scores(model, pruner.units, batches[0]) if scores is None else scores
-    needed = [*scores, REFERENCE] if "shared" in allocations else scores
-    values = channel_scores(
-        model, probe, pruner.units, needed, probe_size=images, seed=seed, to_device=to_device, caller=caller
-    )
-    variants = [(DENSE, "", "", 1.0), *product(scores, allocations, strengths, budgets)]
-    rows = []
-    for variant in tqdm(variants[rank::world], disable=not progress, desc="pruning", unit="network"):
-        score, allocation, strength, budget = variant
-        if score == DENSE:
-            slim, macs = model, pruner.cost.dense
-        else:
-            kept = pruner.choose(values, score, allocation, budget)
-            slim, macs = pruner.cut(kept), pruner.macs(kept)
-            fit_back(slim, pruner, kept, batches, strength)
-        row = {"score": score, "family": DENSE if score == DENSE else score_family(score), "allocation": allocation}
-        row |= {"compensate": strength or ("" if score == DENSE else "none"), "budget": budget}
-        row |= {"macs_share": macs / pruner.cost.dense, "macs": macs}
-        row |= {"parameters": sum(parameter.numel() for parameter in slim.parameters())}
-        row |= evaluate(slim, evaluation, move)
-        if finetune is not None and score != DENSE:
-            finetune(slim)
-            row |= {f"tuned_{name}": value for name, value in evaluate(slim, evaluation, move).items()}
-        if latency:
-            row |= {f"latency_{size}": milliseconds(slim, batches[0], size) for size in (1, 64)}
-        rows.append(row)
-    return pd.DataFrame(rows)
+    with naming("pruning_grid"):
+        for budget in budgets:
+            check_budget(budget)
+        for score in scores or ():
+            score_family(score)
+        strengths = [strength_of(choice) for choice in compensate]
+        device = next(model.parameters(), torch.empty(0)).device
+        move = to_device or partial(move_data_to_device, device=device)
+        batches = image_batches(probe, images, move)
+        pruner = Pruner(model, batches[0], protect)
+        for allocation, budget in product(allocations, budgets):
+            pruner.check_reachable(allocation, budget)
+        scores = default_scores(model, pruner.units, batches[0]) if scores is None else scores
+        needed = [*scores, REFERENCE] if "shared" in allocations else scores
+        values = channel_scores(model, probe, pruner.units, needed, probe_size=images, seed=seed, to_device=to_device)
+        variants = [(DENSE, "", "", 1.0), *product(scores, allocations, strengths, budgets)]
+        rows = []
+        for variant in tqdm(variants[rank::world], disable=not progress, desc="pruning", unit="network"):
+            score, allocation, strength, budget = variant
+            if score == DENSE:
+                slim, macs = model, pruner.cost.dense
+            else:
+                kept = pruner.choose(values, score, allocation, budget)
+                slim, macs = pruner.cut(kept), pruner.macs(kept)
+                fit_back(slim, pruner, kept, batches, strength)
+            row = {"score": score, "family": DENSE if score == DENSE else score_family(score), "allocation": allocation}
+            row |= {"compensate": strength or ("" if score == DENSE else "none"), "budget": budget}
+            row |= {"macs_share": macs / pruner.cost.dense, "macs": macs}
+            row |= {"parameters": sum(parameter.numel() for parameter in slim.parameters())}
+            row |= evaluate(slim, evaluation, move)
+            if finetune is not None and score != DENSE:
+                finetune(slim)
+                row |= {f"tuned_{name}": value for name, value in evaluate(slim, evaluation, move).items()}
+            if latency:
+                row |= {f"latency_{size}": milliseconds(slim, batches[0], size) for size in (1, 64)}
+            rows.append(row)
+        return pd.DataFrame(rows)
 
 
 def evaluate(model: nn.Module, batches: Iterable[Any], to_device: Callable[[Any], Any]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from chanaxes_pl.core.errors import InputError
 from chanaxes_pl.network.removal import Group
 
 
@@ -87,29 +88,28 @@ class Plan:
         return values
 
     @classmethod
-    def from_json(cls, values: Any, caller: str = "Plan.from_json") -> Plan:
+    def from_json(cls, values: Any) -> Plan:
         """The plan back from what :meth:`to_json` gave; tuples in ``notes`` have become lists.
 
         Args:
             values: what ``json`` read.
-            caller: how an error names the call, or the file.
 
         Raises:
             ValueError: for an entry that is missing or of another kind, and for units that are out of range,
                 repeated, not ascending or none at all.
         """
         if not isinstance(values, dict):
-            raise ValueError(f"{caller}: the plan is {short(values)}: expected {{{', '.join(_KINDS)}}}")
+            raise InputError(f"the plan is {short(values)}: expected {{{', '.join(_KINDS)}}}")
         if missing := [name for name in _KINDS if name not in values]:
-            raise ValueError(f"{caller}: the plan lacks {', '.join(missing)}; save the network again with save_slim")
+            raise InputError(f"the plan lacks {', '.join(missing)}; save the network again with save_slim")
         for name, (fits, kind) in _KINDS.items():
             if not fits(values[name]):
-                raise ValueError(f"{caller}: {name} is {short(values[name])}: expected {kind}")
+                raise InputError(f"{name} is {short(values[name])}: expected {kind}")
         tuples = {name: tuple(values[name]) for name in ("input_shape", "biases")}
         nested = {name: {key: tuple(held) for key, held in values[name].items()} for name in ("kept", "shapes")}
         arguments: dict[str, Any] = {name: values[name] for name in _KINDS} | tuples | nested
         plan = cls(**arguments)
-        check_kept(plan, caller)
+        check_kept(plan)
         return plan
 
 
@@ -145,22 +145,20 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 
-def check_kept(plan: Plan, caller: str) -> None:
+def check_kept(plan: Plan) -> None:
     """Refuse a plan that contradicts itself."""
     for name, units in plan.kept.items():
         if name not in plan.sizes:
-            raise ValueError(f"{caller}: kept names {name!r}, which is not in sizes; {nearest(name, plan.sizes)}")
+            raise InputError(f"kept names {name!r}, which is not in sizes; {nearest(name, plan.sizes)}")
         last = plan.sizes[name] - 1
         if not units:
-            raise ValueError(f"{caller}: kept[{name!r}] is empty: expected at least one unit of 0 to {last}")
+            raise InputError(f"kept[{name!r}] is empty: expected at least one unit of 0 to {last}")
         for unit in units:
             if not 0 <= unit <= last:
-                raise ValueError(f"{caller}: kept[{name!r}] holds unit {unit}: expected units from 0 to {last}")
+                raise InputError(f"kept[{name!r}] holds unit {unit}: expected units from 0 to {last}")
         for before, after in pairwise(units):
             if before >= after:
-                raise ValueError(
-                    f"{caller}: kept[{name!r}] holds {before} before {after}: expected ascending units, each once"
-                )
+                raise InputError(f"kept[{name!r}] holds {before} before {after}: expected ascending units, each once")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -170,12 +168,12 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"did you mean {' or '.join(map(repr, near))}?" if near else "there is none"
 
 
-def tensors_of(model: nn.Module, caller: str) -> dict[str, Tensor]:
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name, the very objects."""
     tensors = model.state_dict(keep_vars=True)
     if other := [name for name, value in tensors.items() if not isinstance(value, Tensor)]:
-        raise ValueError(
-            f"{caller}: {type(model).__name__}'s state dict holds {other[0]!r}, which is no tensor; a pruned network "
+        raise InputError(
+            f"{type(model).__name__}'s state dict holds {other[0]!r}, which is no tensor; a pruned network "
             "is saved as tensors only: keep such state in attributes that the constructor sets"
         )
     return tensors

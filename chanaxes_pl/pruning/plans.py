@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from chanaxes_pl.core.errors import InputError
 from chanaxes_pl.core.files import replacing
 from chanaxes_pl.network.groups import find_units
 from chanaxes_pl.network.layers import CONVOLUTIONS, channel_count
@@ -43,43 +44,40 @@ def add_bias(layer: nn.Module) -> None:
         layer.bias = nn.Parameter(layer.weight.new_zeros(channel_count(layer)))
 
 
-def apply_plan(model: nn.Module, plan: Plan, caller: str = "apply_plan") -> None:
+def apply_plan(model: nn.Module, plan: Plan) -> None:
     """Prune a freshly built dense network in place; its weights are those it was built with.
 
     Args:
         model: of the class and settings that the plan was made from; unchanged after an error.
         plan: from :meth:`Plan.of` or :meth:`Plan.from_json`.
-        caller: how an error names the call.
 
     Raises:
         ValueError: if the plan contradicts itself, or is for another network.
     """
-    _cut(model, _check_fit(model, plan, caller), plan)
+    _cut(model, _check_fit(model, plan), plan)
 
 
-def _check_fit(model: nn.Module, plan: Plan, caller: str) -> list[Group]:
+def _check_fit(model: nn.Module, plan: Plan) -> list[Group]:
     """The groups that a plan prunes, if it is one for this model."""
-    check_kept(plan, caller)
+    check_kept(plan)
     kind = type(model).__name__
-    tensors = {name: str(list(tensor.shape)) for name, tensor in tensors_of(model, caller).items()}
+    tensors = {name: str(list(tensor.shape)) for name, tensor in tensors_of(model).items()}
     planned = {name: str(list(shape)) for name, shape in plan.shapes.items()}
     if difference := _difference(tensors, kind, planned, "the plan"):
-        raise ValueError(
-            f"{caller}: the plan is for another network than this {kind}: {difference}; pass a model built with the "
+        raise InputError(
+            f"the plan is for another network than this {kind}: {difference}; pass a model built with the "
             "settings of the one that was pruned, before any pruning"
         )
     layers = {name for name, module in model.named_modules() if isinstance(module, (*CONVOLUTIONS, nn.Linear))}
     if unknown := [name for name in plan.biases if name not in layers]:
-        raise ValueError(
-            f"{caller}: biases names {unknown[0]!r}, which is no layer of {kind}; {nearest(unknown[0], layers)}"
-        )
+        raise InputError(f"biases names {unknown[0]!r}, which is no layer of {kind}; {nearest(unknown[0], layers)}")
     some = next(model.parameters(), torch.empty(0))
-    groups = find_units(model, some.new_zeros(1, *plan.input_shape), caller).groups
+    groups = find_units(model, some.new_zeros(1, *plan.input_shape)).groups
     for name, size in plan.sizes.items():
         if name not in groups:
-            raise ValueError(f"{caller}: {kind} has no group {name!r} to prune; {nearest(name, groups)}")
+            raise InputError(f"{kind} has no group {name!r} to prune; {nearest(name, groups)}")
         if groups[name].size != size:
-            raise ValueError(f"{caller}: sizes[{name!r}] is {size}, but {kind} has {groups[name].size} units there")
+            raise InputError(f"sizes[{name!r}] is {size}, but {kind} has {groups[name].size} units there")
     return [groups[name] for name in plan.sizes]
 
 
@@ -115,15 +113,15 @@ def save_slim(path: str | Path, model: nn.Module, plan: Plan) -> None:
         OSError: if a file cannot be written.
     """
     caller = f"save_slim({str(path)!r})"
-    check_kept(plan, caller)
-    tensors = tensors_of(model, caller)
-    _check_saved(model, tensors, plan, caller)
+    check_kept(plan)
+    tensors = tensors_of(model)
+    _check_saved(model, tensors, plan)
     data = safetensors.torch.save({name: _plain(tensor) for name, tensor in tensors.items()})
     content = {"version": VERSION, "sha256": hashlib.sha256(data).hexdigest(), "plan": plan.to_json()}
     try:
         text = json.dumps(content, indent=1, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{caller}: the plan holds what JSON cannot ({error}); see its notes") from error
+        raise InputError(f"the plan holds what JSON cannot ({error}); see its notes") from error
     tensor_file, plan_file = _files(path)
     with replacing(plan_file) as plan_draft, replacing(tensor_file) as tensor_draft:
         plan_draft.write_text(text, encoding="utf-8")
@@ -134,18 +132,18 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
-def _check_saved(model: nn.Module, tensors: Mapping[str, Tensor], plan: Plan, caller: str) -> None:
+def _check_saved(model: nn.Module, tensors: Mapping[str, Tensor], plan: Plan) -> None:
     kind = type(model).__name__
     planned = {*plan.shapes, *(f"{name}.bias" for name in plan.biases)}
     if other := sorted(planned ^ {*tensors}):
-        raise ValueError(
-            f"{caller}: the plan is for another network than this {kind}: {', '.join(other[:3])} "
+        raise InputError(
+            f"the plan is for another network than this {kind}: {', '.join(other[:3])} "
             f"{'is' if len(other) == 1 else 'are'} in one of them only"
         )
     removes = any(len(units) < plan.sizes[name] for name, units in plan.kept.items())
     if removes and all(plan.shapes.get(name, tensor.shape) == tensor.shape for name, tensor in tensors.items()):
-        raise ValueError(
-            f"{caller}: this {kind} has the shapes of the dense network, but the plan removes units; pass the pruned "
+        raise InputError(
+            f"this {kind} has the shapes of the dense network, but the plan removes units; pass the pruned "
             "model, or call apply_plan(model, plan) before"
         )
 
@@ -178,14 +176,14 @@ def load_slim(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     digest, plan = _read_plan(plan_file)
     saved = _read_tensors(tensor_file, digest, plan_file)
     if model is None:
-        model = _build(plan, plan_file, caller)
-    groups = _check_fit(model, plan, caller)
+        model = _build(plan, plan_file)
+    groups = _check_fit(model, plan)
     twin = copy.deepcopy(model)
     _cut(twin, groups, plan)
-    _check_tensors(twin, saved, tensor_file, caller)
+    _check_tensors(twin, saved, tensor_file)
     _cut(model, groups, plan)
     with torch.no_grad():
-        for name, tensor in tensors_of(model, caller).items():
+        for name, tensor in tensors_of(model).items():
             tensor.data = tensor.data.to(saved[name].dtype)
             tensor.copy_(saved[name])
     return model.eval()
@@ -225,10 +223,10 @@ def _read_tensors(file: Path, digest: str, plan_file: Path) -> dict[str, Tensor]
     return saved
 
 
-def _build(plan: Plan, plan_file: Path, caller: str) -> nn.Module:
+def _build(plan: Plan, plan_file: Path) -> nn.Module:
     if plan.backbone is None:
-        raise ValueError(
-            f"{caller}: {plan_file.name} does not say how to build the network, which did not come from "
+        raise InputError(
+            f"{plan_file.name} does not say how to build the network, which did not come from "
             "build_backbone; pass a freshly built model: load_slim(path, MyNet())"
         )
     try:
@@ -237,19 +235,19 @@ def _build(plan: Plan, plan_file: Path, caller: str) -> nn.Module:
         raise ValueError(f"{plan_file}: backbone is {short(plan.backbone)}, which cannot be built ({error})") from error
 
 
-def _check_tensors(slim: nn.Module, saved: Mapping[str, Tensor], file: Path, caller: str) -> None:
+def _check_tensors(slim: nn.Module, saved: Mapping[str, Tensor], file: Path) -> None:
     """Refuse tensors other than a pruned model's."""
-    own = tensors_of(slim, caller)
+    own = tensors_of(slim)
     if difference := _difference(_forms(saved), file.name, _forms(own), "the pruned network"):
-        raise ValueError(
-            f"{caller}: the tensors do not fit what the plan makes of the network: {difference}; the plan was changed "
+        raise InputError(
+            f"the tensors do not fit what the plan makes of the network: {difference}; the plan was changed "
             "after it was saved, or the model is built with other settings"
         )
     first: dict[Tensor, str] = {}
     for name, tensor in own.items():
         if not torch.equal(saved[name], saved[first.setdefault(tensor, name)]):
-            raise ValueError(
-                f"{caller}: {first[tensor]} and {name} are one tensor in {type(slim).__name__}, but differ in "
+            raise InputError(
+                f"{first[tensor]} and {name} are one tensor in {type(slim).__name__}, but differ in "
                 f"{file.name}; pass a model that does not share them"
             )
 

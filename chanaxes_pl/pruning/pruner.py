@@ -14,6 +14,7 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from chanaxes_pl.core.errors import naming, ArgumentError, InputError
 from chanaxes_pl.core.moments import true_float32
 from chanaxes_pl.network.groups import find_units
 from chanaxes_pl.network.hooks import observed
@@ -82,7 +83,6 @@ class Pruner:
         model: left as it is.
         example: ``[B, …]``, images as the model takes them, on its device.
         protect: globs over names of layers whose channels all stay.
-        caller: how an error names the call.
 
     Attributes:
         units: what can be removed.
@@ -93,17 +93,16 @@ class Pruner:
             remove, or a pattern matches nothing.
     """
 
-    def __init__(self, model: nn.Module, example: Tensor, protect: Sequence[str] = (), caller: str = "Pruner") -> None:
+    def __init__(self, model: nn.Module, example: Tensor, protect: Sequence[str] = ()) -> None:
         self.model = model
-        self.units = find_units(model, example[:1], caller).protect(protect, caller)
+        self.units = find_units(model, example[:1]).protect(protect)
         if not self.units.groups:
-            raise ValueError(f"{caller}(protect={list(protect)!r}): protects every layer; expected some left to prune")
+            raise ArgumentError(f"protect={list(protect)!r}", "protects every layer; expected some left to prune")
         self.groups = tuple(self.units.groups.values())
         self.cost = Cost(model, self.groups, example[:1])
         self._example = example[:1]
         self._images = example
-        self._exact = _exactness(model, example, caller)
-        self._caller = caller
+        self._exact = _exactness(model, example)
 
     def choose(self, scores: Scores, score: str, allocation: str, budget: float) -> dict[str, Tensor]:
         """The units that stay.
@@ -120,7 +119,7 @@ class Pruner:
         self.check_reachable(allocation, budget)
         by = unit_values if allocation == "own" else unit_ranks
         values = {group.name: by(group, scores[score]) for group in self.groups}
-        removed = fit_budget(self.cost, self._order(scores, score, allocation), budget, self._caller)
+        removed = fit_budget(self.cost, self._order(scores, score, allocation), budget)
         return keep_best(self.groups, removed, values)
 
     def check_reachable(self, allocation: str, budget: float) -> None:
@@ -130,10 +129,8 @@ class Pruner:
             ValueError: in either case.
         """
         if allocation not in ALLOCATIONS:
-            raise ValueError(
-                f"{self._caller}(allocation={allocation!r}): expected one of {', '.join(map(repr, ALLOCATIONS))}"
-            )
-        fit_budget(self.cost, uniform_order(self.groups), budget, self._caller)
+            raise ArgumentError(f"allocation={allocation!r}", f"expected one of {', '.join(map(repr, ALLOCATIONS))}")
+        fit_budget(self.cost, uniform_order(self.groups), budget)
 
     def macs(self, kept: Mapping[str, Tensor]) -> int:
         """Multiply–accumulates of one image with these units."""
@@ -152,8 +149,8 @@ class Pruner:
         with true_float32(self._images.device):
             reason = disagreement(self.model, slim, self.groups, kept, self._images, self._exact)
         if reason:
-            raise ValueError(
-                f"{self._caller}: {type(self.model).__name__} gives different logits after removal than with those "
+            raise InputError(
+                f"{type(self.model).__name__} gives different logits after removal than with those "
                 "channels set to zero: its forward pass depends on the data or hard-codes channel counts; protect= the "
                 f"layers concerned ({reason})"
             )
@@ -181,7 +178,7 @@ class Pruner:
         return threshold_order(self.groups, {group.name: unit_values(group, by) for group in self.groups})
 
 
-def _exactness(model: nn.Module, images: Tensor, caller: str) -> float:
+def _exactness(model: nn.Module, images: Tensor) -> float:
     """The share of the largest logit by which a slim network may differ from the masked one.
 
     Raises:
@@ -191,8 +188,8 @@ def _exactness(model: nn.Module, images: Tensor, caller: str) -> float:
         logits = model(images)
     bad = len(logits) - int(logits.flatten(1).isfinite().all(1).sum())
     if bad:
-        raise ValueError(
-            f"{caller}: {type(model).__name__} gives logits with NaN or infinity for {bad} of {len(logits)} images: "
+        raise InputError(
+            f"{type(model).__name__} gives logits with NaN or infinity for {bad} of {len(logits)} images: "
             "expected finite ones; look for such values in those images and in the weights"
         )
     return max(_AGREE, _ROUNDINGS * torch.finfo(logits.dtype).eps)
@@ -245,20 +242,20 @@ def prune(
         >>> slim.model[0], round(slim.macs / slim.dense_macs, 2)
         (Conv2d(3, 10, kernel_size=(3, 3), stride=(1, 1)), 0.5)
     """
-    caller = "prune"
-    check_budget(budget, caller)
-    strength = strength_of(compensate, caller)
-    device = next(model.parameters(), torch.empty(0)).device
-    batches = image_batches(loader, images, partial(move_data_to_device, device=device), caller)
-    example = batches[0] if example_input is None else example_input.to(device)
-    pruner = Pruner(model, example, protect, caller)
-    needed = [score, REFERENCE] if allocation == "shared" else [score]
-    scores = channel_scores(model, loader, pruner.units, needed, probe_size=images, seed=seed, caller=caller)
-    kept = pruner.choose(scores, score, allocation, budget)
-    slim = pruner.cut(kept)
-    report = fit_back(slim, pruner, kept, batches, strength, reestimate)
-    notes = {"budget": budget, "score": score, "allocation": allocation, "compensate": strength or "none"}
-    return Slim(slim, pruner.plan(slim, kept, notes), report)
+    with naming("prune"):
+        check_budget(budget)
+        strength = strength_of(compensate)
+        device = next(model.parameters(), torch.empty(0)).device
+        batches = image_batches(loader, images, partial(move_data_to_device, device=device))
+        example = batches[0] if example_input is None else example_input.to(device)
+        pruner = Pruner(model, example, protect)
+        needed = [score, REFERENCE] if allocation == "shared" else [score]
+        scores = channel_scores(model, loader, pruner.units, needed, probe_size=images, seed=seed)
+        kept = pruner.choose(scores, score, allocation, budget)
+        slim = pruner.cut(kept)
+        report = fit_back(slim, pruner, kept, batches, strength, reestimate)
+        notes = {"budget": budget, "score": score, "allocation": allocation, "compensate": strength or "none"}
+        return Slim(slim, pruner.plan(slim, kept, notes), report)
 
 
 def fit_back(
@@ -276,7 +273,7 @@ def fit_back(
     return report
 
 
-def strength_of(choice: bool | str, caller: str) -> str:
+def strength_of(choice: bool | str) -> str:
     """``""``, ``"fold"`` or ``"refit"`` from what a user may say.
 
     Raises:
@@ -286,4 +283,4 @@ def strength_of(choice: bool | str, caller: str) -> str:
         return choice
     if choice in (True, False, "none"):
         return "refit" if choice is True else ""
-    raise ValueError(f"{caller}(compensate={choice!r}): expected True (the same as 'refit'), 'fold', or False")
+    raise ArgumentError(f"compensate={choice!r}", "expected True (the same as 'refit'), 'fold', or False")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from chanaxes_pl.analysis.scores import OWN_SCORES, REVERSE, SCORES, base_score, from_maximum, own_scores, score_family
+from chanaxes_pl.core.errors import ArgumentError, InputError
 from chanaxes_pl.core.moments import Moments
 from chanaxes_pl.network.groups import Units
 from chanaxes_pl.network.layers import channel_count
@@ -54,7 +55,6 @@ def channel_scores(
     positions: int | str = 16,
     seed: int = 0,
     to_device: Callable[[Any], Any] | None = None,
-    caller: str = "channel_scores",
     rank: int = 0,
     world: int = 1,
 ) -> dict[str, dict[str, Tensor]]:
@@ -74,7 +74,6 @@ def channel_scores(
         positions: local samples an image, or ``"all"``.
         seed: of the random scores.
         to_device: moves a batch to the model, by default to where its first parameter is.
-        caller: how an error names the call.
         rank: of this process; several share the pass for our own metrics and each do the rest alone.
         world: number of processes.
 
@@ -86,7 +85,7 @@ def channel_scores(
             network in which a removable layer has no BatchNorm behind it.
     """
     for score in scores:
-        score_family(score, caller)
+        score_family(score)
     device = next(model.parameters()).device
     to_device = to_device or (lambda batch: move_data_to_device(batch, device))
     run = step or images_and_labels
@@ -94,17 +93,15 @@ def channel_scores(
     asked = {base_score(score) for score in scores}
 
     def batches() -> Iterator[Any]:
-        return (to_device(batch) for _, batch in Probe(source, probe_size, caller).batches())
+        return (to_device(batch) for _, batch in Probe(source, probe_size).batches())
 
     # Before the long passes: these may refuse.
-    found = {
-        score: weight_scores(score, model, units, batches, run, caller) for score in WEIGHT_SCORES if score in asked
-    }
+    found = {score: weight_scores(score, model, units, batches, run) for score in WEIGHT_SCORES if score in asked}
     for score in scores:
         if base_score(score) == "random":
             found[score] = _random(model, layers, seed, draw=int(score.removeprefix("random").strip("_") or 0))
     if asked & _RECORDED:
-        probe = Probe(source, probe_size, caller)
+        probe = Probe(source, probe_size)
         names = {layer: name for name, layer in layers.items()}  # those of compiled layers are spelt otherwise there
         settings = Settings(
             lambda _, layer: layer in names,
@@ -112,11 +109,10 @@ def channel_scores(
             reliability=False,
             step=step,
             probe_size=probe_size,
-            caller=caller,
         )
         recorder = record(model, probe, settings, to_device=to_device, rank=rank, world=world)
         measured = ((names[recorder.layers[name]], moments) for name, moments in recorder.moments())
-        found |= _recorded(measured, asked, caller)
+        found |= _recorded(measured, asked)
     if asked & set(MAP_SCORES):
         images = {score: MAP_IMAGES[score] for score in MAP_SCORES if score in asked}
         of_units = map_scores(model, units.groups.values(), batches, lambda batch: run(model, batch), images)
@@ -132,21 +128,20 @@ def _directed(score: str, found: Mapping[str, Mapping[str, Tensor]], layer: str)
     return torch.where(finite, values, -torch.inf)
 
 
-def _recorded(
-    layers: Iterable[tuple[str, LayerMoments | None]], asked: set[str], caller: str
-) -> dict[str, dict[str, Tensor]]:
+def _recorded(layers: Iterable[tuple[str, LayerMoments | None]], asked: set[str]) -> dict[str, dict[str, Tensor]]:
     """Our own scores and the activations' root mean square, by score and layer."""
     found: dict[str, dict[str, Tensor]] = {name: {} for name in _RECORDED}
     needs_target = sorted(name for name in asked if SCORES[name] in ("target", "both"))
     for layer, moments in layers:
         if moments is None:
-            raise ValueError(f"{caller}: the forward pass did not reach layer {layer!r}; leave it out with protect=")
+            raise InputError(f"the forward pass did not reach layer {layer!r}; leave it out with protect=")
         columns = measure(moments)
         reasons = set(columns["reason"][~columns["dead"]]) - {""}
         if reasons and needs_target:
-            raise ValueError(
-                f"{caller}(score={needs_target[0]!r}): undefined on this probe, {reasons.pop()} (at layer {layer!r}); "
-                "expected a probe on which the margin of the logits varies"
+            raise ArgumentError(
+                f"score={needs_target[0]!r}",
+                f"undefined on this probe, {reasons.pop()} (at layer {layer!r}); "
+                "expected a probe on which the margin of the logits varies",
             )
         for name, values in own_scores(columns).items():
             found[name][layer] = values

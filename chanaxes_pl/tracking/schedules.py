@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from chanaxes_pl.core.errors import ArgumentError
+
 ScheduleSpec = str | int | Sequence[int]
 
 
@@ -26,7 +28,7 @@ class Schedule:
     steps: frozenset[int] = frozenset()
 
     @classmethod
-    def parse(cls, spec: ScheduleSpec, caller: str = "Schedule") -> Schedule:
+    def parse(cls, spec: ScheduleSpec) -> Schedule:
         """From ``"epoch"``, ``"log"``, ``n`` or ``"n epochs"``, ``"n steps"``, or a list of steps.
 
         Raises:
@@ -52,9 +54,10 @@ class Schedule:
                 return cls(every_epochs=spec)
         elif isinstance(spec, Sequence) and all(isinstance(step, int) and step >= 0 for step in spec):
             return cls(steps=frozenset(spec))
-        raise ValueError(
-            f"{caller}(schedule={spec!r}): expected 'epoch', 'log' (steps 0, 1, 2, 4, … then epochs), a number of "
-            "epochs, 'n epochs', 'n steps', or a list of steps"
+        raise ArgumentError(
+            f"schedule={spec!r}",
+            "expected 'epoch', 'log' (steps 0, 1, 2, 4, … then epochs), a number of "
+            "epochs, 'n epochs', 'n steps', or a list of steps",
         )
 
     def due(self, step: int, epoch: int, epoch_ends: bool) -> bool:

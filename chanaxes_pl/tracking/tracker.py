@@ -86,8 +86,8 @@ class AxisTracker(L.Callback):
     ) -> None:
         super().__init__()
         caller = type(self).__name__
-        self.settings = Settings(layers, positions, target, noise, reliability, step, probe_size, caller, alignment)
-        self.schedule = Schedule.parse(schedule, caller)
+        self.settings = Settings(layers, positions, target, noise, reliability, step, probe_size, alignment)
+        self.schedule = Schedule.parse(schedule)
         self.name = name
         self.table = pd.DataFrame()
         self._given = probe
@@ -152,15 +152,13 @@ class AxisTracker(L.Callback):
 
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         caller = self.settings.caller
-        widths = {
-            name: channel_count(layer) for name, layer in select_layers(pl_module, self.settings.layers, caller).items()
-        }
+        widths = {name: channel_count(layer) for name, layer in select_layers(pl_module, self.settings.layers).items()}
         if self._widths and self._widths != widths:
             raise ValueError(_other_layers(self._widths, widths))
         self._widths = widths
         fast = bool(getattr(trainer, "fast_dev_run", False))  # the Trainer sets it without declaring it
         size = min(self.settings.probe_size, _FAST_IMAGES) if fast else self.settings.probe_size
-        self._probe = Probe(_probe_source(self._given, trainer), size, caller)
+        self._probe = Probe(_probe_source(self._given, trainer), size)
         if self._save and trainer.is_global_zero and not fast:
             root, run = _run_folder(trainer)
             self._history.open(root, self.name, run)
