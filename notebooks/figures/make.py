@@ -30,7 +30,7 @@ def axes_over_training() -> Figure:
     """Rank correlation of input capture and task information over training: a panel a network, a thin line a seed."""
     with styled(), sns.plotting_context("talk", font_scale=0.85):
         figure = Figure(figsize=(13, 5), layout="constrained")
-        for axes, (folder, title) in zip(figure.subplots(1, 3, sharey=True), NETWORKS.items(), strict=True):
+        for axes, (folder, network) in zip(figure.subplots(1, 3, sharey=True), NETWORKS.items(), strict=True):
             rows = main_correlation(pd.read_csv(STUDY / folder / "correlations.csv.gz"))
             seeds = rows.pivot_table(index="step", columns="run", values="rho")
             # Step 0 has no place on a logarithmic scale: half a step stands for it.
@@ -43,10 +43,11 @@ def axes_over_training() -> Figure:
             axes.set_xscale("log")
             axes.set_xticks([0.5, 4, 32, EPOCH], ["start", "4", "32", f"{EPOCH}"])
             axes.minorticks_off()
-            axes.set(title=title, xlabel="training steps", ylim=(-0.3, 0.85))
+            axes.set(title=network, xlabel="training steps", ylim=(-0.3, 0.85))
             sns.despine(ax=axes)
         figure.axes[0].set_ylabel("rank correlation of input capture\nand task information")
-        figure.suptitle("The two axes are correlated before training and almost uncorrelated after one epoch", weight="bold")
+        title = "The two axes are correlated before training and almost uncorrelated after one epoch"
+        figure.suptitle(title, weight="bold")
     return figure
 
 
