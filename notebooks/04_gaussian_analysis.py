@@ -83,7 +83,7 @@ print([f"{float((one - other).abs().max()):.0e}" for one, other in zip(by_autogr
 g, sigma_w = residual(weights, covariance, cross), weights @ covariance
 print("wᵀg:        ", (weights * g).sum(1).abs().max().item() < 1e-12)
 print(
-    "cos(Σw, g): ",
+    "alignment:  ",
     alignment(sigma_w, power.detach(), cross.expand(3, 4), shared.detach())["alignment"].numpy().round(2),
 )
 
@@ -116,13 +116,14 @@ trained[["layer", "channel", "alignment", *ingredients]].tail().round(4)
 
 # %% [markdown]
 # The table also holds the ingredients of the angle: `signal_power` is $D$, `task_covariance` is $b$, and the norms are
-# those of $\Sigma w$, $c$ and $g$. They must agree in every channel: $c = g + (b/D)\, \Sigma w$, so that $\|c\|^2 =
-# \|g\|^2 + 2 (b/D) \cos(\Sigma w, g)\, \|\Sigma w\| \|g\| + (b/D)^2 \|\Sigma w\|^2$.
+# those of $\Sigma w$, $c$ and $g$. The cosine of the gradients, `alignment`, is $a = \mathrm{sign}(b) \cos(\Sigma w,
+# g)$. All of these must agree in every channel: $c = g + (b/D)\, \Sigma w$, so that $\|c\|^2 = \|g\|^2 + 2 (|b|/D)\,
+# a\, \|\Sigma w\| \|g\| + (b/D)^2 \|\Sigma w\|^2$.
 
 # %%
 slope = trained["task_covariance"] / trained["signal_power"]
 product = trained["alignment"] * trained["capture_norm"] * trained["residual_norm"]
-squared = trained["residual_norm"] ** 2 + 2 * slope * product + (slope * trained["capture_norm"]) ** 2
+squared = trained["residual_norm"] ** 2 + 2 * slope.abs() * product + (slope * trained["capture_norm"]) ** 2
 print(f"largest relative difference: {(squared / trained['task_norm'] ** 2 - 1).abs().max():.0e}")
 
 # %% [markdown]
