@@ -63,7 +63,7 @@ class PruningTrainer(Trainer):
             weights_only: ignored, for configs that fit saved; checkpoints are never unpickled here.
             out: folder for lesions.parquet and lesions.png; default the checkpoint's run folder.
         """
-        self._run("lesion", lambda: LesionExperiment(**options), model, datamodule, ckpt_path, out)
+        self._experiment("lesion", lambda: LesionExperiment(**options), model, datamodule, ckpt_path, out)
 
     def prune(
         self,
@@ -85,9 +85,9 @@ class PruningTrainer(Trainer):
             out: folder for pruning.parquet and pruning.png; default the checkpoint's run folder.
             lr: largest learning rate of fine-tuning.
         """
-        self._run("prune", lambda: PruningExperiment(**options), model, datamodule, ckpt_path, out, lr)
+        self._experiment("prune", lambda: PruningExperiment(**options), model, datamodule, ckpt_path, out, lr)
 
-    def _run(
+    def _experiment(
         self,
         verb: str,
         make: Callable[[], Experiment],

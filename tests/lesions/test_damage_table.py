@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from chanaxes_pl import LesionExperiment
 from chanaxes_pl.lesions.damage_table import join_shares, lesion_table
 from chanaxes_pl.lesions.interventions import OPERATIONS, lesion
-from chanaxes_pl.lesions.replacements import as_filter
 from chanaxes_pl.models import BACKBONES
 from chanaxes_pl.network.groups import find_units
 from chanaxes_pl.network.hooks import observed
@@ -24,6 +23,7 @@ from chanaxes_pl.network.removal import remove
 from tests.helpers import cases as zoo
 from tests.helpers import reference
 from tests.helpers import training as small
+from tests.helpers.filters import as_filter
 from tests.lesions.test_replacements import assert_unchanged, loader, replacements_of, snapshot
 from tests.network.test_tracing import Branching, backbone, batch, build
 
