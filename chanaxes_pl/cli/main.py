@@ -33,7 +33,8 @@ VERBS = {
         "chanaxes_pl.tracking.workspace:dashboard", "a W&B page for tracked runs, as JSON or sent to W&B"
     ),
     "simulate": Verb(
-        "chanaxes_pl.cli.simulate:simulation", "Gaussian channels: when both informations are coupled, what parts them"
+        "chanaxes_pl.cli.simulate:simulation",
+        "simulate linear Gaussian channels under gradient flow on both information terms",
     ),
     "summary": Verb("chanaxes_pl.summary:summary", "print and plot the axis correlations of a run"),
     "report": Verb("chanaxes_pl.cli.report:report", "one page about a run, or about several of a network", many=True),

@@ -184,7 +184,7 @@ class TrainerCLI(LightningCLI):
                 _fail(str(error))
 
     def after_instantiate_classes(self) -> None:
-        """Refuse, before anything trains or is written, to run as one of several strangers."""
+        """Stop early if more processes were launched than the Trainer knows of."""
         environment = TorchElasticEnvironment()
         if environment.detect() and environment.world_size() > self.trainer.world_size:
             _refuse(str(self.subcommand), environment.world_size(), self.trainer.world_size)

@@ -100,7 +100,7 @@ def replacement(layer: nn.Module, channel: int, statistics: Replacement, operati
 
 
 def check_operations(operations: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse an operation that there is not."""
+    """Raise ValueError for an unknown operation."""
     known = tuple(known)
     for operation in operations:
         if operation not in known:
@@ -112,7 +112,7 @@ def check_operations(operations: Iterable[str], known: Iterable[str]) -> None:
 
 
 def check_channels(layer: str, channels: Iterable[int], width: int) -> None:
-    """Refuse a channel that a layer of ``width`` channels has not."""
+    """Raise ValueError unless 0 ≤ channel < width."""
     for channel in channels:
         if not 0 <= channel < width:
             raise InputError(f"layer {layer!r} has no channel {channel}; expected 0 to {width - 1}")

@@ -57,7 +57,7 @@ class Group:
     cuts: tuple[Cut, ...]
 
 
-def twin(model: nn.Module) -> nn.Module:
+def clone(model: nn.Module) -> nn.Module:
     """A deep copy of a model, without the Trainer that a LightningModule may be attached to."""
     return copy.deepcopy(model, {id(getattr(model, "_trainer", None)): None})
 

@@ -18,7 +18,7 @@ from chanaxes_pl.network.groups import find_units
 from chanaxes_pl.network.hooks import observed
 from chanaxes_pl.network.macs import Cost, count_macs
 from chanaxes_pl.network.probe import Placement, image_batches
-from chanaxes_pl.network.removal import disagreement, remove, twin
+from chanaxes_pl.network.removal import clone, disagreement, remove
 from chanaxes_pl.pruning.allocation import (
     check_allocation,
     check_budget,
@@ -141,7 +141,7 @@ class Pruner:
             ValueError: if its logits are not those of the model with the removed channels at 0: the forward pass
                 depends on the data, or on sizes that pruning changes.
         """
-        slim = twin(self.model).eval()
+        slim = clone(self.model).eval()
         remove(slim, self.groups, kept)
         with true_float32(self._images.device):
             reason = disagreement(self.model, slim, self.groups, kept, self._images, self._exact)
