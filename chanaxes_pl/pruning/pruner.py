@@ -28,9 +28,8 @@ from chanaxes_pl.pruning.allocation import (
     uniform_order,
 )
 from chanaxes_pl.pruning.compensation import RIDGE, compensate, reestimate_norms
-from chanaxes_pl.pruning.plan_json import Plan
-from chanaxes_pl.pruning.plans import save_slim
 from chanaxes_pl.pruning.scores import channel_scores, unit_ranks, unit_values
+from chanaxes_pl.pruning.slim_file import Plan, save_slim
 
 #: The score whose allocation ``"shared"`` imposes on every other.
 REFERENCE = "taylor"
@@ -70,7 +69,7 @@ class Slim:
         return self.plan.dense_macs
 
     def save(self, path: str | Path) -> None:
-        """Write ``<path>.safetensors`` and ``<path>.json``, which :func:`load_slim` reads."""
+        """Write ``<path>.safetensors``, which :func:`load_slim` reads."""
         save_slim(path, self.model, self.plan)
 
 
@@ -155,16 +154,14 @@ class Pruner:
 
     def plan(self, slim: nn.Module, kept: Mapping[str, Tensor], notes: Mapping[str, Any]) -> Plan:
         """What was done, for the record and to do it again."""
-        bare = {name for name, module in self.model.named_modules() if getattr(module, "bias", 0) is None}
-        biases = [name for name in sorted(bare) if slim.get_submodule(name).bias is not None]
         return Plan.of(
             self.model,
+            slim,
             self.groups,
             kept,
             input_shape=self._example.shape[1:],
             macs=count_macs(slim, self._example),
             dense_macs=self.cost.dense,
-            biases=biases,
             notes=notes,
         )
 
