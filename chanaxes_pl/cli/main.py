@@ -27,7 +27,9 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "demo": Verb("chanaxes_pl.cli.demo:demo", "train on scikit-learn's digits for a few epochs and plot the axes"),
+    "demo": Verb(
+        "chanaxes_pl.cli.demo:demo", "train on photographs, track, lesion, prune and report, in three minutes"
+    ),
     "compare": Verb("chanaxes_pl.pruning.compare:compare", "set the pruning grids of several runs against each other"),
     "dashboard": Verb(
         "chanaxes_pl.tracking.workspace:dashboard", "a W&B page for tracked runs, as JSON or sent to W&B"

@@ -260,7 +260,9 @@ def test_the_model_and_the_random_stream_are_left_as_they_were():
     assert not network.frozen.training
 
 
-def test_the_bar_counts_lesions(capsys, monkeypatch):
+def test_the_bar_counts_lesions_on_a_terminal_only(capsys, monkeypatch):
+    table(channels=1, operations=["mean"], progress=True)
+    assert capsys.readouterr().err == ""
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     table(channels=1, operations=["mean"], progress=True)
     assert "6/6" in capsys.readouterr().err  # two layers on three batches
