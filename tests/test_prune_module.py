@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+import random
+import zipfile
 from pathlib import Path
 
 import lightning.pytorch as L
@@ -13,13 +15,15 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from chanaxes_pl import LesionExperiment, PruningExperiment
 from chanaxes_pl.lesions.damage_table import lesion_table
 from chanaxes_pl.models import Classifier
-from chanaxes_pl.models.checkpoints import load_classifier, load_weights, run_folder_of
+from chanaxes_pl.models.checkpoints import load_classifier, load_weights, read_checkpoint, run_folder_of
+from chanaxes_pl.network.probe import Placement
 from chanaxes_pl.prune_module import PruneModule
 from chanaxes_pl.pruning.grid import evaluate, pruning_grid
-from chanaxes_pl.pruning.plan_json import Plan
 from chanaxes_pl.pruning.pruner import prune
+from chanaxes_pl.pruning.slim_file import Plan
 from tests.helpers.training import QUIET, RecordingLogger, build, images, trainer
 
 pytestmark = [
@@ -54,9 +58,14 @@ def network() -> nn.Module:
     return build(dropout=0.0).net.eval()
 
 
-def ran(root: Path, experiment: str = "prune", settings: dict | None = None, **options) -> PruneModule:
-    options = (GRID if experiment == "prune" else {"operations": ("zero", "mean")}) | options
-    module = PruneModule(network(), experiment, **options)
+def made(experiment: str, **options) -> PruningExperiment | LesionExperiment:
+    if experiment == "prune":
+        return PruningExperiment(**GRID | {"compensate": (False,)} | options)
+    return LesionExperiment(**{"operations": ("zero", "mean")} | options)
+
+
+def ran(root: Path, experiment: str = "prune", settings: dict | None = None, out=None, **options) -> PruneModule:
+    module = PruneModule(network(), made(experiment, **options), out=out)
     trainer(root, **settings or {}).test(module, datamodule=Data(), verbose=False)
     return module
 
@@ -69,7 +78,11 @@ def test_pruning_is_the_grids_table_on_disk(tmp_path):
     module = ran(tmp_path, compensate=(False, "fold"))
     data = Data()
     wanted = pruning_grid(
-        network(), data.probe_dataloader(), data.test_dataloader(), **GRID, compensate=(False, "fold"), progress=False
+        network(),
+        data.probe_dataloader(),
+        data.test_dataloader(),
+        made("prune", compensate=(False, "fold")),
+        progress=False,
     )
     pd.testing.assert_frame_equal(module.table, wanted, check_exact=True)
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "pruning.parquet"), wanted, check_exact=True)
@@ -81,10 +94,9 @@ def test_lesions_are_the_tables_of_lesions_and_axes(tmp_path):
     data = Data()
     wanted = lesion_table(
         network(),
-        data.test_dataloader(),
         data.probe_dataloader(),
-        operations=("zero", "mean"),
-        channels=5,
+        data.test_dataloader(),
+        made("lesion", channels=5),
         progress=False,
     )
     pd.testing.assert_frame_equal(module.table[list(wanted)], wanted, check_exact=True)
@@ -96,12 +108,12 @@ def test_lesions_are_the_tables_of_lesions_and_axes(tmp_path):
 def test_the_network_stays_and_its_figures_are_logged(tmp_path, experiment):
     logger = RecordingLogger()
     dense, before = network(), network().state_dict()
-    module = PruneModule(dense, experiment, out=tmp_path / "out", **(GRID if experiment == "prune" else {}))
+    module = PruneModule(dense, made(experiment), out=tmp_path / "out")
     tester = trainer(tmp_path, logger=logger)
     tester.test(module, datamodule=Data(), verbose=False)
     assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
     assert module.network is dense
-    own = evaluate(network(), Data().test_dataloader(), same)
+    own = evaluate(network(), Data().test_dataloader(), Placement(same))
     assert float(tester.callback_metrics["test/loss"]) == pytest.approx(own["loss"], rel=1e-5)
     assert float(tester.callback_metrics["test/top1"]) == pytest.approx(own["accuracy"])
     assert {key for _, row in logger.rows for key in row} == {"test/loss", "test/top1", "epoch"}
@@ -112,11 +124,11 @@ def test_a_slim_network_is_only_evaluated(tmp_path):
     slim = prune(network(), images(32, 1), budget=0.6)
     module = PruneModule(slim, out=tmp_path / "out")
     (result,) = trainer(tmp_path).test(module, datamodule=Data(), verbose=False)
-    wanted = evaluate(slim.model, Data().test_dataloader(), same)
+    wanted = evaluate(slim.model, Data().test_dataloader(), Placement(same))
     assert result["test/top1"] == pytest.approx(wanted["accuracy"])
     assert result["test/loss"] == pytest.approx(wanted["loss"])
     assert not (tmp_path / "out").exists()
-    asked = PruneModule(slim, "prune", out=tmp_path / "out", **GRID)
+    asked = PruneModule(slim, made("prune"), out=tmp_path / "out")
     trainer(tmp_path).test(asked, datamodule=Data(), verbose=False)
     assert (tmp_path / "out" / "pruning.parquet").exists()
 
@@ -131,7 +143,7 @@ def test_fast_dev_run_writes_nothing(tmp_path):
 def test_limited_test_batches(tmp_path, limit, batches):
     module = ran(tmp_path, settings={"limit_test_batches": limit})
     first = [batch for _, batch in zip(range(batches), Data().test_dataloader(), strict=False)]
-    assert module.table.loc[0, VALUES].to_dict() == evaluate(network(), first, same)
+    assert module.table.loc[0, VALUES].to_dict() == evaluate(network(), first, Placement(same))
 
 
 @pytest.mark.parametrize(
@@ -153,13 +165,14 @@ def test_two_processes_get_the_table_of_one(tmp_path, experiment, options, limit
 
 def test_finetuned_networks_of_the_grid(tmp_path):
     data = Data()
-    module = PruneModule(network(), **GRID, finetune_epochs=2, lr=0.05)
+    before = dict(vars(data))
+    module = PruneModule(network(), made("prune", finetune_epochs=2), lr=0.05)
     tester = trainer(tmp_path)
     tester.test(module, datamodule=data, verbose=False)
     assert module.table["tuned_loss"].isna().tolist() == [True, False, False, False]
     assert (module.table["tuned_loss"] != module.table["loss"])[1:].all()
     assert data.trainer is tester
-    assert "prepare_data" not in vars(data)
+    assert vars(data) == before | {"trainer": tester}
 
 
 def slim(budget: float = 0.6):
@@ -174,7 +187,7 @@ def test_a_slim_network_is_fine_tuned(tmp_path):
     assert [p.shape for p in module.network.parameters()] == shapes
     assert any(not torch.equal(a, b) for a, b in zip(module.network.parameters(), before.parameters(), strict=True))
     data = DataLoader(images(32, 1), batch_size=8)
-    assert evaluate(module.network, data, same)["loss"] < evaluate(before, data, same)["loss"]
+    assert evaluate(module.network, data, Placement(same))["loss"] < evaluate(before, data, Placement(same))["loss"]
 
 
 def fitted(root: Path, module: PruneModule, epochs: int, ckpt_path: Path | None = None) -> Path:
@@ -190,7 +203,7 @@ def test_resumed_is_as_if_never_interrupted(tmp_path, from_dense):
     whole = PruneModule(slim())
     first = fitted(tmp_path / "a", whole, 1)
     kept = torch.load(first, weights_only=True)["chanaxes_plan"]
-    assert Plan.from_json(kept, "test") == whole.plan
+    assert Plan.from_json(kept) == whole.plan
     resumed = PruneModule(network() if from_dense else slim())
     fitted(tmp_path / "b", resumed, 2, first)
     assert resumed.plan == whole.plan
@@ -205,13 +218,13 @@ def test_a_checkpoint_pruned_otherwise_is_refused(tmp_path):
 
 
 def test_errors_say_what_was_expected(tmp_path):
-    with pytest.raises(ValueError, match=r"experiment='prun'\): expected 'prune' or 'lesion'"):
+    with pytest.raises(ValueError, match=r"experiment='prun'\): expected 'prune', 'lesion', PruningExperiment"):
         PruneModule(network(), "prun")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="has no Linear layer; pass num_classes="):
         PruneModule(nn.Conv2d(3, 4, 1))
-    with pytest.raises(ValueError, match="found no probe images: pass PruneModule"):
+    with pytest.raises(ValueError, match=r"PruneModule: found no probe images: pass probe=a Dataset"):
         trainer(tmp_path).test(PruneModule(network()), DataLoader(images(), batch_size=8), verbose=False)
-    module = PruneModule(network(), probe=images(), finetune_epochs=1, **GRID)
+    module = PruneModule(network(), made("prune", finetune_epochs=1), probe=images())
     with pytest.raises(ValueError, match="expected a datamodule, whose training images"):
         trainer(tmp_path).test(module, DataLoader(images(), batch_size=8), verbose=False)
 
@@ -253,7 +266,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, checkpoint, monkeypatch):
     torch.save({"state_dict": {}, "hyper_parameters": {"lr": 1}}, other)
     for path, message in {
         evil: "not a checkpoint of tensors and plain values",
-        cut: "it was cut off",
+        cut: "it was cut off or changed",
         plain: "holds no state_dict",
         other: "no checkpoint of a Classifier .* pass the network itself",
     }.items():
@@ -271,3 +284,51 @@ def test_weights_of_another_width_leave_the_model_as_it_was(checkpoint):
         load_weights(narrow, checkpoint)
     assert all(torch.equal(tensor, before[name]) for name, tensor in narrow.state_dict().items())
     assert load_weights(Classifier("resnet18", 10, width=0.25), checkpoint) == checkpoint.parents[1]
+
+
+def unzipped(path: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # torch, on pickles of other kinds
+def test_a_damaged_checkpoint_ends_in_a_value_error(tmp_path, checkpoint):
+    """300 checkpoints with bytes changed, or cut off: each gives the saved weights or one kind of error."""
+    rng, path = random.Random(0), tmp_path / "damaged.ckpt"
+    files = unzipped(checkpoint)
+    errors = []
+    (pickled,) = (name for name in files if name.endswith("data.pkl"))
+    for _ in range(300):
+        data = bytearray(files[pickled])
+        for _ in range(rng.randint(1, 3)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in files.items():
+                archive.writestr(name, bytes(data) if name == pickled else content)
+        try:
+            read_checkpoint(path)
+        except ValueError as error:
+            errors.append(str(error))
+    assert len(errors) > 100
+    assert all(error.startswith(f"{path}: ") and "\n" not in error for error in errors)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hyper_parameters": [1]}, "it names no backbone"),
+        ({"hyper_parameters": {"backbone": "resnet18", 5: 1}}, "its settings make no Classifier"),
+        ({"hyper_parameters": {"backbone": "resnet18", "num_classes": "7"}}, "its settings make no Classifier"),
+        ({"hyper_parameters": {"backbone": "resnet18", "num_classes": 10**30}}, "its settings make no Classifier"),
+        ({"hyper_parameters": {"backbone": "resnet18", "num_classes": 10**12}}, "a checkpoint of another network"),
+        ({"hyper_parameters": {"backbone": "resnet18", "num_classes": 10, "width": 1e4}}, "of another network"),
+        ({"state_dict": 5}, "holds no state_dict; expected"),
+        ({"state_dict": {"network.conv1.weight": 5}}, r"conv1.weight is a int, here \[16, 3, 3, 3\]"),
+        ({"state_dict": {5: torch.ones(2)}}, "of another network"),
+        ({"state_dict": {"network.conv1.weight": torch.ones(1).expand(16, 3, 3, 3)}}, "3, 3, 3. of repeated numbers"),
+    ],
+)
+def test_settings_and_weights_of_another_kind_are_refused_before_anything_is_built(checkpoint, change, message):
+    torch.save(torch.load(checkpoint, weights_only=True) | change, checkpoint)
+    with pytest.raises(ValueError, match=f"last.ckpt: .*{message}"):
+        load_classifier(checkpoint)

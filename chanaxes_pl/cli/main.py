@@ -27,13 +27,16 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "demo": Verb("chanaxes_pl.cli.demo:demo", "train on scikit-learn's digits for a few epochs and plot the axes"),
+    "demo": Verb(
+        "chanaxes_pl.cli.demo:demo", "train on photographs, track, lesion, prune and report, in three minutes"
+    ),
     "compare": Verb("chanaxes_pl.pruning.compare:compare", "set the pruning grids of several runs against each other"),
     "dashboard": Verb(
         "chanaxes_pl.tracking.workspace:dashboard", "a W&B page for tracked runs, as JSON or sent to W&B"
     ),
     "simulate": Verb(
-        "chanaxes_pl.cli.simulate:simulation", "Gaussian channels: when both informations are coupled, what parts them"
+        "chanaxes_pl.cli.simulate:simulation",
+        "simulate linear Gaussian channels under gradient flow on both information terms",
     ),
     "summary": Verb("chanaxes_pl.summary:summary", "print and plot the axis correlations of a run"),
     "report": Verb("chanaxes_pl.cli.report:report", "one page about a run, or about several of a network", many=True),

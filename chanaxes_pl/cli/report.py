@@ -26,7 +26,7 @@ def report(runs: list[str] | str, out: str | None = None, resamples: int = 1000)
         found = read_runs(folders, resamples)
         folder = Path(out) if out else (found.each[0].folder if len(folders) == 1 else Path()) / "report"
         folder.mkdir(parents=True, exist_ok=True)
-        sections = [make(found) for make in tqdm(SECTIONS, desc="report", unit="section", leave=False)]
+        sections = [make(found) for make in tqdm(SECTIONS, desc="report", unit="section", leave=False, disable=None)]
         page = write_page(folder, found, sections)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Lesions of single channels: what can be done to one, and the context in which it is done."""
+"""Interventions on single channels: the operations, and the context in which a model runs with one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chanaxes_pl.core.errors import InputError
+from chanaxes_pl.core.errors import InputError, naming
 from chanaxes_pl.lesions.replacements import REPLACEMENTS, Replacement, check_channels, check_operations, replacement
 from chanaxes_pl.network.groups import Units
 from chanaxes_pl.network.layers import channel_count, select_layers
@@ -27,7 +27,7 @@ class Intervention:
     """What a lesion does to a model: an output rewritten, or a unit taken out of its group.
 
     Attributes:
-        edits: name of a module → what is made of its output.
+        edits: name of a module → the edit of its output.
         group: that the unit is removed from, ``None`` where an output is rewritten.
         unit: its number.
     """
@@ -38,7 +38,7 @@ class Intervention:
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """The model with the change."""
+        """Run the block with the intervention in place."""
         if self.group is None:
             with edited(model, self.edits):
                 yield
@@ -47,8 +47,8 @@ class Intervention:
         with masked(model, [self.group], {self.group.name: units[units != self.unit]}):
             yield
 
-    def replayed(self, model: nn.Module, forward: PartialForward) -> Tensor:
-        """Logits with the change, as much of the network as it concerns being run."""
+    def rerun(self, model: nn.Module, forward: PartialForward) -> Tensor:
+        """Logits with the intervention; only what lies downstream of it runs again."""
         if self.group is None:
             return forward.rerun(edits=self.edits)
         with self.applied(model):
@@ -62,7 +62,7 @@ def lesion(
     channel: int,
     operation: str,
     *,
-    repair: Replacement | None = None,
+    statistics: Replacement | None = None,
     units: Units | None = None,
 ) -> Iterator[None]:
     """A model with one channel damaged, which is bit for bit as before afterwards.
@@ -76,30 +76,31 @@ def lesion(
         layer: name of a convolution or Linear layer.
         channel: its output feature, from 0.
         operation: one of :data:`OPERATIONS`.
-        repair: of the layer, for all but ``"zero"``; see :func:`measure_repairs`.
+        statistics: of the layer, for all but ``"zero"``; see :func:`measure_replacements`.
         units: of the model, for ``"zero"``; see :func:`find_units`.
 
     Raises:
         ValueError: for an unknown operation, layer or channel, if what the operation needs is missing, or if the
             channel cannot be removed.
     """
-    check_operations([operation], OPERATIONS, "lesion")
-    modules = select_layers(model, "conv+linear", "lesion")
-    check_places(modules, {layer: [channel]}, "lesion")
+    with naming("lesion"):
+        check_operations([operation], OPERATIONS)
+        modules = select_layers(model, "conv+linear")
+        check_places(modules, {layer: [channel]})
     if operation == "zero" and units is None:
         raise ValueError("lesion(operation='zero'): pass units=find_units(model, images)")
-    if operation != "zero" and repair is None:
-        raise ValueError(f"lesion(operation={operation!r}): pass repair=measure_repairs(…)[{layer!r}]")
-    repairs = {} if repair is None else {layer: repair}
-    change, why = Interventions(model, modules, repairs, units).change(layer, channel, operation)
-    if change is None:
+    if operation != "zero" and statistics is None:
+        raise ValueError(f"lesion(operation={operation!r}): pass statistics=measure_replacements(…)[{layer!r}]")
+    replacements = {} if statistics is None else {layer: statistics}
+    intervention, why = Interventions(model, modules, replacements, units).find(layer, channel, operation)
+    if intervention is None:
         raise ValueError(f"lesion(layer={layer!r}, channel={channel}, operation={operation!r}): {why}")
-    with change.applied(model):
+    with intervention.applied(model):
         yield
 
 
 def check_places(modules: Mapping[str, nn.Module], chosen: Mapping[str, Iterable[int]]) -> None:
-    """Refuse a layer that is not among ``modules``, or a channel that it has not."""
+    """Raise ValueError if a layer or channel does not exist."""
     for layer, channels in chosen.items():
         if layer not in modules:
             near = get_close_matches(layer, modules, n=2) or list(modules)[:3]
@@ -118,13 +119,13 @@ class Interventions:
         self,
         model: nn.Module,
         modules: Mapping[str, nn.Module],
-        repairs: Mapping[str, Replacement],
+        replacements: Mapping[str, Replacement],
         units: Units | None,
     ) -> None:
-        self.changes: dict[Key, Intervention] = {}
+        self.chosen: dict[Key, Intervention] = {}
         self._modules = modules
         self._paths = {module: name for name, module in model.named_modules()}
-        self._repairs = repairs
+        self._replacements = replacements
         self._fixed = {} if units is None else units.fixed
         self._units = {
             (path, channel): (group, unit)
@@ -134,7 +135,7 @@ class Interventions:
             for channel in channels
         }
 
-    def change(self, layer: str, channel: int, operation: str) -> tuple[Intervention | None, str]:
+    def find(self, layer: str, channel: int, operation: str) -> tuple[Intervention | None, str]:
         """The change that a lesion makes, or why there is none."""
         module = self._modules[layer]
         path = self._paths[module]
@@ -142,12 +143,12 @@ class Interventions:
             group, unit = self._units.get((path, channel), (None, -1))
             why = self._fixed.get(path, "its layer is in no removable group")
             return (None, f"cannot be removed: {why}") if group is None else (Intervention(group=group, unit=unit), "")
-        if layer not in self._repairs:
+        if layer not in self._replacements:
             return None, "the forward pass did not reach this layer"
-        repair = self._repairs[layer]
-        if not repair.mean[channel].isfinite():
+        statistics = self._replacements[layer]
+        if not statistics.mean[channel].isfinite():
             return None, "output not finite"
-        return Intervention({path: replacement(module, channel, repair, operation)}), ""
+        return Intervention({path: replacement(module, channel, statistics, operation)}), ""
 
     def row(self, layer: str, channel: int, operations: Iterable[str]) -> dict[str, Any]:
         """A row's beginning, with the key of each operation's change, which is noted."""
@@ -157,11 +158,11 @@ class Interventions:
         reasons = {}
         for operation in operations:
             key = (operation, name, -1) if operation == "zero" and name else (operation, layer, channel)
-            if key not in self.changes:
-                change, why = self.change(layer, channel, operation)
-                if change is None:
+            if key not in self.chosen:
+                intervention, why = self.find(layer, channel, operation)
+                if intervention is None:
                     key, reasons[why] = None, True
                 else:
-                    self.changes[key] = change
+                    self.chosen[key] = intervention
             keys[operation] = key
         return {"layer": layer, "channel": channel, "unit": name, "keys": keys, "reason": "; ".join(reasons)}

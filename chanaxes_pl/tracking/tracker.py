@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import pandas as pd
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import WandbLogger
 from torch.utils.data import DataLoader, Dataset
 
 from chanaxes_pl.analysis.correlations import axis_correlations
 from chanaxes_pl.axes import measure_axes
+from chanaxes_pl.core.errors import naming
 from chanaxes_pl.core.targets import TargetSpec
 from chanaxes_pl.network.layers import LayerSpec, channel_count, select_layers
-from chanaxes_pl.network.probe import Probe, Step
+from chanaxes_pl.network.probe import Placement, Probe, Step, find_probe
 from chanaxes_pl.network.recording import Settings
 from chanaxes_pl.tracking.history import History
 from chanaxes_pl.tracking.logging import checkpoint_media, checkpoint_scalars
@@ -41,7 +41,7 @@ class AxisTracker(L.Callback):
     Args:
         probe: labelled, un-augmented images: a Dataset of ``(image, label)`` or a DataLoader. Default: the
             datamodule's ``probe_dataloader()``, else the validation loader's data set.
-        probe_size: images at the most.
+        probe_size: images at most.
         layers: ``"conv"``, ``"conv+linear"``, globs over layer names, or ``(name, module) → bool``.
         schedule: ``"epoch"``; ``"log"`` (steps 0, 1, 2, 4, … in the first epoch, then epochs); every ``n`` epochs
             (a number, or ``"n epochs"``); ``"n steps"``; or a list of optimiser steps. Step 0 is always measured.
@@ -85,9 +85,18 @@ class AxisTracker(L.Callback):
         step: Step | None = None,
     ) -> None:
         super().__init__()
-        caller = type(self).__name__
-        self.settings = Settings(layers, positions, target, noise, reliability, step, probe_size, alignment)
-        self.schedule = Schedule.parse(schedule)
+        with naming(type(self).__name__):
+            self.settings = Settings(
+                layers=layers,
+                positions=positions,
+                target=target,
+                noise=noise,
+                reliability=reliability,
+                step=step,
+                probe_size=probe_size,
+                alignment=alignment,
+            )
+            self.schedule = Schedule.parse(schedule)
         self.name = name
         self.table = pd.DataFrame()
         self._given = probe
@@ -151,14 +160,13 @@ class AxisTracker(L.Callback):
             self._measure(trainer, pl_module, 0.0)
 
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        caller = self.settings.caller
         widths = {name: channel_count(layer) for name, layer in select_layers(pl_module, self.settings.layers).items()}
         if self._widths and self._widths != widths:
             raise ValueError(_other_layers(self._widths, widths))
         self._widths = widths
         fast = bool(getattr(trainer, "fast_dev_run", False))  # the Trainer sets it without declaring it
         size = min(self.settings.probe_size, _FAST_IMAGES) if fast else self.settings.probe_size
-        self._probe = Probe(_probe_source(self._given, trainer), size)
+        self._probe = Probe(find_probe(self._given, trainer), size)
         if self._save and trainer.is_global_zero and not fast:
             root, run = _run_folder(trainer)
             self._history.open(root, self.name, run)
@@ -174,10 +182,7 @@ class AxisTracker(L.Callback):
                 pl_module,
                 self._probe,
                 self.settings,
-                to_device=trainer.strategy.batch_to_device,
-                forward_context=trainer.precision_plugin.forward_context,
-                rank=trainer.global_rank,
-                world=trainer.world_size,
+                Placement.of_trainer(trainer),
             )
         correlations = axis_correlations(table)
         self.table = self._history.add(epoch, trainer.global_step, table, correlations)
@@ -221,26 +226,6 @@ def _as_validation(trainer: L.Trainer) -> Iterator[None]:
         yield
     finally:
         trainer.state.stage = stage
-
-
-def _probe_source(given: Dataset | DataLoader | None, trainer: L.Trainer) -> Dataset | DataLoader:
-    if given is not None:
-        return given
-    datamodule = getattr(trainer, "datamodule", None)
-    if datamodule is not None and hasattr(datamodule, "probe_dataloader"):
-        return datamodule.probe_dataloader()
-    loaders = trainer.val_dataloaders
-    if loaders is None:  # not set up yet where nothing was trained
-        with suppress(MisconfigurationException):  # Lightning's error where there is no validation; ours says more
-            trainer.fit_loop.epoch_loop.val_loop.setup_data()
-        loaders = trainer.val_dataloaders
-    loader = loaders[0] if isinstance(loaders, (list, tuple)) and loaders else loaders
-    if isinstance(loader, DataLoader):
-        return loader
-    raise ValueError(
-        "AxisTracker found no probe images: pass AxisTracker(probe=a Dataset or DataLoader of labelled images), or "
-        "give the datamodule a probe_dataloader(), or train with a validation loader (and limit_val_batches above 0)"
-    )
 
 
 def _run_folder(trainer: L.Trainer) -> tuple[Path, str]:
