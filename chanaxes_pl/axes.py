@@ -14,9 +14,9 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from chanaxes_pl.core.errors import naming
 from chanaxes_pl.analysis.correlations import axis_correlations, reliabilities
 from chanaxes_pl.analysis.groupings import groupings
+from chanaxes_pl.core.errors import naming
 from chanaxes_pl.core.targets import TargetSpec
 from chanaxes_pl.network.layers import LayerSpec, channel_count
 from chanaxes_pl.network.probe import Probe, Step

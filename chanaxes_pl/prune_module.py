@@ -23,7 +23,7 @@ from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.lesions.damage_table import join_shares, lesion_table
 from chanaxes_pl.lesions.interventions import OPERATIONS
 from chanaxes_pl.models import ImageClassifier
-from chanaxes_pl.models.checkpoints import load_classifier, run_folder_of
+from chanaxes_pl.models.checkpoints import load_classifier
 from chanaxes_pl.network.groups import find_units
 from chanaxes_pl.network.probe import MIN_IMAGES, Probe, image_batches
 from chanaxes_pl.network.recording import Settings
@@ -34,6 +34,7 @@ from chanaxes_pl.pruning.plan_json import Plan
 from chanaxes_pl.pruning.plans import apply_plan
 from chanaxes_pl.pruning.pruner import IMAGES, Slim
 from chanaxes_pl.pruning.scores import channel_scores, default_scores
+from chanaxes_pl.run_folder import RunFolder
 from chanaxes_pl.tables import write_parquet
 
 _PLAN = "chanaxes_plan"  # its key in a checkpoint
@@ -128,7 +129,7 @@ class PruneModule(ImageClassifier):
         self._probe_size = probe_size
         self._evaluation_size = evaluation_size
         self._seed = seed
-        self._out = run_folder_of(source) if out is None and source else out
+        self._out = RunFolder.of_checkpoint(source).path if out is None and source else out
 
     def on_fit_start(self) -> None:
         """Train all of it: what comes out of pruning is in eval mode, in which Lightning would leave it."""

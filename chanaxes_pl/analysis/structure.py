@@ -15,7 +15,7 @@ from sklearn.metrics import adjusted_rand_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from chanaxes_pl.core.errors import naming, ArgumentError
+from chanaxes_pl.core.errors import ArgumentError, naming
 from chanaxes_pl.core.gaussian import Association, information
 from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.core.moments import Moments

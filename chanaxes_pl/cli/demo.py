@@ -7,11 +7,11 @@ from pathlib import Path
 import lightning.pytorch as L
 from lightning.pytorch.loggers import CSVLogger
 
+from chanaxes_pl.analysis.text import describe_lesions, describe_pruning
+from chanaxes_pl.cli.report import report
 from chanaxes_pl.data import DigitsDataModule
 from chanaxes_pl.models import Classifier
 from chanaxes_pl.prune_module import PruneModule
-from chanaxes_pl.pruning.describe import describe_lesions, describe_pruning
-from chanaxes_pl.summary import summary
 from chanaxes_pl.tracking.tracker import AxisTracker
 
 
@@ -39,7 +39,7 @@ def demo(epochs: int = 8, out: str = "runs", seed: int = 0) -> None:
     trainer.fit(model, data)
     accuracy = trainer.test(model, data, verbose=False)[0]["test/top1"]
     print(f"\nResNet-18 at quarter width on 8×8 digits, {epochs} epochs, test accuracy {accuracy:.1%}\n")
-    summary(str(tracker.folder))
+    report(str(tracker.folder), text=True)
     folder = Path(str(trainer.log_dir))
     # without the logger: the run's own logs are of its training alone
     tester = L.Trainer(accelerator="cpu", logger=False, enable_model_summary=False, enable_checkpointing=False)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from chanaxes_pl.core.errors import naming, ArgumentError
+from chanaxes_pl.core.errors import ArgumentError, naming
 from chanaxes_pl.core.moments import accumulation_device
 from chanaxes_pl.core.targets import image_scores, task_variable
 from chanaxes_pl.lesions.interventions import OPERATIONS, Intervention, Interventions, Key, check_places

@@ -33,15 +33,14 @@ def load_classifier(path: str | Path) -> Classifier:
     return classifier.eval()
 
 
-def load_weights(model: nn.Module, path: str | Path) -> Path:
-    """Fill a model with a checkpoint's weights; the folder of the run that wrote it.
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Fill a model with a checkpoint's weights.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is no checkpoint, or another model's; the model is then as it was.
     """
     _fill(model, read_checkpoint(path)["state_dict"], path)
-    return run_folder_of(Path(path))
 
 
 def _fill(model: nn.Module, weights: Mapping[str, Any], path: str | Path) -> None:
@@ -79,9 +78,3 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"{path}: holds no state_dict; expected a checkpoint that a Lightning Trainer wrote")
     return checkpoint
-
-
-def run_folder_of(checkpoint: Path) -> Path:
-    """The folder of the run that wrote a checkpoint."""
-    folder = checkpoint.absolute().parent
-    return folder.parent if folder.name == "checkpoints" else folder

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch_pruning import ops
 
-from chanaxes_pl.core.errors import naming, ArgumentError, InputError
+from chanaxes_pl.core.errors import ArgumentError, InputError, naming
 from chanaxes_pl.core.moments import accumulation_device
 from chanaxes_pl.network.hooks import calls
 from chanaxes_pl.network.layers import CONVOLUTIONS

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from chanaxes_pl.core.errors import naming
 from chanaxes_pl.analysis.scores import score_family
+from chanaxes_pl.core.errors import naming
 from chanaxes_pl.core.targets import image_scores
 from chanaxes_pl.network.hooks import observed
 from chanaxes_pl.network.probe import image_batches, images_and_labels

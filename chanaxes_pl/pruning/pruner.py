@@ -14,7 +14,7 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from chanaxes_pl.core.errors import naming, ArgumentError, InputError
+from chanaxes_pl.core.errors import ArgumentError, InputError, naming
 from chanaxes_pl.core.moments import true_float32
 from chanaxes_pl.network.groups import find_units
 from chanaxes_pl.network.hooks import observed

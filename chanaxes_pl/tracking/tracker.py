@@ -17,10 +17,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from chanaxes_pl.analysis.correlations import axis_correlations
 from chanaxes_pl.axes import measure_axes
+from chanaxes_pl.core.errors import naming
 from chanaxes_pl.core.targets import TargetSpec
 from chanaxes_pl.network.layers import LayerSpec, channel_count, select_layers
 from chanaxes_pl.network.probe import Probe, Step
 from chanaxes_pl.network.recording import Settings
+from chanaxes_pl.run_folder import RunFolder, check_tracker_name
 from chanaxes_pl.tracking.history import History
 from chanaxes_pl.tracking.logging import checkpoint_media, checkpoint_scalars
 from chanaxes_pl.tracking.schedules import Schedule, ScheduleSpec
@@ -85,7 +87,8 @@ class AxisTracker(L.Callback):
         step: Step | None = None,
     ) -> None:
         super().__init__()
-        caller = type(self).__name__
+        with naming(type(self).__name__):
+            check_tracker_name(name)
         self.settings = Settings(layers, positions, target, noise, reliability, step, probe_size, alignment)
         self.schedule = Schedule.parse(schedule)
         self.name = name
@@ -151,7 +154,6 @@ class AxisTracker(L.Callback):
             self._measure(trainer, pl_module, 0.0)
 
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        caller = self.settings.caller
         widths = {name: channel_count(layer) for name, layer in select_layers(pl_module, self.settings.layers).items()}
         if self._widths and self._widths != widths:
             raise ValueError(_other_layers(self._widths, widths))
@@ -160,7 +162,7 @@ class AxisTracker(L.Callback):
         size = min(self.settings.probe_size, _FAST_IMAGES) if fast else self.settings.probe_size
         self._probe = Probe(_probe_source(self._given, trainer), size)
         if self._save and trainer.is_global_zero and not fast:
-            root, run = _run_folder(trainer)
+            root, run = RunFolder.of_trainer(trainer)
             self._history.open(root, self.name, run)
         self._started, self._spent = time.perf_counter(), 0.0
 
@@ -241,16 +243,6 @@ def _probe_source(given: Dataset | DataLoader | None, trainer: L.Trainer) -> Dat
         "AxisTracker found no probe images: pass AxisTracker(probe=a Dataset or DataLoader of labelled images), or "
         "give the datamodule a probe_dataloader(), or train with a validation loader (and limit_val_batches above 0)"
     )
-
-
-def _run_folder(trainer: L.Trainer) -> tuple[Path, str]:
-    """Where this run's files go, and its name: as ``ModelCheckpoint`` chooses."""
-    if not trainer.loggers:
-        return Path(trainer.default_root_dir), Path(trainer.default_root_dir).absolute().name
-    logger = trainer.loggers[0]
-    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-    run = Path(str(logger.name or ""), version)
-    return Path(logger.save_dir or trainer.default_root_dir) / run, run.as_posix()
 
 
 def _other_layers(before: dict[str, int], now: dict[str, int]) -> str:

@@ -12,11 +12,11 @@ from lightning.pytorch.loggers import CSVLogger
 from playwright.sync_api import Page, sync_playwright
 
 from chanaxes_pl import AxisTracker, PruneModule
+from chanaxes_pl.analysis.text import interval, number
 from chanaxes_pl.cli import main as cli
 from chanaxes_pl.plots import channel_panels
-from chanaxes_pl.report.blocks import interval, number
 from chanaxes_pl.report.sections import SECTIONS
-from chanaxes_pl.tables import checkpoint_path
+from chanaxes_pl.run_folder import checkpoint_path
 from tests.analysis.test_runs import write_run
 from tests.helpers.training import QUIET, Small, loaders, trainer
 from tests.test_prune_module import Data

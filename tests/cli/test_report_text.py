@@ -1,12 +1,12 @@
 """``chanaxes summary``: what it prints of a run, and of what is none."""
 
 import pytest
+from chanaxes_pl.summary import summary
 from matplotlib.image import imread
 
 from chanaxes_pl.analysis.correlations import axis_correlations, main_correlation
 from chanaxes_pl.analysis.runs import read_runs
-from chanaxes_pl.summary import summary
-from chanaxes_pl.tables import checkpoint_path
+from chanaxes_pl.run_folder import checkpoint_path
 from tests.analysis.test_runs import STEPS, write_run
 
 
