@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from chanaxes_pl.analysis.structure import layer_structure as layer_structure
     from chanaxes_pl.axes import Axes as Axes
     from chanaxes_pl.axes import compute_axes as compute_axes
+    from chanaxes_pl.lesions.damage_table import LesionExperiment as LesionExperiment
     from chanaxes_pl.lesions.damage_table import lesion_table as lesion_table
     from chanaxes_pl.models.checkpoints import load_classifier as load_classifier
     from chanaxes_pl.network.groups import find_units as find_units
     from chanaxes_pl.network.macs import count_macs as count_macs
     from chanaxes_pl.prune_module import PruneModule as PruneModule
+    from chanaxes_pl.pruning.grid import PruningExperiment as PruningExperiment
     from chanaxes_pl.pruning.grid import pruning_grid as pruning_grid
     from chanaxes_pl.pruning.plans import load_slim as load_slim
     from chanaxes_pl.pruning.pruner import Slim as Slim
@@ -37,7 +39,9 @@ if TYPE_CHECKING:
 _HOMES = {
     "Axes": "axes",
     "AxisTracker": "tracking.tracker",
+    "LesionExperiment": "lesions.damage_table",
     "PruneModule": "prune_module",
+    "PruningExperiment": "pruning.grid",
     "Slim": "pruning.pruner",
     "axis_correlations": "analysis.correlations",
     "compute_axes": "axes",

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import pandas as pd
-import torch
-from lightning.fabric.utilities import move_data_to_device
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -19,7 +14,7 @@ from chanaxes_pl.analysis.groupings import groupings
 from chanaxes_pl.core.errors import naming
 from chanaxes_pl.core.targets import TargetSpec
 from chanaxes_pl.network.layers import LayerSpec, channel_count
-from chanaxes_pl.network.probe import Probe, Step
+from chanaxes_pl.network.probe import Placement, Probe, Step
 from chanaxes_pl.network.recording import Settings, record
 from chanaxes_pl.tables import axes_table
 
@@ -28,19 +23,13 @@ def measure_axes(
     model: nn.Module,
     probe: Probe,
     settings: Settings,
-    *,
-    to_device: Callable[[Any], Any],
-    forward_context: Callable[[], AbstractContextManager] = nullcontext,
-    rank: int = 0,
-    world: int = 1,
+    place: Placement,
 ) -> pd.DataFrame:
     """The table of channels of ``model`` as it stands; the model is left as it was.
 
-    With several processes every one calls this with its ``rank``, and all get the same table. See :func:`record`.
+    With several processes every one calls this with its place, and all get the same table. See :func:`record`.
     """
-    recorder = record(
-        model, probe, settings, to_device=to_device, forward_context=forward_context, rank=rank, world=world
-    )
+    recorder = record(model, probe, settings, place)
     widths = {name: channel_count(layer) for name, layer in recorder.layers.items()}
     return axes_table(recorder.moments(), widths, settings.noise)
 
@@ -76,7 +65,7 @@ class Axes:
 
 def compute_axes(
     model: nn.Module,
-    loader: DataLoader | Dataset,
+    probe: DataLoader | Dataset,
     *,
     layers: LayerSpec = "conv",
     positions: int | str = 16,
@@ -92,7 +81,7 @@ def compute_axes(
 
     Args:
         model: ``model(images)`` gives logits ``[B, K]``. It stays where it is and as it is.
-        loader: the probe: a DataLoader of ``(images, labels)`` or a Dataset of ``(image, label)``, labels
+        probe: the probe set: a DataLoader of ``(images, labels)`` or a Dataset of ``(image, label)``, labels
             ``[B]`` from 0 to K − 1. See :class:`Probe` for which images are taken.
         layers: ``"conv"``, ``"conv+linear"``, globs over layer names, or ``(name, module) → bool``.
         positions: local samples an image, or ``"all"``.
@@ -124,12 +113,15 @@ def compute_axes(
         1     0        1          0.360
     """
     with naming("compute_axes"):
-        settings = Settings(layers, positions, target, noise, reliability, step, probe_size, alignment=alignment)
-        parameter = next(model.parameters(), torch.empty(0))
-        table = measure_axes(
-            model,
-            Probe(loader, probe_size),
-            settings,
-            to_device=lambda batch: move_data_to_device(batch, parameter.device),
+        settings = Settings(
+            layers=layers,
+            positions=positions,
+            target=target,
+            noise=noise,
+            reliability=reliability,
+            step=step,
+            probe_size=probe_size,
+            alignment=alignment,
         )
+        table = measure_axes(model, Probe(probe, probe_size), settings, Placement.of(model))
         return Axes(table, resamples)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import copy
+from collections.abc import Iterable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -19,24 +21,25 @@ from torchmetrics import Metric
 from chanaxes_pl.analysis.damage import join_axes, score_damage_correlation
 from chanaxes_pl.analysis.scores import SCORE_COLUMN
 from chanaxes_pl.axes import measure_axes
+from chanaxes_pl.core.errors import naming
 from chanaxes_pl.core.metrics import METRICS
-from chanaxes_pl.lesions.damage_table import join_shares, lesion_table
-from chanaxes_pl.lesions.interventions import OPERATIONS
+from chanaxes_pl.lesions.damage_table import LesionExperiment, join_shares, lesion_table
 from chanaxes_pl.models import ImageClassifier
 from chanaxes_pl.models.checkpoints import load_classifier
 from chanaxes_pl.network.groups import find_units
-from chanaxes_pl.network.probe import MIN_IMAGES, Probe, image_batches
+from chanaxes_pl.network.probe import MIN_IMAGES, Placement, Probe, find_probe, image_batches
 from chanaxes_pl.network.recording import Settings
 from chanaxes_pl.plots import plot_lesions, plot_pruning
-from chanaxes_pl.pruning.allocation import ALLOCATIONS, GRID
-from chanaxes_pl.pruning.grid import pruning_grid
+from chanaxes_pl.pruning.grid import PruningExperiment, pruning_grid
 from chanaxes_pl.pruning.plan_json import Plan
 from chanaxes_pl.pruning.plans import apply_plan
-from chanaxes_pl.pruning.pruner import IMAGES, Slim
+from chanaxes_pl.pruning.pruner import Slim
 from chanaxes_pl.pruning.scores import channel_scores, default_scores
 from chanaxes_pl.run_folder import RunFolder
 from chanaxes_pl.tables import write_parquet
 
+Experiment = PruningExperiment | LesionExperiment
+_EXPERIMENTS: dict[str, type[Experiment]] = {"prune": PruningExperiment, "lesion": LesionExperiment}
 _PLAN = "chanaxes_plan"  # its key in a checkpoint
 
 
@@ -54,27 +57,13 @@ class PruneModule(ImageClassifier):
 
     Args:
         model: a network from images to logits, a :class:`Slim`, or the path of a :class:`Classifier`'s checkpoint.
-        experiment: ``"prune"`` or ``"lesion"``; default ``"prune"``, but none for a :class:`Slim`, which is then only
-            evaluated.
-        probe: training images under the evaluation transform; default the datamodule's ``probe_dataloader()``.
-        probe_size: of its images, at the most.
-        evaluation_size: test images that the experiment uses, a fixed random choice; default all.
+        experiment: a :class:`PruningExperiment` or :class:`LesionExperiment`; ``"prune"`` and ``"lesion"`` mean one
+            with its defaults. Default ``"prune"``, but none for a :class:`Slim`, which is then only evaluated.
+        probe: training images under the evaluation transform; default as for ``AxisTracker``.
         out: folder for the results; default the run folder of the checkpoint, else the Trainer's.
-        budgets: MACs that remain, as shares of the dense network's.
-        scores: which channels go first, see :func:`score_family`; default all that the network has. Lesions are set
-            beside them too.
-        allocations: how much each layer loses: some of ``"uniform"``, ``"shared"``, ``"own"``.
-        compensate: some of ``False``, ``"fold"``, ``"refit"``.
-        protect: globs over names of layers whose channels all stay.
-        latency: time the slim networks.
-        finetune_epochs: of each network of the grid, which is then evaluated again; 0 for none.
-        layers: to be lesioned: ``"conv"``, ``"conv+linear"``, or globs over names.
-        operations: some of ``"zero"``, ``"mean"``, ``"peer"``, ``"hull"``.
-        channels: ``"all"``, or how many to draw from each layer, or layer name → channels.
-        seed: of random scores, and of the channels drawn.
-        lr: of fine-tuning, the largest.
-        momentum: of fine-tuning.
-        weight_decay: of fine-tuning.
+        lr: largest learning rate of fine-tuning.
+        momentum: momentum of fine-tuning.
+        weight_decay: weight decay of fine-tuning.
         num_classes: number of logits; default the outputs of the last Linear layer.
 
     Attributes:
@@ -88,47 +77,25 @@ class PruneModule(ImageClassifier):
     def __init__(
         self,
         model: nn.Module | Slim | str | Path,
-        experiment: Literal["prune", "lesion"] | None = None,
+        experiment: Experiment | Literal["prune", "lesion"] | None = None,
         *,
         probe: Dataset | DataLoader | None = None,
-        probe_size: int = IMAGES,
-        evaluation_size: int | None = None,
         out: str | Path | None = None,
-        budgets: Sequence[float] = GRID,
-        scores: Sequence[str] | None = None,
-        allocations: Sequence[str] = ALLOCATIONS,
-        compensate: Sequence[bool | str] = (False,),
-        protect: Sequence[str] = (),
-        latency: bool = False,
-        finetune_epochs: int = 0,
-        layers: str | Sequence[str] = "conv",
-        operations: Sequence[str] = OPERATIONS,
-        channels: str | int | Mapping[str, Sequence[int]] = "all",
-        seed: int = 0,
         lr: float = 0.01,
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
         num_classes: int | None = None,
     ) -> None:
-        if experiment not in ("prune", "lesion", None):
-            raise ValueError(f"PruneModule(experiment={experiment!r}): expected 'prune' or 'lesion'")
         source = Path(model) if isinstance(model, (str, Path)) else None
         network = _network(model)
         classes = num_classes or _outputs(network)
         super().__init__(network, classes)
         self.save_hyperparameters("lr", "momentum", "weight_decay")
         self.plan = model.plan if isinstance(model, Slim) else None
-        self.experiment = experiment or (None if self.plan else "prune")
+        self.experiment = _experiment(experiment, self.plan)
         self.table = pd.DataFrame()
-        self.grid_options = {"budgets": budgets, "scores": scores, "allocations": allocations}
-        self.grid_options |= {"compensate": compensate, "protect": protect, "latency": latency}
-        self.lesion_options = {"layers": layers, "operations": operations, "channels": channels}
-        self._finetune_epochs = finetune_epochs
         self._num_classes = classes
         self._probe = probe
-        self._probe_size = probe_size
-        self._evaluation_size = evaluation_size
-        self._seed = seed
         self._out = RunFolder.of_checkpoint(source).path if out is None and source else out
 
     def on_fit_start(self) -> None:
@@ -140,9 +107,9 @@ class PruneModule(ImageClassifier):
         if self.experiment is None:
             return
         # Pruning traces the network by its gradients; under inference mode there are none.
-        with torch.inference_mode(False), torch.enable_grad():
-            share = self._prune() if self.experiment == "prune" else self._lesion()
-            self.table = join_shares(_gathered(share, self.trainer))
+        with torch.inference_mode(False), torch.enable_grad(), naming("PruneModule"):
+            run = self._prune if isinstance(self.experiment, PruningExperiment) else self._lesion
+            self.table = join_shares(_gathered(run(self.experiment), self.trainer))
         if self.trainer.is_global_zero and not getattr(self.trainer, "fast_dev_run", False):
             self._write()
 
@@ -174,56 +141,37 @@ class PruneModule(ImageClassifier):
         """Where the results go."""
         return Path(self._out if self._out is not None else self.trainer.log_dir or self.trainer.default_root_dir)
 
-    def probe_images(self) -> Dataset | DataLoader:
-        """The probe.
-
-        Raises:
-            ValueError: if there is none.
-        """
-        if self._probe is not None:
-            return self._probe
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if datamodule is None or not hasattr(datamodule, "probe_dataloader"):
-            raise ValueError(
-                "PruneModule found no probe images: pass PruneModule(probe=a Dataset or DataLoader of training "
-                "images), or a datamodule with probe_dataloader()"
-            )
-        return datamodule.probe_dataloader()
-
-    def _prune(self) -> pd.DataFrame:
+    def _prune(self, experiment: PruningExperiment) -> pd.DataFrame:
         """This process's part of the pruning grid."""
         return pruning_grid(
             self.network,
-            self.probe_images(),
-            _evaluation(self.trainer, self._evaluation_size),
-            **self.grid_options,
-            images=self._probe_size,
-            finetune=self._finetune if self._finetune_epochs else None,
-            seed=self._seed,
-            **self._surroundings(),
+            find_probe(self._probe, self.trainer),
+            _evaluation(self.trainer, experiment.evaluation_size),
+            experiment,
+            finetune=partial(self._finetune, experiment) if experiment.finetune_epochs else None,
+            progress=self._shows_progress,
+            place=self._place,
         )
 
-    def _lesion(self) -> pd.DataFrame:
+    def _lesion(self, experiment: LesionExperiment) -> pd.DataFrame:
         """This process's lesions, beside the axes and scores of their channels."""
-        probe, around = self.probe_images(), self._surroundings()
-        place = {key: around[key] for key in ("to_device", "rank", "world")}
-        size, seed = self._probe_size, self._seed
-        example = image_batches(probe, MIN_IMAGES, around["to_device"])[0]
+        probe, place = find_probe(self._probe, self.trainer), self._place
+        size, seed = experiment.probe_size, experiment.seed
+        example = image_batches(probe, MIN_IMAGES, place)[0]
         units = find_units(self.network, example)
-        settings = Settings(self.lesion_options["layers"], reliability=False, probe_size=size)
-        axes = measure_axes(self.network, Probe(probe, size), settings, **place)
-        names = self.grid_options["scores"]
+        settings = Settings(layers=experiment.layers, reliability=False, probe_size=size)
+        axes = measure_axes(self.network, Probe(probe, size), settings, place)
+        names = experiment.scores
         names = default_scores(self.network, units, example) if names is None else names
-        scores = channel_scores(self.network, probe, units, names, probe_size=size, seed=seed, **place)
+        scores = channel_scores(self.network, probe, units, names, probe_size=size, seed=seed, place=place)
         share = lesion_table(
             self.network,
-            _evaluation(self.trainer, self._evaluation_size),
             probe,
-            **self.lesion_options,
+            _evaluation(self.trainer, experiment.evaluation_size),
+            experiment,
             units=units,
-            probe_size=size,
-            seed=seed,
-            **around,
+            progress=self._shows_progress,
+            place=place,
         )
         table = join_axes(axes, share)
         for score, values in scores.items():
@@ -233,15 +181,17 @@ class PruneModule(ImageClassifier):
             ]
         return table
 
-    def _surroundings(self) -> dict[str, Any]:
-        return {
-            "progress": self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero,
-            "to_device": self.trainer.strategy.batch_to_device,
-            "rank": self.trainer.global_rank,
-            "world": self.trainer.world_size,
-        }
+    @property
+    def _place(self) -> Placement:
+        # Without the Trainer's precision: experiments run in that of the weights.
+        trainer = self.trainer
+        return Placement(trainer.strategy.batch_to_device, rank=trainer.global_rank, world=trainer.world_size)
 
-    def _finetune(self, slim: nn.Module) -> None:
+    @property
+    def _shows_progress(self) -> bool:
+        return self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero
+
+    def _finetune(self, experiment: PruningExperiment, slim: nn.Module) -> None:
         """Train one network of the grid, on this process alone, with the recipe of this module."""
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         if datamodule is None:
@@ -251,7 +201,7 @@ class PruneModule(ImageClassifier):
             if isinstance(metric, Metric):  # the other processes train other networks, and not as many
                 metric.distributed_available_fn = _alone
         trainer = L.Trainer(
-            max_epochs=self._finetune_epochs,
+            max_epochs=experiment.finetune_epochs,
             accelerator=self.device.type,
             devices=1 if self.device.index is None else [self.device.index],
             precision=self.trainer.precision,
@@ -261,28 +211,40 @@ class PruneModule(ImageClassifier):
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        # It was prepared for the test; Lightning would have this process wait for the others to do so too.
-        datamodule.prepare_data = None
-        try:
-            with isolate_rng():  # every network trains on the same draws, whichever process has its turn
-                torch.manual_seed(self._seed)
-                trainer.fit(module, datamodule=datamodule)
-        finally:
-            del datamodule.prepare_data
-            datamodule.trainer = self.trainer
+        # A stand-in, because the datamodule belongs to the surrounding Trainer. It was prepared for the test;
+        # Lightning would have this process wait for the others to do so too.
+        stand_in = copy.copy(datamodule)
+        stand_in.prepare_data = None
+        with isolate_rng():  # every network trains on the same draws, whichever process has its turn
+            torch.manual_seed(experiment.seed)
+            trainer.fit(module, datamodule=stand_in)
         slim.to(self.device)
 
     def _write(self) -> None:
-        folder = self.folder
-        if self.experiment == "prune":
+        folder, experiment = self.folder, self.experiment
+        if isinstance(experiment, PruningExperiment):
             write_parquet(self.table, folder / "pruning.parquet")
             plot_pruning(self.table).savefig(folder / "pruning.png", dpi=150)
             return
         write_parquet(self.table, folder / "lesions.parquet")
-        damage = f"{self.lesion_options['operations'][0]}_loss"
+        assert experiment is not None
+        damage = f"{experiment.operations[0]}_loss"
         metrics = [*METRICS, "peer_r2"]
         correlations = score_damage_correlation(self.table, metrics, damage)
         plot_lesions(self.table, correlations, damage).savefig(folder / "lesions.png", dpi=150)
+
+
+def _experiment(experiment: object, plan: Plan | None) -> Experiment | None:
+    if experiment is None:
+        return None if plan else PruningExperiment()
+    if isinstance(experiment, (PruningExperiment, LesionExperiment)):
+        return experiment
+    if isinstance(experiment, str) and experiment in _EXPERIMENTS:
+        return _EXPERIMENTS[experiment]()
+    raise ValueError(
+        f"PruneModule(experiment={experiment!r}): expected 'prune', 'lesion', PruningExperiment(…) or "
+        "LesionExperiment(…)"
+    )
 
 
 def _network(model: nn.Module | Slim | str | Path) -> nn.Module:

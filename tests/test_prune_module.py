@@ -13,9 +13,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from chanaxes_pl import LesionExperiment, PruningExperiment
 from chanaxes_pl.lesions.damage_table import lesion_table
 from chanaxes_pl.models import Classifier
 from chanaxes_pl.models.checkpoints import load_classifier, load_weights
+from chanaxes_pl.network.probe import Placement
 from chanaxes_pl.prune_module import PruneModule
 from chanaxes_pl.pruning.grid import evaluate, pruning_grid
 from chanaxes_pl.pruning.plan_json import Plan
@@ -55,9 +57,14 @@ def network() -> nn.Module:
     return build(dropout=0.0).net.eval()
 
 
+def made(experiment: str, **options) -> PruningExperiment | LesionExperiment:
+    if experiment == "prune":
+        return PruningExperiment(**GRID | {"compensate": (False,)} | options)
+    return LesionExperiment(**{"operations": ("zero", "mean")} | options)
+
+
 def ran(root: Path, experiment: str = "prune", settings: dict | None = None, **options) -> PruneModule:
-    options = (GRID if experiment == "prune" else {"operations": ("zero", "mean")}) | options
-    module = PruneModule(network(), experiment, **options)
+    module = PruneModule(network(), made(experiment, **options))
     trainer(root, **settings or {}).test(module, datamodule=Data(), verbose=False)
     return module
 
@@ -70,7 +77,11 @@ def test_pruning_is_the_grids_table_on_disk(tmp_path):
     module = ran(tmp_path, compensate=(False, "fold"))
     data = Data()
     wanted = pruning_grid(
-        network(), data.probe_dataloader(), data.test_dataloader(), **GRID, compensate=(False, "fold"), progress=False
+        network(),
+        data.probe_dataloader(),
+        data.test_dataloader(),
+        made("prune", compensate=(False, "fold")),
+        progress=False,
     )
     pd.testing.assert_frame_equal(module.table, wanted, check_exact=True)
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "pruning.parquet"), wanted, check_exact=True)
@@ -82,10 +93,9 @@ def test_lesions_are_the_tables_of_lesions_and_axes(tmp_path):
     data = Data()
     wanted = lesion_table(
         network(),
-        data.test_dataloader(),
         data.probe_dataloader(),
-        operations=("zero", "mean"),
-        channels=5,
+        data.test_dataloader(),
+        made("lesion", channels=5),
         progress=False,
     )
     pd.testing.assert_frame_equal(module.table[list(wanted)], wanted, check_exact=True)
@@ -97,12 +107,12 @@ def test_lesions_are_the_tables_of_lesions_and_axes(tmp_path):
 def test_the_network_stays_and_its_figures_are_logged(tmp_path, experiment):
     logger = RecordingLogger()
     dense, before = network(), network().state_dict()
-    module = PruneModule(dense, experiment, out=tmp_path / "out", **(GRID if experiment == "prune" else {}))
+    module = PruneModule(dense, made(experiment), out=tmp_path / "out")
     tester = trainer(tmp_path, logger=logger)
     tester.test(module, datamodule=Data(), verbose=False)
     assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
     assert module.network is dense
-    own = evaluate(network(), Data().test_dataloader(), same)
+    own = evaluate(network(), Data().test_dataloader(), Placement(same))
     assert float(tester.callback_metrics["test/loss"]) == pytest.approx(own["loss"], rel=1e-5)
     assert float(tester.callback_metrics["test/top1"]) == pytest.approx(own["accuracy"])
     assert {key for _, row in logger.rows for key in row} == {"test/loss", "test/top1", "epoch"}
@@ -113,11 +123,11 @@ def test_a_slim_network_is_only_evaluated(tmp_path):
     slim = prune(network(), images(32, 1), budget=0.6)
     module = PruneModule(slim, out=tmp_path / "out")
     (result,) = trainer(tmp_path).test(module, datamodule=Data(), verbose=False)
-    wanted = evaluate(slim.model, Data().test_dataloader(), same)
+    wanted = evaluate(slim.model, Data().test_dataloader(), Placement(same))
     assert result["test/top1"] == pytest.approx(wanted["accuracy"])
     assert result["test/loss"] == pytest.approx(wanted["loss"])
     assert not (tmp_path / "out").exists()
-    asked = PruneModule(slim, "prune", out=tmp_path / "out", **GRID)
+    asked = PruneModule(slim, made("prune"), out=tmp_path / "out")
     trainer(tmp_path).test(asked, datamodule=Data(), verbose=False)
     assert (tmp_path / "out" / "pruning.parquet").exists()
 
@@ -132,7 +142,7 @@ def test_fast_dev_run_writes_nothing(tmp_path):
 def test_limited_test_batches(tmp_path, limit, batches):
     module = ran(tmp_path, settings={"limit_test_batches": limit})
     first = [batch for _, batch in zip(range(batches), Data().test_dataloader(), strict=False)]
-    assert module.table.loc[0, VALUES].to_dict() == evaluate(network(), first, same)
+    assert module.table.loc[0, VALUES].to_dict() == evaluate(network(), first, Placement(same))
 
 
 @pytest.mark.parametrize(
@@ -154,13 +164,14 @@ def test_two_processes_get_the_table_of_one(tmp_path, experiment, options, limit
 
 def test_finetuned_networks_of_the_grid(tmp_path):
     data = Data()
-    module = PruneModule(network(), **GRID, finetune_epochs=2, lr=0.05)
+    before = dict(vars(data))
+    module = PruneModule(network(), made("prune", finetune_epochs=2), lr=0.05)
     tester = trainer(tmp_path)
     tester.test(module, datamodule=data, verbose=False)
     assert module.table["tuned_loss"].isna().tolist() == [True, False, False, False]
     assert (module.table["tuned_loss"] != module.table["loss"])[1:].all()
     assert data.trainer is tester
-    assert "prepare_data" not in vars(data)
+    assert vars(data) == before | {"trainer": tester}
 
 
 def slim(budget: float = 0.6):
@@ -175,7 +186,7 @@ def test_a_slim_network_is_fine_tuned(tmp_path):
     assert [p.shape for p in module.network.parameters()] == shapes
     assert any(not torch.equal(a, b) for a, b in zip(module.network.parameters(), before.parameters(), strict=True))
     data = DataLoader(images(32, 1), batch_size=8)
-    assert evaluate(module.network, data, same)["loss"] < evaluate(before, data, same)["loss"]
+    assert evaluate(module.network, data, Placement(same))["loss"] < evaluate(before, data, Placement(same))["loss"]
 
 
 def fitted(root: Path, module: PruneModule, epochs: int, ckpt_path: Path | None = None) -> Path:
@@ -210,9 +221,9 @@ def test_errors_say_what_was_expected(tmp_path):
         PruneModule(network(), "prun")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="has no Linear layer; pass num_classes="):
         PruneModule(nn.Conv2d(3, 4, 1))
-    with pytest.raises(ValueError, match="found no probe images: pass PruneModule"):
+    with pytest.raises(ValueError, match=r"PruneModule: found no probe images: pass probe=a Dataset"):
         trainer(tmp_path).test(PruneModule(network()), DataLoader(images(), batch_size=8), verbose=False)
-    module = PruneModule(network(), probe=images(), finetune_epochs=1, **GRID)
+    module = PruneModule(network(), made("prune", finetune_epochs=1), probe=images())
     with pytest.raises(ValueError, match="expected a datamodule, whose training images"):
         trainer(tmp_path).test(module, DataLoader(images(), batch_size=8), verbose=False)
 

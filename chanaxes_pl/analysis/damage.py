@@ -16,7 +16,7 @@ import pandas as pd
 from scipy.optimize import linear_sum_assignment
 
 from chanaxes_pl.analysis.correlations import NETWORK
-from chanaxes_pl.core.errors import InputError
+from chanaxes_pl.core.errors import InputError, naming
 from chanaxes_pl.core.statistics import (
     MIN_CHANNELS,
     bounds,
@@ -89,7 +89,8 @@ def rank_regression(
         ValueError: for unknown columns, or if no layer has 3 channels for which all of them are defined.
     """
     columns = [damage, *base, added]
-    usable = _usable(table, columns, "rank_regression")
+    with naming("rank_regression"):
+        usable = _usable(table, columns)
     values, counts = usable[columns].to_numpy(float), _draws(usable, resamples, seed)
     products = np.zeros((resamples + 1, len(columns), len(columns)))
     for rows in _rows_of_layers(usable):
@@ -135,7 +136,8 @@ def matched_comparison(
         ValueError: for unknown columns, or if no layer has 3 channels for which all of them are defined.
     """
     columns = [damage, support, matched]
-    usable = _usable(table, columns, "matched_comparison")
+    with naming("matched_comparison"):
+        usable = _usable(table, columns)
     values = usable[columns].to_numpy(float)
     ranks, pairs = np.zeros_like(values), []
     for rows in _rows_of_layers(usable):
@@ -174,7 +176,8 @@ def score_damage_correlation(
     Raises:
         ValueError: for unknown columns, or if no layer has 3 channels whose damage is defined.
     """
-    usable = _usable(table, [damage], "score_damage_correlation", others=scores)
+    with naming("score_damage_correlation"):
+        usable = _usable(table, [damage], others=scores)
     values, target = usable[list(scores)].to_numpy(float), usable[damage].to_numpy(float)
     counts = _draws(usable, resamples, seed)
     layers = _rows_of_layers(usable)

@@ -12,6 +12,7 @@ from chanaxes_pl.analysis.correlations import AXES, NETWORK, layer_columns
 from chanaxes_pl.analysis.damage import join_axes, score_damage_correlation
 from chanaxes_pl.analysis.runs import Run
 from chanaxes_pl.analysis.scores import REVERSE, SCORE_COLUMN, own_scores, score_family
+from chanaxes_pl.core.errors import naming
 from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.tables import KEYS, read_parquet
 
@@ -130,7 +131,9 @@ def _wide(run: pd.DataFrame) -> pd.DataFrame:
 
 def _order(last: pd.DataFrame, lesions: pd.DataFrame | None, score: str) -> pd.DataFrame:
     """``layer, channel, order``, the rank within its layer at which each channel is removed; dead ones go first."""
-    if score_family(score, "early_prediction") == "baseline":
+    with naming("early_prediction"):
+        family = score_family(score)
+    if family == "baseline":
         column = SCORE_COLUMN + score
         if lesions is None or column not in lesions:
             raise ValueError(

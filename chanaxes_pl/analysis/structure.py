@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -22,7 +20,7 @@ from chanaxes_pl.core.moments import Moments
 from chanaxes_pl.core.statistics import MIN_CHANNELS, spearman
 from chanaxes_pl.core.targets import TargetSpec
 from chanaxes_pl.network.layers import LayerSpec, select_layers
-from chanaxes_pl.network.probe import MIN_IMAGES, Probe, Step, image_batches
+from chanaxes_pl.network.probe import MIN_IMAGES, Placement, Probe, Step, image_batches
 from chanaxes_pl.network.recording import LayerMoments, Settings, record
 from chanaxes_pl.network.upstream import Routes, find_routes, input_spread
 from chanaxes_pl.tables import associations, measure
@@ -37,7 +35,7 @@ _UNREACHED = "the forward pass did not reach it"
 
 def layer_structure(
     model: nn.Module,
-    loader: DataLoader | Dataset,
+    probe: DataLoader | Dataset,
     *,
     layers: LayerSpec = "conv",
     positions: int | str = 16,
@@ -66,7 +64,7 @@ def layer_structure(
 
     Args:
         model: ``model(images)`` gives logits ``[B, K]``.
-        loader: the probe: a DataLoader or Dataset of images and labels.
+        probe: the probe set: a DataLoader or Dataset of images and labels.
         layers: see :func:`select_layers`; only these are looked at, also as givers of inputs.
         positions: local samples an image, or ``"all"``.
         target: the task variable.
@@ -90,15 +88,16 @@ def layer_structure(
         ValueError: for settings out of range, a probe that does not fit, or no layer that matches.
     """
     with naming("layer_structure"):
-        settings = Settings(layers, positions, target, reliability=False, step=step, probe_size=probe_size)
+        settings = Settings(
+            layers=layers, positions=positions, target=target, reliability=False, step=step, probe_size=probe_size
+        )
         if nulls < 2:
             raise ArgumentError(f"nulls={nulls}", "expected at least 2, for their mean and spread")
-        device = next(model.parameters(), torch.empty(0)).device
-        move = partial(move_data_to_device, device=device)
+        place = Placement.of(model)
         tracked = select_layers(model, layers)
-        example = image_batches(loader, MIN_IMAGES, move)[0][:1] if example_input is None else example_input
+        example = image_batches(probe, MIN_IMAGES, place)[0][:1] if example_input is None else example_input
         with input_spread(tracked) as spread:
-            recorder = record(model, Probe(loader, probe_size), settings, to_device=move)
+            recorder = record(model, Probe(probe, probe_size), settings, place)
         rows, metrics = [], {}
         for number, (name, moments) in enumerate(recorder.moments()):
             row, metrics[name] = _layer_row(moments, widest, nulls, np.random.default_rng([seed, number]))

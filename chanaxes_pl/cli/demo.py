@@ -10,8 +10,10 @@ from lightning.pytorch.loggers import CSVLogger
 from chanaxes_pl.analysis.text import describe_lesions, describe_pruning
 from chanaxes_pl.cli.report import report
 from chanaxes_pl.data import DigitsDataModule
+from chanaxes_pl.lesions.damage_table import LesionExperiment
 from chanaxes_pl.models import Classifier
 from chanaxes_pl.prune_module import PruneModule
+from chanaxes_pl.pruning.grid import PruningExperiment
 from chanaxes_pl.tracking.tracker import AxisTracker
 
 
@@ -44,21 +46,15 @@ def demo(epochs: int = 8, out: str = "runs", seed: int = 0) -> None:
     # without the logger: the run's own logs are of its training alone
     tester = L.Trainer(accelerator="cpu", logger=False, enable_model_summary=False, enable_checkpointing=False)
     print(f"scalars: {folder / 'metrics.csv'}\n")
-    lesions = PruneModule(
-        model, "lesion", out=folder, operations=("zero", "mean", "peer"), channels=6, scores=("l1",), seed=seed
-    )
+    experiment = LesionExperiment(operations=("zero", "mean", "peer"), channels=6, scores=("l1",), seed=seed)
+    lesions = PruneModule(model, experiment, out=folder)
     tester.test(lesions, data, verbose=False)
     print(describe_lesions(lesions.table))
     print(f"figure: {folder / 'lesions.png'}\ntable:  {folder / 'lesions.parquet'}\n")
-    pruning = PruneModule(
-        model,
-        out=folder,
-        scores=("input_capture", "l1", "random"),
-        allocations=("uniform",),
-        budgets=(0.8, 0.5, 0.2),
-        compensate=(False, "refit"),
-        seed=seed,
+    grid = PruningExperiment(
+        scores=("input_capture", "l1", "random"), allocations=("uniform",), budgets=(0.8, 0.5, 0.2), seed=seed
     )
+    pruning = PruneModule(model, grid, out=folder)
     tester.test(pruning, data, verbose=False)
     print(describe_pruning(pruning.table))
     print(f"figure: {folder / 'pruning.png'}\ntable:  {folder / 'pruning.parquet'}\n")

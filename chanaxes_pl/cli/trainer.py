@@ -6,7 +6,7 @@ Apart from ``main`` because importing LightningCLI takes seconds.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,11 +18,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 import chanaxes_pl.data
 import chanaxes_pl.tracking.tracker  # noqa: F401  so that --data DigitsDataModule and the like need no module names
 from chanaxes_pl.analysis.text import describe_lesions, describe_pruning
-from chanaxes_pl.lesions.interventions import OPERATIONS
+from chanaxes_pl.lesions.damage_table import LesionExperiment
 from chanaxes_pl.models.checkpoints import load_weights, read_checkpoint
-from chanaxes_pl.prune_module import PruneModule
-from chanaxes_pl.pruning.allocation import ALLOCATIONS, GRID
-from chanaxes_pl.pruning.pruner import IMAGES
+from chanaxes_pl.prune_module import Experiment, PruneModule
+from chanaxes_pl.pruning.grid import PruningExperiment
 from chanaxes_pl.run_folder import RunFolder
 
 # What `fabric run` tells its processes, and the Trainer argument that means the same.
@@ -51,34 +50,19 @@ class PruningTrainer(Trainer):
         datamodule: LightningDataModule | None = None,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
-        layers: str | list[str] = "conv",
-        operations: Sequence[str] = OPERATIONS,
-        channels: int | str = "all",
-        scores: Sequence[str] | None = None,
-        probe_size: int = 5000,
-        evaluation_size: int | None = None,
-        seed: int = 0,
         out: str | None = None,
+        **options: Any,
     ) -> None:
         """Lesion the channels of a checkpoint one by one, and set the damage beside their axes.
 
         Args:
-            model: what the checkpoint is of.
-            datamodule: its test images are the evaluation data.
-            ckpt_path: the checkpoint.
-            weights_only: accepted for configs that ``fit`` saved; checkpoints are never unpickled here.
-            layers: "conv", "conv+linear", or globs over names.
-            operations: some of zero, mean, peer, hull.
-            channels: "all", or how many to draw from each layer.
-            scores: set beside the damage too; default all that the network has.
-            probe_size: images for axes, means and coefficients.
-            evaluation_size: test images for the damage, a fixed random choice; default all.
-            seed: of the channels drawn.
+            model: the network of the checkpoint.
+            datamodule: data whose test images are the evaluation data.
+            ckpt_path: path of the checkpoint.
+            weights_only: ignored, for configs that fit saved; checkpoints are never unpickled here.
             out: folder for lesions.parquet and lesions.png; default the checkpoint's run folder.
         """
-        options = {"layers": layers, "operations": operations, "channels": channels, "seed": seed}
-        options |= {"scores": scores, "probe_size": probe_size, "evaluation_size": evaluation_size}
-        self._experiment("lesion", model, datamodule, ckpt_path, out, **options)
+        self._run("lesion", lambda: LesionExperiment(**options), model, datamodule, ckpt_path, out)
 
     def prune(
         self,
@@ -86,64 +70,44 @@ class PruningTrainer(Trainer):
         datamodule: LightningDataModule | None = None,
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
-        budgets: Sequence[float] = GRID,
-        scores: Sequence[str] | None = None,
-        allocations: Sequence[str] = ALLOCATIONS,
-        compensate: Sequence[bool | str] = (False, "refit"),
-        protect: Sequence[str] = (),
-        finetune_epochs: int = 0,
-        lr: float = 0.01,
-        latency: bool = False,
-        probe_size: int = IMAGES,
-        evaluation_size: int | None = None,
-        seed: int = 0,
         out: str | None = None,
+        lr: float = 0.01,
+        **options: Any,
     ) -> None:
         """Prune a checkpoint by every score, under every allocation, to every budget, and evaluate the results.
 
         Args:
-            model: what the checkpoint is of.
-            datamodule: its test images are the evaluation data.
-            ckpt_path: the checkpoint.
-            weights_only: accepted for configs that ``fit`` saved; checkpoints are never unpickled here.
-            budgets: MACs that remain, as shares of the dense network's.
-            scores: which channels go first; default all that the network has.
-            allocations: some of uniform, shared, own.
-            compensate: some of false, fold, refit.
-            protect: globs over names of layers whose channels all stay.
-            finetune_epochs: of each network; 0 for none.
-            lr: of fine-tuning.
-            latency: time the slim networks.
-            probe_size: images for scores and compensation.
-            evaluation_size: test images for the accuracies, a fixed random choice; default all.
-            seed: of random scores.
+            model: the network of the checkpoint.
+            datamodule: data whose test images are the evaluation data.
+            ckpt_path: path of the checkpoint.
+            weights_only: ignored, for configs that fit saved; checkpoints are never unpickled here.
             out: folder for pruning.parquet and pruning.png; default the checkpoint's run folder.
+            lr: largest learning rate of fine-tuning.
         """
-        options = {"budgets": budgets, "scores": scores, "allocations": allocations, "compensate": compensate}
-        options |= {"protect": protect, "finetune_epochs": finetune_epochs, "lr": lr, "latency": latency}
-        options |= {"probe_size": probe_size, "evaluation_size": evaluation_size, "seed": seed}
-        self._experiment("prune", model, datamodule, ckpt_path, out, **options)
+        self._run("prune", lambda: PruningExperiment(**options), model, datamodule, ckpt_path, out, lr)
 
-    def _experiment(
+    def _run(
         self,
-        name: Any,
+        verb: str,
+        make: Callable[[], Experiment],
         model: LightningModule,
         datamodule: LightningDataModule | None,
         ckpt_path: str | None,
         out: str | None,
-        **options: Any,
+        lr: float = 0.01,
     ) -> None:
         if ckpt_path is None:
-            raise ValueError(f"chanaxes {name} needs a trained network: add --ckpt_path RUN/checkpoints/last.ckpt")
+            raise ValueError(f"chanaxes {verb} needs a trained network: add --ckpt_path RUN/checkpoints/last.ckpt")
         load_weights(model, ckpt_path)
-        module = PruneModule(model, name, out=out or RunFolder.of_checkpoint(ckpt_path).path, **options)
+        module = PruneModule(model, make(), out=out or RunFolder.of_checkpoint(ckpt_path).path, lr=lr)
         # The config's loggers and callbacks are those of a training run: they would begin another one.
         self.loggers = []
         callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]  # which Lightning does not declare
         callbacks[:] = [callback for callback in callbacks if isinstance(callback, ProgressBar)]
         self.test(module, datamodule=datamodule)
         if self.is_global_zero:
-            stem, describe = {"lesion": ("lesions", describe_lesions), "prune": ("pruning", describe_pruning)}[name]
+            pruned = isinstance(module.experiment, PruningExperiment)
+            stem, describe = ("pruning", describe_pruning) if pruned else ("lesions", describe_lesions)
             print(describe(module.table))
             print(f"table:  {module.folder / stem}.parquet\nfigure: {module.folder / stem}.png")
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.data import sized_len
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -22,8 +21,8 @@ from chanaxes_pl.lesions.interventions import OPERATIONS, Intervention, Interven
 from chanaxes_pl.lesions.replacements import Replacement, check_operations, measure_replacements
 from chanaxes_pl.network.groups import Units, find_units
 from chanaxes_pl.network.hooks import observed
-from chanaxes_pl.network.layers import LayerSpec, channel_count, select_layers
-from chanaxes_pl.network.probe import Probe, Step, images_and_labels
+from chanaxes_pl.network.layers import channel_count, select_layers
+from chanaxes_pl.network.probe import Placement, Probe, Step, check_sizes, images_and_labels
 from chanaxes_pl.network.recording import Settings
 from chanaxes_pl.network.tracing import PartialForward
 
@@ -31,47 +30,73 @@ from chanaxes_pl.network.tracing import PartialForward
 CLEAR = 2.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class LesionExperiment:
+    """Which channels are lesioned, how, and on how many images.
+
+    Args:
+        layers: layers to lesion: "conv", "conv+linear", or globs over names.
+        operations: some of "zero" (removed, zero ablation), "mean" (mean ablation), "peer" and "hull" (rebuilt from
+            peers).
+        channels: "all", a number of channels to draw at random from each layer, or layer name → channels.
+        scores: names of scores to set beside the damage, see :func:`score_family`; default all that the network has.
+        probe_size: images for axes, scores, means and coefficients, at most.
+        evaluation_size: test images for the damage, a fixed random choice; default all.
+        seed: seed of the channels drawn and of random scores.
+
+    Raises:
+        ValueError: for an unknown operation, or a number out of range.
+    """
+
+    layers: str | Sequence[str] = "conv"
+    operations: Sequence[str] = OPERATIONS
+    channels: int | str | Mapping[str, Sequence[int]] = "all"
+    scores: Sequence[str] | None = None
+    probe_size: int = 5000
+    evaluation_size: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        with naming("LesionExperiment"):
+            check_operations(self.operations, OPERATIONS)
+            check_sizes(self.probe_size, self.evaluation_size)
+            number = isinstance(self.channels, int) and self.channels > 0
+            if not (number or self.channels == "all" or isinstance(self.channels, Mapping)):
+                raise ArgumentError(
+                    f"channels={self.channels!r}",
+                    "expected 'all', how many a layer (a whole number above 0), or layer name → channels",
+                )
+
+
 def lesion_table(
     model: nn.Module,
-    evaluation_loader: Iterable[Any],
-    probe_loader: DataLoader | Dataset | None,
+    probe: DataLoader | Dataset | None,
+    evaluation: Iterable[Any],
+    experiment: LesionExperiment | None = None,
     *,
-    layers: LayerSpec = "conv",
-    operations: Sequence[str] = OPERATIONS,
-    channels: str | int | Mapping[str, Iterable[int]] = "all",
     units: Units | None = None,
     step: Step | None = None,
-    seed: int = 0,
+    positions: int | str = 16,
     fast: bool = True,
     progress: bool = True,
-    probe_size: int = 5000,
-    positions: int | str = 16,
-    to_device: Callable[[Any], Any] | None = None,
-    rank: int = 0,
-    world: int = 1,
+    place: Placement | None = None,
 ) -> pd.DataFrame:
-    """The damage that lesions do on evaluation data, one channel at a time; the model is left as it was.
+    """Measure the damage that lesions do on evaluation data, one channel at a time; the model is left as it was.
 
     A batch is run once as a whole, and each lesion repeats what lies downstream of it. With several processes each
     takes every so many-th channel; :func:`join_shares` makes their tables one.
 
     Args:
         model: ``model(images)`` gives logits ``[B, K]``.
-        evaluation_loader: batches of ``(images, labels)``, others than the probe's.
-        probe_loader: what means and coefficients are measured on; ``None`` where ``"zero"`` is all that is asked.
-        layers: see :func:`select_layers`.
-        operations: some of :data:`OPERATIONS`.
-        channels: ``"all"``, or how many to draw at random from each layer, or layer name → channels.
+        probe: what means and coefficients are measured on; ``None`` where ``"zero"`` is all that is asked.
+        evaluation: batches of ``(images, labels)``, others than the probe's.
+        experiment: which channels, and how.
         units: of the model; found with the first evaluation image by default.
         step: ``(model, batch) → (logits, labels)``; then each lesion costs a whole forward pass.
-        seed: of the channels drawn.
+        positions: local samples of each probe image, or ``"all"``.
         fast: ``False`` makes a whole forward pass for each lesion.
-        progress: show a bar.
-        probe_size: images of the probe at the most.
-        positions: local samples of each, or ``"all"``.
-        to_device: moves a batch to the model.
-        rank: of this process.
-        world: number of processes.
+        progress: show a bar where output goes to a terminal.
+        place: where the model runs; default one process, on the device of its first parameter.
 
     Returns:
         One row a channel: ``layer, channel, unit`` (its group and number there; empty where it cannot be removed);
@@ -82,34 +107,40 @@ def lesion_table(
         ``accuracy`` and ``margin`` of the intact model, and the number of ``images``.
 
     Raises:
-        ValueError: for unknown operations, layers or channels, or data that does not fit.
+        ValueError: for unknown layers or channels, or data that does not fit.
     """
+    experiment = experiment or LesionExperiment()
+    operations = experiment.operations
     with naming("lesion_table"):
-        settings = Settings(layers, positions, reliability=False, step=step, probe_size=probe_size)
-        check_operations(operations, OPERATIONS)
-        if not 0 <= rank < world:
-            raise ArgumentError(f"rank={rank}, world={world}", "expected rank from 0 to world − 1")
-        modules = select_layers(model, layers)
-        places = _places(modules, channels, seed)
-        move = to_device or partial(move_data_to_device, device=next(model.parameters(), torch.empty(0)).device)
-        repairs: dict[str, Replacement] = {}
+        settings = Settings(
+            layers=experiment.layers,
+            positions=positions,
+            reliability=False,
+            step=step,
+            probe_size=experiment.probe_size,
+        )
+        place = place or Placement.of(model)
+        modules = select_layers(model, experiment.layers)
+        places = _places(modules, experiment.channels, experiment.seed)
+        replacements: dict[str, Replacement] = {}
         with observed(model):
             if not set(operations) <= {"zero"}:
-                if probe_loader is None:
-                    raise ArgumentError("probe_loader=None", "expected a probe for all operations but 'zero'")
-                repairs = measure_replacements(model, Probe(probe_loader, probe_size), settings, to_device=move)
+                if probe is None:
+                    raise ArgumentError("probe=None", "expected a probe for all operations but 'zero'")
+                alone = replace(place, rank=0, world=1)  # every process measures on the whole probe
+                replacements = measure_replacements(model, Probe(probe, experiment.probe_size), settings, alone)
             if "zero" in operations and units is None:
-                units = _units_of_first(model, evaluation_loader, move, step)
-            planned = Interventions(model, modules, repairs, units)
-            rows = [planned.row(layer, channel, operations) for layer, channel in places[rank::world]]
+                units = _units_of_first(model, evaluation, place, step)
+            planned = Interventions(model, modules, replacements, units)
+            rows = [planned.row(layer, channel, operations) for layer, channel in places[place.rank :: place.world]]
             damage = _Damage(model, list(planned.changes.values()), step, fast)
-            batches = sized_len(evaluation_loader)
+            batches = sized_len(evaluation)
             total = None if batches is None else batches * len(planned.changes)
-            with tqdm(total=total, disable=not progress, desc="lesions", unit="lesion") as bar:
-                for batch in evaluation_loader:
-                    damage.add(move(batch), bar.update)
+            with tqdm(total=total, disable=None if progress else True, desc="lesions", unit="lesion") as bar:
+                for batch in evaluation:
+                    damage.add(place.to_device(batch), bar.update)
         if not damage.images:
-            raise ArgumentError("evaluation_loader", "it holds no images")
+            raise ArgumentError("evaluation", "it holds no images")
         return _table(rows, damage, list(planned.changes), operations)
 
 
@@ -123,26 +154,22 @@ def _places(
         check_places(modules, chosen)
     elif channels == "all":
         chosen = {layer: list(range(width)) for layer, width in widths.items()}
-    elif isinstance(channels, int) and channels > 0:
+    else:
+        assert isinstance(channels, int)
         chosen = {
             layer: np.sort(np.random.default_rng([seed, number]).permutation(width)[:channels]).tolist()
             for number, (layer, width) in enumerate(widths.items())
         }
-    else:
-        raise ArgumentError(
-            f"channels={channels!r}",
-            "expected 'all', how many a layer (a whole number above 0), or layer name → channels",
-        )
     return [(layer, channel) for layer, of_layer in chosen.items() for channel in of_layer]
 
 
-def _units_of_first(model: nn.Module, loader: Iterable[Any], move: Callable[[Any], Any], step: Step | None) -> Units:
+def _units_of_first(model: nn.Module, evaluation: Iterable[Any], place: Placement, step: Step | None) -> Units:
     if step is not None:
         raise ArgumentError("step=…", "with a step of your own, 'zero' needs units=find_units(model, example)")
-    batch = next(iter(loader), None)
+    batch = next(iter(evaluation), None)
     if batch is None:
-        raise ArgumentError("evaluation_loader", "it holds no images")
-    moved = move(batch)
+        raise ArgumentError("evaluation", "it holds no images")
+    moved = place.to_device(batch)
     images_and_labels(model, moved)  # what a batch has to be is said there
     return find_units(model, moved[0][:1])
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from chanaxes_pl.core.errors import InputError
+from chanaxes_pl.core.errors import InputError, naming
 from chanaxes_pl.lesions.replacements import REPLACEMENTS, Replacement, check_channels, check_operations, replacement
 from chanaxes_pl.network.groups import Units
 from chanaxes_pl.network.layers import channel_count, select_layers
@@ -62,7 +62,7 @@ def lesion(
     channel: int,
     operation: str,
     *,
-    repair: Replacement | None = None,
+    statistics: Replacement | None = None,
     units: Units | None = None,
 ) -> Iterator[None]:
     """A model with one channel damaged, which is bit for bit as before afterwards.
@@ -76,22 +76,23 @@ def lesion(
         layer: name of a convolution or Linear layer.
         channel: its output feature, from 0.
         operation: one of :data:`OPERATIONS`.
-        repair: of the layer, for all but ``"zero"``; see :func:`measure_repairs`.
+        statistics: of the layer, for all but ``"zero"``; see :func:`measure_replacements`.
         units: of the model, for ``"zero"``; see :func:`find_units`.
 
     Raises:
         ValueError: for an unknown operation, layer or channel, if what the operation needs is missing, or if the
             channel cannot be removed.
     """
-    check_operations([operation], OPERATIONS, "lesion")
-    modules = select_layers(model, "conv+linear", "lesion")
-    check_places(modules, {layer: [channel]}, "lesion")
+    with naming("lesion"):
+        check_operations([operation], OPERATIONS)
+        modules = select_layers(model, "conv+linear")
+        check_places(modules, {layer: [channel]})
     if operation == "zero" and units is None:
         raise ValueError("lesion(operation='zero'): pass units=find_units(model, images)")
-    if operation != "zero" and repair is None:
-        raise ValueError(f"lesion(operation={operation!r}): pass repair=measure_repairs(…)[{layer!r}]")
-    repairs = {} if repair is None else {layer: repair}
-    change, why = Interventions(model, modules, repairs, units).change(layer, channel, operation)
+    if operation != "zero" and statistics is None:
+        raise ValueError(f"lesion(operation={operation!r}): pass statistics=measure_replacements(…)[{layer!r}]")
+    replacements = {} if statistics is None else {layer: statistics}
+    change, why = Interventions(model, modules, replacements, units).change(layer, channel, operation)
     if change is None:
         raise ValueError(f"lesion(layer={layer!r}, channel={channel}, operation={operation!r}): {why}")
     with change.applied(model):
@@ -118,13 +119,13 @@ class Interventions:
         self,
         model: nn.Module,
         modules: Mapping[str, nn.Module],
-        repairs: Mapping[str, Replacement],
+        replacements: Mapping[str, Replacement],
         units: Units | None,
     ) -> None:
         self.changes: dict[Key, Intervention] = {}
         self._modules = modules
         self._paths = {module: name for name, module in model.named_modules()}
-        self._repairs = repairs
+        self._replacements = replacements
         self._fixed = {} if units is None else units.fixed
         self._units = {
             (path, channel): (group, unit)
@@ -142,12 +143,12 @@ class Interventions:
             group, unit = self._units.get((path, channel), (None, -1))
             why = self._fixed.get(path, "its layer is in no removable group")
             return (None, f"cannot be removed: {why}") if group is None else (Intervention(group=group, unit=unit), "")
-        if layer not in self._repairs:
+        if layer not in self._replacements:
             return None, "the forward pass did not reach this layer"
-        repair = self._repairs[layer]
-        if not repair.mean[channel].isfinite():
+        statistics = self._replacements[layer]
+        if not statistics.mean[channel].isfinite():
             return None, "output not finite"
-        return Intervention({path: replacement(module, channel, repair, operation)}), ""
+        return Intervention({path: replacement(module, channel, statistics, operation)}), ""
 
     def row(self, layer: str, channel: int, operations: Iterable[str]) -> dict[str, Any]:
         """A row's beginning, with the key of each operation's change, which is noted."""

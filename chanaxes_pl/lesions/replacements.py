@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from operator import attrgetter
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from chanaxes_pl.core.errors import InputError
 from chanaxes_pl.core.moments import Moments
 from chanaxes_pl.core.peers import hull_coefficients, peer_reconstruction
 from chanaxes_pl.network.layers import channel_count
-from chanaxes_pl.network.probe import Probe
+from chanaxes_pl.network.probe import Placement, Probe
 from chanaxes_pl.network.recording import Settings, record
 from chanaxes_pl.network.tracing import Edit
 
@@ -58,33 +57,33 @@ class Replacement:
 
 #: How a channel's output is rebuilt: the coefficients ``[C, C]`` of its peers.
 REPLACEMENTS: dict[str, Callable[[Replacement], Tensor]] = {
-    "mean": lambda repair: torch.zeros_like(repair.peer),
+    "mean": lambda statistics: torch.zeros_like(statistics.peer),
     "peer": attrgetter("peer"),
     "hull": attrgetter("hull"),
 }
 
 
 def measure_replacements(
-    model: nn.Module, probe: Probe, settings: Settings, *, to_device: Callable[[Any], Any]
+    model: nn.Module, probe: Probe, settings: Settings, place: Placement
 ) -> dict[str, Replacement]:
-    """Every layer's :class:`Repair` by the layer's name, from one pass over the probe; the model is left as it was.
+    """Every layer's :class:`Replacement` by name, from one pass over the probe; the model is left as it was.
 
     A layer that the forward pass never reaches is not in it. Where several processes run each makes the whole pass.
     """
-    moments = record(model, probe, settings, to_device=to_device).moments()
+    moments = record(model, probe, settings, place).moments()
     return {name: Replacement.of(Moments.merge_all(found.local)) for name, found in moments if found is not None}
 
 
-def replacement(layer: nn.Module, channel: int, repair: Replacement, operation: str) -> Edit:
+def replacement(layer: nn.Module, channel: int, statistics: Replacement, operation: str) -> Edit:
     """What a layer would put out had one of its channels been rebuilt from the others, from what it does put out.
 
     Args:
         layer: a convolution or Linear.
         channel: its output feature.
-        repair: of the layer.
+        statistics: of the layer.
         operation: a key of :data:`REPLACEMENTS`.
     """
-    offset, peers, weights = repair.rule(operation, channel)
+    offset, peers, weights = statistics.rule(operation, channel)
     home = next(layer.parameters()).device
     peers, weights = peers.to(home), weights.to(home, torch.promote_types(layer.weight.dtype, torch.float32))  # type: ignore[arg-type]
     dimension = -1 if isinstance(layer, nn.Linear) else 1
@@ -122,7 +121,7 @@ def check_channels(layer: str, channels: Iterable[int], width: int) -> None:
 
 
 @contextmanager
-def as_filter(layer: nn.Module, channel: int, repair: Replacement, operation: str = "peer") -> Iterator[None]:
+def as_filter(layer: nn.Module, channel: int, statistics: Replacement, operation: str = "peer") -> Iterator[None]:
     """A layer whose filter for one channel is replaced by its peers' filters, W_i ← Σ β_ij W_j, b_i ← a_i + Σ β_ij b_j.
 
     Gives what the lesion of the same name gives, because one position's outputs are linear in one and the same patch.
@@ -131,7 +130,7 @@ def as_filter(layer: nn.Module, channel: int, repair: Replacement, operation: st
     Args:
         layer: a convolution or Linear.
         channel: its output feature.
-        repair: of the layer.
+        statistics: of the layer.
         operation: a key of :data:`REPLACEMENTS`.
 
     Raises:
@@ -144,7 +143,7 @@ def as_filter(layer: nn.Module, channel: int, repair: Replacement, operation: st
         )
     check_operations([operation], REPLACEMENTS, "as_filter")
     check_channels(type(layer).__name__, [channel], channel_count(layer), "as_filter")
-    offset, peers, weights = repair.rule(operation, channel)
+    offset, peers, weights = statistics.rule(operation, channel)
     weight, bias = layer.weight, layer.bias
     assert isinstance(weight, Tensor)
     before = weight[channel].detach().clone()

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, Subset, SubsetRandomSampler
 
-from chanaxes_pl.core.errors import ArgumentTypeError, InputError
+from chanaxes_pl.core.errors import ArgumentError, ArgumentTypeError, InputError
 
 #: ``(module, batch) → (logits [B, K], labels [B])``.
 Step = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
@@ -53,6 +59,46 @@ def _describe(value: Any) -> str:
     return f"of type {type(value).__name__}"
 
 
+@dataclass(frozen=True)
+class Placement:
+    """Where a model runs, and which share of the work is this process's.
+
+    Attributes:
+        to_device: moves a batch to the model.
+        forward_context: what a forward pass runs in, such as a precision plugin's.
+        rank: of this process.
+        world: number of processes.
+
+    Raises:
+        ValueError: unless 0 ≤ rank < world.
+    """
+
+    to_device: Callable[[Any], Any]
+    forward_context: Callable[[], AbstractContextManager] = nullcontext
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world:
+            raise ArgumentError(f"rank={self.rank}, world={self.world}", "expected rank from 0 to world − 1")
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Placement:
+        """One process, on the device of the model's first parameter."""
+        parameter = next(model.parameters(), torch.empty(0))
+        return cls(partial(move_data_to_device, device=parameter.device))
+
+    @classmethod
+    def of_trainer(cls, trainer: Trainer) -> Placement:
+        """That of a Trainer's modules."""
+        return cls(
+            trainer.strategy.batch_to_device,
+            trainer.precision_plugin.forward_context,
+            trainer.global_rank,
+            trainer.world_size,
+        )
+
+
 class Probe:
     """The first ``size`` images of a loader, or ``size`` images of a data set, the same at every checkpoint.
 
@@ -84,7 +130,7 @@ class Probe:
             keep_order = isinstance(source, DataLoader) and isinstance(sampler, SequentialSampler)
             self._order = _fixed_order(_members(loader), size, keep_order)
             if len(self._order) < MIN_IMAGES:
-                raise ValueError(too_small(len(self._order)))
+                raise InputError(too_small(len(self._order)))
 
     def batches(self, rank: int = 0, world: int = 1) -> Iterator[tuple[np.ndarray, Any]]:
         """This process's share, as ``(indices [B] of the images in the probe, batch)``.
@@ -133,6 +179,45 @@ class Probe:
             seen += images
 
 
+def find_probe(given: Dataset | DataLoader | None, trainer: Trainer) -> Dataset | DataLoader:
+    """The images to probe a Trainer's model with.
+
+    In this order: those given, the datamodule's ``probe_dataloader()``, the validation loader.
+
+    Raises:
+        ValueError: if there is none of these.
+    """
+    if given is not None:
+        return given
+    datamodule = getattr(trainer, "datamodule", None)
+    if datamodule is not None and hasattr(datamodule, "probe_dataloader"):
+        return datamodule.probe_dataloader()
+    loaders = trainer.val_dataloaders
+    if loaders is None and not trainer.testing:  # not set up yet where nothing was trained
+        with suppress(MisconfigurationException):  # Lightning's error where there is no validation; ours says more
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        loaders = trainer.val_dataloaders
+    loader = loaders[0] if isinstance(loaders, (list, tuple)) and loaders else loaders
+    if isinstance(loader, DataLoader):
+        return loader
+    raise InputError(
+        "found no probe images: pass probe=a Dataset or DataLoader of labelled images, or give the datamodule a "
+        "probe_dataloader(), or train with a validation loader (and limit_val_batches above 0)"
+    )
+
+
+def check_sizes(probe_size: int, evaluation_size: int | None = None) -> None:
+    """Check how many images an experiment asks for.
+
+    Raises:
+        ValueError: if either is too few.
+    """
+    if probe_size < MIN_IMAGES:
+        raise ArgumentError(f"probe_size={probe_size}", f"expected at least {MIN_IMAGES} images")
+    if evaluation_size is not None and evaluation_size < 1:
+        raise ArgumentError(f"evaluation_size={evaluation_size}", "expected at least 1 image, or None for all")
+
+
 def too_small(images: int) -> str:
     """The error for a probe of too few images."""
     return (
@@ -154,15 +239,15 @@ def _fixed_order(members: np.ndarray, size: int, keep_order: bool) -> np.ndarray
     return np.sort(np.random.default_rng(_SEED).permutation(members)[:size])
 
 
-def image_batches(loader: DataLoader | Dataset, count: int, to_device: Callable[[Any], Any]) -> list[Tensor]:
-    """The first ``count`` images of a loader, or of a data set a fixed random choice, in its batches.
+def image_batches(source: DataLoader | Dataset, count: int, place: Placement) -> list[Tensor]:
+    """The images of a :class:`Probe` of at most ``count``, in its batches.
 
     Raises:
         ValueError: if a batch holds no images first, or an image is not finite.
     """
     batches, seen = [], 0
-    for _, batch in Probe(loader, count).batches():
-        moved = to_device(batch)
+    for _, batch in Probe(source, count).batches():
+        moved = place.to_device(batch)
         images = moved[0] if isinstance(moved, (tuple, list)) and moved else moved
         if not isinstance(images, Tensor) or images.ndim < 2:
             raise InputError(f"a batch of type {type(batch).__name__}: expected (images, labels), or images")

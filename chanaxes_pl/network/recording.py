@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,7 +27,7 @@ from chanaxes_pl.network.layers import (
 )
 from chanaxes_pl.network.moments_metric import MomentsMetric
 from chanaxes_pl.network.patches import PatchMoments, PatchRecorder
-from chanaxes_pl.network.probe import MIN_IMAGES, Probe, Step, images_and_labels, too_small
+from chanaxes_pl.network.probe import MIN_IMAGES, Placement, Probe, Step, check_sizes, images_and_labels, too_small
 from chanaxes_pl.network.sampling import image_means, local_samples, sample_positions
 
 # Numbers that a buffer holds at least: an eighth of a megabyte of float32.
@@ -253,7 +253,7 @@ def _affine_map(layer: nn.Module, read: Tensor, gave: Tensor) -> tuple[Tensor, T
     return (weight, bias) if same else None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """What is measured, and how: the arguments that :func:`compute_axes` and ``AxisTracker`` share.
 
@@ -274,8 +274,7 @@ class Settings:
         whole = isinstance(self.positions, int) and self.positions > 0
         if not whole and self.positions != "all":
             raise ArgumentError(f"positions={self.positions!r}", "expected a whole number above 0, or 'all'")
-        if self.probe_size < MIN_IMAGES:
-            raise ArgumentError(f"probe_size={self.probe_size}", f"expected at least {MIN_IMAGES} images")
+        check_sizes(self.probe_size)
         target_function(self.target)
         if self.alignment and self.target == "label":
             raise ArgumentError(
@@ -293,11 +292,7 @@ def record(
     model: nn.Module,
     probe: Probe,
     settings: Settings,
-    *,
-    to_device: Callable[[Any], Any],
-    forward_context: Callable[[], AbstractContextManager] = nullcontext,
-    rank: int = 0,
-    world: int = 1,
+    place: Placement,
 ) -> Recorder:
     """One pass of ``model`` over the probe: the moments that everything else is computed from.
 
@@ -305,10 +300,7 @@ def record(
         model: gives logits (or whatever ``settings.step`` makes logits of); left as it was.
         probe: the images.
         settings: what is measured.
-        to_device: moves a batch to the model.
-        forward_context: what the forward pass runs in (a precision plugin's).
-        rank: of this process.
-        world: number of processes.
+        place: where the model runs; with several processes every one calls this with its own.
 
     Raises:
         ValueError: if the images or the layers are not what ``settings`` need.
@@ -318,14 +310,14 @@ def record(
     target = target_function(settings.target)
     recorder = Recorder(layers, target, settings.positions, settings.reliability, settings.alignment)
     with observed(model), recorder.attached():
-        for indices, batch in probe.batches(rank, world):
-            moved = to_device(batch)
+        for indices, batch in probe.batches(place.rank, place.world):
+            moved = place.to_device(batch)
 
             def forward(moved: Any = moved) -> Any:
-                with forward_context():
+                with place.forward_context():
                     return step(model, moved)
 
             recorder.record(indices, forward)
-    if world == 1 and recorder.images < MIN_IMAGES:
-        raise ValueError(too_small(recorder.images))
+    if place.world == 1 and recorder.images < MIN_IMAGES:
+        raise InputError(too_small(recorder.images))
     return recorder

@@ -88,6 +88,12 @@ def check_budget(budget: float) -> None:
         )
 
 
+def check_allocation(allocation: str) -> None:
+    """Raise ValueError unless the allocation is one of :data:`ALLOCATIONS`."""
+    if allocation not in ALLOCATIONS:
+        raise ArgumentError(f"allocation={allocation!r}", f"expected one of {', '.join(map(repr, ALLOCATIONS))}")
+
+
 def keep_best(groups: Sequence[Group], removed: np.ndarray, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The units that stay, ascending, when every group gives up its lowest.
 

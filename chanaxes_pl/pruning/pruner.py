@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -19,10 +17,10 @@ from chanaxes_pl.core.moments import true_float32
 from chanaxes_pl.network.groups import find_units
 from chanaxes_pl.network.hooks import observed
 from chanaxes_pl.network.macs import Cost, count_macs
-from chanaxes_pl.network.probe import image_batches
+from chanaxes_pl.network.probe import Placement, image_batches
 from chanaxes_pl.network.removal import disagreement, remove, twin
 from chanaxes_pl.pruning.allocation import (
-    ALLOCATIONS,
+    check_allocation,
     check_budget,
     fit_budget,
     keep_best,
@@ -128,8 +126,7 @@ class Pruner:
         Raises:
             ValueError: in either case.
         """
-        if allocation not in ALLOCATIONS:
-            raise ArgumentError(f"allocation={allocation!r}", f"expected one of {', '.join(map(repr, ALLOCATIONS))}")
+        check_allocation(allocation)
         fit_budget(self.cost, uniform_order(self.groups), budget)
 
     def macs(self, kept: Mapping[str, Tensor]) -> int:
@@ -197,7 +194,7 @@ def _exactness(model: nn.Module, images: Tensor) -> float:
 
 def prune(
     model: nn.Module,
-    loader: DataLoader | Dataset,
+    probe: DataLoader | Dataset,
     *,
     budget: float,
     score: str = "l1",
@@ -205,7 +202,7 @@ def prune(
     compensate: bool | str = True,
     example_input: Tensor | None = None,
     protect: Sequence[str] = (),
-    images: int = IMAGES,
+    probe_size: int = IMAGES,
     reestimate: bool = False,
     seed: int = 0,
 ) -> Slim:
@@ -213,15 +210,15 @@ def prune(
 
     Args:
         model: the trained network, from images to logits; left as it is.
-        loader: training images under the evaluation transform, ``(images, labels)``, as for :func:`compute_axes`;
+        probe: training images under the evaluation transform, ``(images, labels)``, as for :func:`compute_axes`;
             labels are used by scores that need the task only.
         budget: MACs that remain, as a share of the dense network's, in (0, 1].
         score: which channels go first, see :data:`SCORES`.
         allocation: how much each layer loses: ``"uniform"``, ``"shared"`` (as Taylor would choose) or ``"own"``.
         compensate: fit what is left to the dense network's signals: ``"refit"`` (or ``True``), ``"fold"``, or not.
-        example_input: images ``[B, …]`` as the model takes them; default the loader's first.
+        example_input: images ``[B, …]`` as the model takes them; default the probe's first.
         protect: globs over names of layers whose channels all stay.
-        images: of the loader that scores and compensation use, at the most.
+        probe_size: images of the probe that scores and compensation use, at most.
         reestimate: estimate BatchNorm statistics anew at the end.
         seed: of random scores.
 
@@ -245,12 +242,12 @@ def prune(
     with naming("prune"):
         check_budget(budget)
         strength = strength_of(compensate)
-        device = next(model.parameters(), torch.empty(0)).device
-        batches = image_batches(loader, images, partial(move_data_to_device, device=device))
-        example = batches[0] if example_input is None else example_input.to(device)
+        place = Placement.of(model)
+        batches = image_batches(probe, probe_size, place)
+        example = batches[0] if example_input is None else place.to_device(example_input)
         pruner = Pruner(model, example, protect)
         needed = [score, REFERENCE] if allocation == "shared" else [score]
-        scores = channel_scores(model, loader, pruner.units, needed, probe_size=images, seed=seed)
+        scores = channel_scores(model, probe, pruner.units, needed, probe_size=probe_size, seed=seed, place=place)
         kept = pruner.choose(scores, score, allocation, budget)
         slim = pruner.cut(kept)
         report = fit_back(slim, pruner, kept, batches, strength, reestimate)

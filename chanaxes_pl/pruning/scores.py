@@ -5,12 +5,11 @@ For the names see ``analysis/scores``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from scipy.stats import rankdata
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -20,7 +19,7 @@ from chanaxes_pl.core.errors import ArgumentError, InputError
 from chanaxes_pl.core.moments import Moments
 from chanaxes_pl.network.groups import Units
 from chanaxes_pl.network.layers import channel_count
-from chanaxes_pl.network.probe import Probe, Step, images_and_labels
+from chanaxes_pl.network.probe import Placement, Probe, Step, images_and_labels
 from chanaxes_pl.network.recording import LayerMoments, Settings, record
 from chanaxes_pl.network.removal import Group
 from chanaxes_pl.pruning.baselines import WEIGHT_SCORES, norms_behind, weight_scores
@@ -46,7 +45,7 @@ def default_scores(model: nn.Module, units: Units, images: Tensor) -> list[str]:
 
 def channel_scores(
     model: nn.Module,
-    source: DataLoader | Dataset,
+    probe: DataLoader | Dataset,
     units: Units,
     scores: Sequence[str],
     *,
@@ -54,9 +53,7 @@ def channel_scores(
     probe_size: int = 5000,
     positions: int | str = 16,
     seed: int = 0,
-    to_device: Callable[[Any], Any] | None = None,
-    rank: int = 0,
-    world: int = 1,
+    place: Placement | None = None,
 ) -> dict[str, dict[str, Tensor]]:
     """Some scores of every channel that could be removed. The model is left as it was.
 
@@ -66,16 +63,15 @@ def channel_scores(
 
     Args:
         model: what the units were found in.
-        source: the probe, see :class:`Probe`; read only for scores that need images.
+        probe: the probe set, see :class:`Probe`; read only for scores that need images.
         units: the removable units.
         scores: names as in :func:`score_family`.
         step: ``(model, batch) → (logits, labels)`` for batches or outputs other than ``(images, labels)`` and logits.
         probe_size: images at the most.
         positions: local samples an image, or ``"all"``.
         seed: of the random scores.
-        to_device: moves a batch to the model, by default to where its first parameter is.
-        rank: of this process; several share the pass for our own metrics and each do the rest alone.
-        world: number of processes.
+        place: where the model runs; default one process, on the device of its first parameter. Several processes
+            share the pass for our own metrics, and each do the rest alone.
 
     Returns:
         Score → layer → ``[C]`` float64 on the host; low = remove; −inf where not finite.
@@ -86,14 +82,13 @@ def channel_scores(
     """
     for score in scores:
         score_family(score)
-    device = next(model.parameters()).device
-    to_device = to_device or (lambda batch: move_data_to_device(batch, device))
+    place = place or Placement.of(model)
     run = step or images_and_labels
     layers = {name: model.get_submodule(name) for group in units.groups.values() for name in group.producers}
     asked = {base_score(score) for score in scores}
 
     def batches() -> Iterator[Any]:
-        return (to_device(batch) for _, batch in Probe(source, probe_size).batches())
+        return (place.to_device(batch) for _, batch in Probe(probe, probe_size).batches())
 
     # Before the long passes: these may refuse.
     found = {score: weight_scores(score, model, units, batches, run) for score in WEIGHT_SCORES if score in asked}
@@ -101,16 +96,15 @@ def channel_scores(
         if base_score(score) == "random":
             found[score] = _random(model, layers, seed, draw=int(score.removeprefix("random").strip("_") or 0))
     if asked & _RECORDED:
-        probe = Probe(source, probe_size)
         names = {layer: name for name, layer in layers.items()}  # those of compiled layers are spelt otherwise there
         settings = Settings(
-            lambda _, layer: layer in names,
-            positions,
+            layers=lambda _, layer: layer in names,
+            positions=positions,
             reliability=False,
             step=step,
             probe_size=probe_size,
         )
-        recorder = record(model, probe, settings, to_device=to_device, rank=rank, world=world)
+        recorder = record(model, Probe(probe, probe_size), settings, place)
         measured = ((names[recorder.layers[name]], moments) for name, moments in recorder.moments())
         found |= _recorded(measured, asked)
     if asked & set(MAP_SCORES):

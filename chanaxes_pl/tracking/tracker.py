@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import pandas as pd
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import WandbLogger
 from torch.utils.data import DataLoader, Dataset
 
@@ -20,7 +19,7 @@ from chanaxes_pl.axes import measure_axes
 from chanaxes_pl.core.errors import naming
 from chanaxes_pl.core.targets import TargetSpec
 from chanaxes_pl.network.layers import LayerSpec, channel_count, select_layers
-from chanaxes_pl.network.probe import Probe, Step
+from chanaxes_pl.network.probe import Placement, Probe, Step, find_probe
 from chanaxes_pl.network.recording import Settings
 from chanaxes_pl.run_folder import RunFolder, check_tracker_name
 from chanaxes_pl.tracking.history import History
@@ -89,8 +88,17 @@ class AxisTracker(L.Callback):
         super().__init__()
         with naming(type(self).__name__):
             check_tracker_name(name)
-        self.settings = Settings(layers, positions, target, noise, reliability, step, probe_size, alignment)
-        self.schedule = Schedule.parse(schedule)
+            self.settings = Settings(
+                layers=layers,
+                positions=positions,
+                target=target,
+                noise=noise,
+                reliability=reliability,
+                step=step,
+                probe_size=probe_size,
+                alignment=alignment,
+            )
+            self.schedule = Schedule.parse(schedule)
         self.name = name
         self.table = pd.DataFrame()
         self._given = probe
@@ -160,7 +168,7 @@ class AxisTracker(L.Callback):
         self._widths = widths
         fast = bool(getattr(trainer, "fast_dev_run", False))  # the Trainer sets it without declaring it
         size = min(self.settings.probe_size, _FAST_IMAGES) if fast else self.settings.probe_size
-        self._probe = Probe(_probe_source(self._given, trainer), size)
+        self._probe = Probe(find_probe(self._given, trainer), size)
         if self._save and trainer.is_global_zero and not fast:
             root, run = RunFolder.of_trainer(trainer)
             self._history.open(root, self.name, run)
@@ -176,10 +184,7 @@ class AxisTracker(L.Callback):
                 pl_module,
                 self._probe,
                 self.settings,
-                to_device=trainer.strategy.batch_to_device,
-                forward_context=trainer.precision_plugin.forward_context,
-                rank=trainer.global_rank,
-                world=trainer.world_size,
+                Placement.of_trainer(trainer),
             )
         correlations = axis_correlations(table)
         self.table = self._history.add(epoch, trainer.global_step, table, correlations)
@@ -225,24 +230,6 @@ def _as_validation(trainer: L.Trainer) -> Iterator[None]:
         trainer.state.stage = stage
 
 
-def _probe_source(given: Dataset | DataLoader | None, trainer: L.Trainer) -> Dataset | DataLoader:
-    if given is not None:
-        return given
-    datamodule = getattr(trainer, "datamodule", None)
-    if datamodule is not None and hasattr(datamodule, "probe_dataloader"):
-        return datamodule.probe_dataloader()
-    loaders = trainer.val_dataloaders
-    if loaders is None:  # not set up yet where nothing was trained
-        with suppress(MisconfigurationException):  # Lightning's error where there is no validation; ours says more
-            trainer.fit_loop.epoch_loop.val_loop.setup_data()
-        loaders = trainer.val_dataloaders
-    loader = loaders[0] if isinstance(loaders, (list, tuple)) and loaders else loaders
-    if isinstance(loader, DataLoader):
-        return loader
-    raise ValueError(
-        "AxisTracker found no probe images: pass AxisTracker(probe=a Dataset or DataLoader of labelled images), or "
-        "give the datamodule a probe_dataloader(), or train with a validation loader (and limit_val_batches above 0)"
-    )
 
 
 def _other_layers(before: dict[str, int], now: dict[str, int]) -> str:

@@ -8,6 +8,7 @@ import pytest
 from numpy.testing import assert_allclose
 from scipy import stats
 
+from chanaxes_pl import LesionExperiment
 from chanaxes_pl.analysis.correlations import AXES, NETWORK
 from chanaxes_pl.analysis.damage import score_damage_correlation
 from chanaxes_pl.analysis.prediction import PREDICTORS, early_prediction
@@ -238,7 +239,7 @@ def test_lesions_of_another_network_are_refused(tmp_path):
 def test_from_training_to_figure(tmp_path):
     model, fit = build(), trainer(tmp_path, AxisTracker(schedule="log"))
     fit.fit(model, **loaders())
-    lesions = PruneModule(model, "lesion", probe=images(), operations=("zero",), scores=("l1",), out=tmp_path)
+    lesions = PruneModule(model, LesionExperiment(operations=("zero",), scores=("l1",)), probe=images(), out=tmp_path)
     trainer(tmp_path).test(lesions, loaders()["val_dataloaders"], verbose=False)
     result = predicted(tmp_path, order="l1", resamples=50)
     assert set(result["metric"]) == {*METRICS, "peer_r2", *AXES}

@@ -199,7 +199,7 @@ def routes_of(net: nn.Module, kinds=(nn.Conv2d, nn.Linear)) -> tuple[dict[str, R
     layers = {name: module for name, module in net.named_modules() if isinstance(module, kinds)}
     with torch.no_grad(), input_spread(layers) as spread:
         net(IMAGES)
-    return find_routes(net, layers, spread, IMAGES[:1], "test"), layers
+    return find_routes(net, layers, spread, IMAGES[:1]), layers
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ lesioning every channel once.
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 
@@ -68,8 +67,8 @@ def compare(name: str, device: str, batch: int, repeats: int) -> tuple[float, fl
         for layer in layers.values():
             width = channel_count(layer)
             nothing = torch.zeros(width, width, dtype=torch.float64)
-            repair = Replacement(nothing[0], nothing[0], nothing, nothing)
-            change = Intervention({paths[layer]: replacement(layer, 0, repair, "mean")})
+            statistics = Replacement(nothing[0], nothing[0], nothing, nothing)
+            change = Intervention({paths[layer]: replacement(layer, 0, statistics, "mean")})
 
             def whole(change: Intervention = change) -> Tensor:
                 with change.applied(model):

@@ -211,7 +211,7 @@ def recorded(
     alignment: bool = False,
 ) -> dict[str, LayerMoments]:
     """What one of ``world`` processes would hold after its share of the probe."""
-    layers, function = select_layers(model, "conv+linear"), target_function(target, "test")
+    layers, function = select_layers(model, "conv+linear"), target_function(target)
     recorder = Recorder(layers, function, positions, halves, alignment)
     with observed(model), recorder.attached():
         for indices, batch in Probe(loader).batches(rank, world):

@@ -1,6 +1,7 @@
 """Lesions: what they do to a model and for how long, and the table of damage against a slow loop."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pandas as pd
@@ -11,18 +12,19 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from chanaxes_pl import LesionExperiment
 from chanaxes_pl.lesions.damage_table import join_shares, lesion_table
 from chanaxes_pl.lesions.interventions import OPERATIONS, lesion
 from chanaxes_pl.lesions.replacements import as_filter
 from chanaxes_pl.models import BACKBONES
 from chanaxes_pl.network.groups import find_units
 from chanaxes_pl.network.hooks import observed
-from chanaxes_pl.network.probe import images_and_labels
+from chanaxes_pl.network.probe import Placement, images_and_labels
 from chanaxes_pl.network.removal import remove
 from tests.helpers import cases as zoo
 from tests.helpers import reference
 from tests.helpers import training as small
-from tests.lesions.test_replacements import assert_unchanged, loader, repairs_of, snapshot
+from tests.lesions.test_replacements import assert_unchanged, loader, replacements_of, snapshot
 from tests.network.test_tracing import Branching, backbone, batch, build
 
 #: A few layers of each backbone: the first, inner ones, and such as a residual sum ties to others.
@@ -34,14 +36,25 @@ LAYERS = {
 }
 
 
+def same(batch):
+    return batch
+
+
 def model() -> nn.Module:
     """Small, in training mode but for a frozen norm; its last norm is used as far as it comes."""
     return small.build(dropout=0.3).double()
 
 
 def table(network=None, **options) -> pd.DataFrame:
-    options = {"progress": False, "positions": "all", **options}
-    return lesion_table(network or model(), loader(), loader(seed=3), **options)
+    return lesions(network or model(), loader(seed=3), loader(), **{"positions": "all"} | options)
+
+
+def lesions(network, probe, evaluation, **options) -> pd.DataFrame:
+    """The table of a :class:`LesionExperiment` with those options that are its fields."""
+    fields = {field.name for field in dataclasses.fields(LesionExperiment)}
+    experiment = LesionExperiment(**{name: value for name, value in options.items() if name in fields})
+    others = {name: value for name, value in options.items() if name not in fields}
+    return lesion_table(network, probe, evaluation, experiment, **{"progress": False} | others)
 
 
 # ---------------------------------------------------------------- contexts
@@ -52,12 +65,12 @@ def test_everything_is_as_before_after_an_error(operation):
     network = backbone("convnext_tiny")
     data = loader(side=32)
     layer = "features.2.1" if operation != "filter" else "features.1.0.block.3"
-    repair = repairs_of(network, [layer], data)[layer]
+    statistics = replacements_of(network, [layer], data)[layer]
     units = find_units(network, batch(1))
     before = snapshot(network)
-    context = lesion(network, layer, 1, operation, repair=repair, units=units)
+    context = lesion(network, layer, 1, operation, statistics=statistics, units=units)
     if operation == "filter":
-        context = as_filter(network.get_submodule(layer), 1, repair)
+        context = as_filter(network.get_submodule(layer), 1, statistics)
     differs = []
 
     def fail():
@@ -95,8 +108,8 @@ def test_running_in_part_gives_the_table_of_whole_forwards(name):
     network = backbone(name)
     before = snapshot(network)
     data = loader(12, 32, 8)
-    options = {"layers": LAYERS[name], "channels": 1, "progress": False, "positions": 4}
-    fast, slow = (lesion_table(network, data, data, fast=fast, **options) for fast in (True, False))
+    options = {"layers": LAYERS[name], "channels": 1, "positions": 4}
+    fast, slow = (lesions(network, data, data, fast=fast, **options) for fast in (True, False))
     pd.testing.assert_frame_equal(fast, slow, rtol=1e-8, atol=1e-10)
     assert (fast[[f"{op}_loss" for op in OPERATIONS]].abs() > 1e-6).to_numpy().mean() > 0.9
     assert (fast["reason"] == "").all()
@@ -175,7 +188,7 @@ def test_recovery_is_a_share_of_clear_damage_only():
     images = loader().dataset.tensors[0]
     with observed(network):
         own = DataLoader(TensorDataset(images, network(images).argmax(1)), batch_size=10)
-    found = lesion_table(network, own, loader(seed=3), channels={"net.4": range(8)}, progress=False)
+    found = lesions(network, loader(seed=3), own, channels={"net.4": range(8)})
     clear = found["mean_loss"] > 2 * found["mean_loss_se"]
     assert clear.any()
     assert not clear.all()
@@ -203,7 +216,7 @@ def test_layers_that_are_not_reached_and_outputs_that_are_not_finite_say_so():
     network, data = zoo.case("dead channels")
     network.add_module("spare", nn.Identity())
     network.spare.conv = nn.Conv2d(3, 2, 3).double()
-    found = lesion_table(network, data, data, operations=["mean"], progress=False).set_index(["layer", "channel"])
+    found = lesions(network, data, data, operations=["mean"]).set_index(["layer", "channel"])
     assert found["reason"]["spare.conv"].tolist() == ["the forward pass did not reach this layer"] * 2
     assert found["reason"]["0"].tolist() == ["output not finite" if k in (6, 7) else "" for k in range(10)]
     assert found["mean_loss"].isna().equals(found["reason"] != "")
@@ -212,11 +225,11 @@ def test_layers_that_are_not_reached_and_outputs_that_are_not_finite_say_so():
 
 def test_tied_layers_share_their_units_damage_and_its_cost():
     network, data = backbone("resnet18"), loader(6, 32, 6)
-    options = {"units": find_units(network, batch(1)), "operations": ["zero"], "progress": False}
+    options = {"units": find_units(network, batch(1)), "operations": ["zero"]}
     calls = []
     network.fc.register_forward_hook(lambda *_: calls.append(1))
     channels = {"conv1": [3, 5], "layer1.0.conv2": [5], "layer1.1.conv2": [3, 7]}
-    found = lesion_table(network, data, None, channels=channels, **options)
+    found = lesions(network, None, data, channels=channels, **options)
     units = found["unit"].unique()
     assert units.tolist() == ["conv1[3]", "conv1[5]", "conv1[7]"]
     assert found.groupby("unit")["zero_loss"].nunique().eq(1).all()
@@ -228,7 +241,7 @@ def test_shares_make_the_whole_table(tmp_path):
     whole = table(channels=3)
     shares = []
     for rank in range(4):
-        table(channels=3, rank=rank, world=4).to_parquet(tmp_path / f"{rank}.parquet")
+        table(channels=3, place=Placement(same, rank=rank, world=4)).to_parquet(tmp_path / f"{rank}.parquet")
         shares.append(pd.read_parquet(tmp_path / f"{rank}.parquet"))
     joined = join_shares(shares)
     pd.testing.assert_frame_equal(joined, whole, rtol=1e-12)
@@ -247,7 +260,8 @@ def test_the_model_and_the_random_stream_are_left_as_they_were():
     assert not network.frozen.training
 
 
-def test_the_bar_counts_lesions(capsys):
+def test_the_bar_counts_lesions(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     table(channels=1, operations=["mean"], progress=True)
     assert "6/6" in capsys.readouterr().err  # two layers on three batches
 
@@ -263,7 +277,6 @@ def test_the_bar_counts_lesions(capsys):
         ({"channels": {"net.4": [0, 8]}}, r"layer 'net\.4' has no channel 8; expected 0 to 7"),
         ({"channels": 0}, r"channels=0\): expected 'all', how many a layer"),
         ({"layers": "covn"}, r"lesion_table\(layers='covn'\): no tracked module"),
-        ({"rank": 2, "world": 2}, r"rank=2, world=2\): expected rank from 0"),
         ({"step": images_and_labels}, r"'zero' needs units=find_units\(model, example\)"),
     ],
 )
@@ -272,20 +285,25 @@ def test_errors_of_the_table_quote_the_call(options, message):
         table(**options)
 
 
+def test_a_rank_outside_the_world_is_refused():
+    with pytest.raises(ValueError, match=r"rank=2, world=2: expected rank from 0"):
+        Placement(same, rank=2, world=2)
+
+
 def test_errors_of_the_data_say_what_is_missing():
     empty = DataLoader(TensorDataset(torch.zeros(0, 3, 8, 8), torch.zeros(0)))
     for operations in (["zero"], ["mean"]):
-        with pytest.raises(ValueError, match=r"evaluation_loader\): it holds no images"):
-            lesion_table(model(), empty, loader(), operations=operations, progress=False)
+        with pytest.raises(ValueError, match=r"evaluation\): it holds no images"):
+            lesions(model(), loader(), empty, operations=operations)
     with pytest.raises(ValueError, match="expected a probe for all operations but 'zero'"):
-        lesion_table(model(), loader(), None, progress=False)
+        lesions(model(), None, loader())
 
 
 @pytest.mark.parametrize(
     ("place", "message"),
     [
         (("net.0", 0, "zero"), r"pass units=find_units"),
-        (("net.0", 0, "hull"), r"pass repair=measure_repairs\(…\)\['net\.0'\]"),
+        (("net.0", 0, "hull"), r"pass statistics=measure_replacements\(…\)\['net\.0'\]"),
         (("net.0", 6, "mean"), "no channel 6; expected 0 to 5"),
         (("net.1", 0, "mean"), r"no layer 'net\.1'; did you mean"),
         (("net.0", 0, "one"), "unknown operation 'one'"),

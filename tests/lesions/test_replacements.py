@@ -10,7 +10,7 @@ from chanaxes_pl.core.moments import Moments
 from chanaxes_pl.lesions.interventions import lesion
 from chanaxes_pl.lesions.replacements import REPLACEMENTS, Replacement, as_filter, measure_replacements
 from chanaxes_pl.network.hooks import observed
-from chanaxes_pl.network.probe import Probe
+from chanaxes_pl.network.probe import Placement, Probe
 from chanaxes_pl.network.recording import Settings
 from tests.helpers import cases as zoo
 from tests.helpers import reference
@@ -21,9 +21,9 @@ def loader(n=24, side=8, size=10, seed=2) -> DataLoader:
     return DataLoader(TensorDataset(images, torch.arange(n) % 4), batch_size=size)
 
 
-def repairs_of(network, layers="conv", data=None) -> dict[str, Replacement]:
-    settings = Settings(layers, "all", reliability=False)
-    return measure_replacements(network, Probe(data or loader(seed=3)), settings, to_device=lambda batch: batch)
+def replacements_of(network, layers="conv", data=None) -> dict[str, Replacement]:
+    settings = Settings(layers=layers, positions="all", reliability=False)
+    return measure_replacements(network, Probe(data or loader(seed=3)), settings, Placement(lambda batch: batch))
 
 
 def snapshot(network) -> dict:
@@ -50,7 +50,7 @@ def test_repairs_agree_with_the_slow_reference(name):
     network, data = zoo.case(name)
     outputs, _, _ = zoo.captured(network, data)
     # The logits of a network of one channel are all the same, but for a factor: any peer would do.
-    for layer, repair in repairs_of(network, "conv" if name == "one channel" else "conv+linear", data).items():
+    for layer, statistics in replacements_of(network, "conv" if name == "one channel" else "conv+linear", data).items():
         samples = outputs[layer].swapaxes(1, 2).reshape(-1, outputs[layer].shape[1])
         live = Moments.of(torch.from_numpy(samples)).live.numpy()
         kept = samples[:, live]
@@ -60,21 +60,21 @@ def test_repairs_agree_with_the_slow_reference(name):
         for i in np.flatnonzero(np.isfinite(sizes)):
             near = sorted((j for j in range(len(rho)) if j != i), key=lambda j: -abs(rho[i, j]))[: int(sizes[i])]
             hull[i, near] = reference.ridge_r2(rho, i, near)[0]
-        for found, expected in ((repair.peer, peer), (repair.hull, hull)):
+        for found, expected in ((statistics.peer, peer), (statistics.hull, hull)):
             whole = np.zeros((len(live), len(live)))
             whole[np.ix_(live, live)] = expected * std[:, None] / std
             assert_allclose(found.numpy(), whole, rtol=1e-6, atol=1e-9)
-        assert_allclose(repair.mean.numpy()[live], kept.mean(0), rtol=1e-9, atol=1e-12)
-        assert_allclose(repair.std.numpy()[live], std, rtol=1e-9)
+        assert_allclose(statistics.mean.numpy()[live], kept.mean(0), rtol=1e-9, atol=1e-12)
+        assert_allclose(statistics.std.numpy()[live], std, rtol=1e-9)
 
 
 def test_a_duplicate_is_rebuilt_by_its_twin():
     network, data = zoo.case("duplicated channels")
-    repair = repairs_of(network, data=data)["0"]
-    offset, peers, weights = repair.rule("hull", 3)
+    statistics = replacements_of(network, data=data)["0"]
+    offset, peers, weights = statistics.rule("hull", 3)
     assert peers.tolist() == [0]
     assert_allclose([offset, float(weights[0])], [0.0, 1.0], atol=2e-3)  # but for the ridge
-    offset, peers, weights = repair.rule("hull", 5)
+    offset, peers, weights = statistics.rule("hull", 5)
     assert_allclose([offset, float(weights[0])], [3 + 2 * network[0].bias[1].item(), -2.0], atol=5e-3)
 
 
@@ -83,14 +83,14 @@ def test_a_duplicate_is_rebuilt_by_its_twin():
 def test_a_rewritten_output_and_a_rewritten_filter_give_the_same_logits(name, operation):
     network, data = zoo.case(name)
     images = next(iter(data))[0]
-    repairs = repairs_of(network, "conv+linear", data)
+    replacements = replacements_of(network, "conv+linear", data)
     before = snapshot(network)
     modules = dict(network.named_modules())
     with observed(network):
-        for layer, repair in repairs.items():
-            with lesion(network, layer, 2, operation, repair=repair):
+        for layer, statistics in replacements.items():
+            with lesion(network, layer, 2, operation, statistics=statistics):
                 rewritten = network(images)
-            with as_filter(modules[layer], 2, repair, operation):
+            with as_filter(modules[layer], 2, statistics, operation):
                 torch.testing.assert_close(network(images), rewritten, rtol=1e-9, atol=1e-10)
             assert not rewritten.allclose(network(images))
     assert_unchanged(before, network)
@@ -100,4 +100,4 @@ def test_a_rewritten_output_and_a_rewritten_filter_give_the_same_logits(name, op
 def test_channels_that_read_different_inputs_have_no_filter(name):
     network, data = zoo.case(name)
     with pytest.raises(ValueError, match="grouped convolution's channels read different inputs"):
-        as_filter(network[0], 0, repairs_of(network, data=data)["0"]).__enter__()
+        as_filter(network[0], 0, replacements_of(network, data=data)["0"]).__enter__()

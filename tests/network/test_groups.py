@@ -162,13 +162,15 @@ def test_protection_by_glob():
     assert len(rest.groups) == len(units.groups) - 3
     assert units.fixed == {"fc": READERS}
     assert set(units.protect(["fc"]).groups) == set(units.groups)
-    with pytest.raises(ValueError, match=r"prune\(protect='conv9'\): matches no layer; did you mean 'conv1'"):
-        units.protect(["conv1", "conv9"], "prune")
+    with pytest.raises(ValueError, match=r"protect='conv9': matches no layer; did you mean 'conv1'"):
+        units.protect(["conv1", "conv9"])
 
 
 def test_what_does_not_run_is_an_error():
-    with pytest.raises(ValueError, match=r"prune: _ResNet does not run on a torch.float32 batch of shape \(1, 5, 32"):
-        find_units(build("resnet18"), torch.zeros(1, 5, 32, 32), "prune")
+    with pytest.raises(
+        ValueError, match=r"find_units: _ResNet does not run on a torch.float32 batch of shape \(1, 5, 32"
+    ):
+        find_units(build("resnet18"), torch.zeros(1, 5, 32, 32))
     with pytest.raises(ValueError, match="gave dict without a gradient: expected logits that autograd can follow"):
         find_units(Net(lambda net, x: {"logits": net.head(pooled(x))}, head=head(3)), ONE)
     with pytest.raises(ValueError, match=r"Net has no channels that can be removed \(head: no convolution or Linear"):

@@ -181,11 +181,11 @@ def test_the_lowest_go_and_of_equals_the_first():
 @pytest.mark.parametrize("budget", [0, 0.0, 1.2, -0.5, float("nan"), float("inf")])
 def test_a_budget_that_is_no_share_is_refused(budget):
     _, groups, cost = found("grouped")
-    message = rf"prune\(budget={budget}\): expected the share of the dense network's MACs that remains, above 0"
+    message = rf"budget={budget}: expected the share of the dense network's MACs that remains, above 0"
     with pytest.raises(ValueError, match=message):
-        check_budget(budget, "prune")
+        check_budget(budget)
     with pytest.raises(ValueError, match=message):
-        fit_budget(cost, uniform_order(groups), budget, "prune")
+        fit_budget(cost, uniform_order(groups), budget)
 
 
 def test_a_budget_below_what_is_protected_names_the_least():

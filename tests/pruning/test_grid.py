@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader
 from chanaxes_pl.analysis.grids import area_under_curve, paired_difference
 from chanaxes_pl.lesions.damage_table import join_shares
 from chanaxes_pl.network.macs import count_macs
+from chanaxes_pl.network.probe import Placement
 from chanaxes_pl.plots import plot_lesions, plot_pruning
 from chanaxes_pl.pruning import grid as protocol
-from chanaxes_pl.pruning.grid import evaluate, milliseconds, pruning_grid
+from chanaxes_pl.pruning.grid import PruningExperiment, evaluate, milliseconds, pruning_grid
 from chanaxes_pl.pruning.pruner import prune
 from chanaxes_pl.tables import VARIANT
 from tests.helpers.training import CLASSES, images
@@ -35,9 +36,9 @@ def network() -> nn.Sequential:
     ).eval()  # fmt: skip
 
 
-def grid(**options) -> pd.DataFrame:
-    settings = {"budgets": BUDGETS, "scores": SCORES, "progress": False, "compensate": (False, "refit")}
-    return pruning_grid(network(), PROBE, TEST, **settings | options)
+def grid(place: Placement | None = None, **options) -> pd.DataFrame:
+    experiment = PruningExperiment(**{"budgets": BUDGETS, "scores": SCORES} | options)
+    return pruning_grid(network(), PROBE, TEST, experiment, progress=False, place=place)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def test_evaluate_is_a_plain_loop():
         own, rest = out[labels], out[torch.arange(CLASSES) != labels]
         rows.append([float(out.logsumexp(0) - own), float(out.argmax() == labels), float(own - rest.max())])
     model.train()
-    found = evaluate(model, TEST, same)
+    found = evaluate(model, TEST, Placement(same))
     assert list(found) == ["loss", "accuracy", "margin"]
     np.testing.assert_allclose(list(found.values()), np.mean(rows, 0), rtol=1e-5)
     assert model.training
@@ -66,7 +67,7 @@ def test_one_row_a_variant_and_one_for_the_dense_network(table):
     dense = table.iloc[0]
     assert (dense["score"], dense["family"], dense["budget"], dense["macs_share"]) == ("dense", "dense", 1.0, 1.0)
     assert dense["macs"] == count_macs(network(), PROBE[0][0][None])
-    assert dense[["loss", "accuracy", "margin"]].to_dict() == evaluate(network(), TEST, same)
+    assert dense[["loss", "accuracy", "margin"]].to_dict() == evaluate(network(), TEST, Placement(same))
     assert set(table["compensate"]) == {"", "none", "refit"}
     assert not table.isna().any().any()
 
@@ -85,7 +86,7 @@ def test_rows_are_what_prune_makes(table, allocation, compensate):
             assert row["macs"] == slim.macs
             assert row["macs_share"] == slim.macs / slim.dense_macs
             assert row["parameters"] == sum(p.numel() for p in slim.model.parameters())
-            assert row[["loss", "accuracy", "margin"]].to_dict() == evaluate(slim.model, TEST, same)
+            assert row[["loss", "accuracy", "margin"]].to_dict() == evaluate(slim.model, TEST, Placement(same))
 
 
 def test_shared_allocation_imposes_taylors_widths(table):
@@ -106,7 +107,7 @@ def test_uniform_allocation_takes_equal_shares(table):
 
 
 def test_the_shares_of_two_processes_make_the_whole(table):
-    shares = [grid(rank=rank, world=2) for rank in (0, 1)]
+    shares = [grid(Placement(same, rank=rank, world=2)) for rank in (0, 1)]
     assert abs(len(shares[0]) - len(shares[1])) <= 1
     pd.testing.assert_frame_equal(join_shares(shares), table, check_exact=True)
 
@@ -114,11 +115,11 @@ def test_the_shares_of_two_processes_make_the_whole(table):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scores": ("l1", "chipp")}, r"pruning_grid\(score='chipp'\): no such score; did you mean 'chip'"),
-        ({"budgets": (0.8, 0.0)}, r"pruning_grid\(budget=0.0\)"),
+        ({"scores": ("l1", "chipp")}, r"PruningExperiment\(score='chipp'\): no such score; did you mean 'chip'"),
+        ({"budgets": (0.8, 0.0)}, r"PruningExperiment\(budget=0.0\)"),
         ({"budgets": (0.8, 0.001)}, r"pruning_grid\(budget=0.001\): 0.\d+ of the MACs remain"),
-        ({"allocations": ("uniform", "ownn")}, r"pruning_grid\(allocation='ownn'\)"),
-        ({"compensate": (False, "fould")}, r"pruning_grid\(compensate='fould'\)"),
+        ({"allocations": ("uniform", "ownn")}, r"PruningExperiment\(allocation='ownn'\)"),
+        ({"compensate": (False, "fould")}, r"PruningExperiment\(compensate='fould'\)"),
         ({"protect": ["9"]}, r"protect='9'\): matches no layer"),
     ],
 )
@@ -137,8 +138,9 @@ def test_every_network_of_the_grid_is_checked():
                     batch = batch / batch.sum(1, keepdim=True).clamp_min(1e-3)
             return batch
 
+    experiment = PruningExperiment(budgets=(0.5,), scores=("l1",))
     with pytest.raises(ValueError, match=r"pruning_grid: Mixes gives different logits after removal than with those"):
-        pruning_grid(Mixes(*network()).eval(), PROBE, TEST, budgets=(0.5,), scores=("l1",), progress=False)
+        pruning_grid(Mixes(*network()).eval(), PROBE, TEST, experiment, progress=False)
 
 
 @torch.no_grad()
@@ -151,8 +153,10 @@ def silence(model: nn.Module) -> None:
 def test_fine_tuned_networks_are_evaluated_again(table):
     model = network()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    settings = {"budgets": (0.5,), "scores": ("l1",), "allocations": ("uniform",), "progress": False}
-    found = pruning_grid(model, PROBE, TEST, **settings, finetune=silence, latency=True)
+    experiment = PruningExperiment(
+        budgets=(0.5,), scores=("l1",), allocations=("uniform",), compensate=(False,), latency=True
+    )
+    found = pruning_grid(model, PROBE, TEST, experiment, finetune=silence, progress=False)
     assert found["tuned_loss"].tolist()[1:] == pytest.approx([math.log(CLASSES)])
     assert np.isnan(found["tuned_loss"][0])
     wanted = table.query("score == 'l1' and allocation == 'uniform' and budget == 0.5 and compensate == 'none'")

@@ -267,8 +267,8 @@ def test_scores_of_weights_read_no_probe(name):
     ],
 )
 def test_an_unknown_score_is_named_with_what_there_is(name, near):
-    with pytest.raises(ValueError, match=re.escape(f"prune(score={name!r}): no such score")) as caught:
-        scored(residual(), "l1", name, caller="prune")
+    with pytest.raises(ValueError, match=re.escape(f"score={name!r}: no such score")) as caught:
+        scored(residual(), "l1", name)
     assert near in str(caught.value)
     assert all(score in str(caught.value) for score in SCORES)
 

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from playwright.sync_api import Page, sync_playwright
 
-from chanaxes_pl import AxisTracker, PruneModule
+from chanaxes_pl import AxisTracker, LesionExperiment, PruneModule, PruningExperiment
 from chanaxes_pl.analysis.text import interval, number
 from chanaxes_pl.cli import main as cli
 from chanaxes_pl.plots import channel_panels
@@ -43,10 +43,11 @@ def train(folder: Path, seed: int) -> Path:
     tracker = AxisTracker(schedule="log", alignment=True)
     trainer(folder, tracker, logger=logger, log_every_n_steps=1, max_epochs=3).fit(model, **loaders())
     run = Path(logger.log_dir)
-    for experiment in ("lesion", "prune"):
-        options = {"operations": ("zero", "mean")} if experiment == "lesion" else {}
-        options |= {"scores": ("l1", "input_capture"), "budgets": (0.8, 0.6), "allocations": ("uniform",)}
-        module = PruneModule(model.eval(), experiment, out=run, **options)
+    scores = ("l1", "input_capture")
+    lesions = LesionExperiment(operations=("zero", "mean"), scores=scores)
+    pruning = PruningExperiment(scores=scores, budgets=(0.8, 0.6), allocations=("uniform",), compensate=(False,))
+    for experiment in (lesions, pruning):
+        module = PruneModule(model.eval(), experiment, out=run)
         trainer(folder).test(module, datamodule=Data(), verbose=False)
     return run
 
