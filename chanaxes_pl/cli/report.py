@@ -48,7 +48,7 @@ def report(
     else:
         folder = Path(out) if out else (found.each[0].folder if len(found.each) == 1 else Path()) / "report"
         folder.mkdir(parents=True, exist_ok=True)
-        sections = list(tqdm(make_sections(found, against), desc="report", unit="section", leave=False))
+        sections = list(tqdm(make_sections(found, against), desc="report", unit="section", leave=False, disable=None))
         page = write_page(folder, found, sections)
         print(f"page:    {page}\nfigures: {folder}/*.pdf, their numbers: {folder}/*.csv")
     for note in (note for run in found.each for note in run.notes):
