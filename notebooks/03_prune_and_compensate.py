@@ -34,10 +34,10 @@ import torch
 
 from chanaxes_pl import PruneModule, load_slim, prune
 from chanaxes_pl.analysis.damage import score_damage_correlation
+from chanaxes_pl.analysis.text import describe_lesions, describe_pruning
 from chanaxes_pl.data import DigitsDataModule
 from chanaxes_pl.models import Classifier
 from chanaxes_pl.plots import plot_lesions, plot_pruning
-from chanaxes_pl.pruning.describe import describe_lesions, describe_pruning
 
 warnings.filterwarnings("ignore", module="lightning")  # hints about workers and loggers
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -134,4 +134,4 @@ trainer.test(tuned, data, verbose=False)
 
 # %% [markdown]
 # On CIFAR-100, what these comparisons come to is in RESULTS.md, with the commands that repeat it: `chanaxes lesion`,
-# `chanaxes prune` and `chanaxes compare`.
+# `chanaxes prune` and `chanaxes report --text true`.

@@ -35,15 +35,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from chanaxes_pl.analysis.correlations import main_correlation
+from chanaxes_pl.analysis.correlations import main_correlation, separation
 from chanaxes_pl.analysis.damage import matched_comparison, rank_regression, score_damage_correlation
-from chanaxes_pl.analysis.grids import area_under_curve, paired_difference
+from chanaxes_pl.analysis.grids import area_under_curve, paired_difference, read_grids
 from chanaxes_pl.analysis.scores import SCORES
+from chanaxes_pl.analysis.text import intervals
 from chanaxes_pl.core.statistics import mean_over_runs
 from chanaxes_pl.plots import plot_correlations, plot_groupings, plot_pruning
-from chanaxes_pl.pruning.compare import read_grids
-from chanaxes_pl.report.blocks import intervals
-from chanaxes_pl.summary import separation
 
 pd.set_option("display.max_colwidth", None)
 FOLDER = Path("results/study")
