@@ -25,7 +25,7 @@ from chanaxes_pl.core.errors import naming
 from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.lesions.damage_table import LesionExperiment, join_shares, lesion_table
 from chanaxes_pl.models import ImageClassifier
-from chanaxes_pl.models.checkpoints import load_classifier, run_folder_of
+from chanaxes_pl.models.checkpoints import load_classifier
 from chanaxes_pl.network.groups import find_units
 from chanaxes_pl.network.probe import MIN_IMAGES, Placement, Probe, find_probe, image_batches
 from chanaxes_pl.network.recording import Settings
@@ -34,6 +34,7 @@ from chanaxes_pl.pruning.grid import PruningExperiment, pruning_grid
 from chanaxes_pl.pruning.pruner import Slim
 from chanaxes_pl.pruning.scores import channel_scores, default_scores
 from chanaxes_pl.pruning.slim_file import Plan, fill
+from chanaxes_pl.run_folder import RunFolder
 from chanaxes_pl.tables import write_parquet
 
 Experiment = PruningExperiment | LesionExperiment
@@ -94,7 +95,7 @@ class PruneModule(ImageClassifier):
         self.table = pd.DataFrame()
         self._num_classes = classes
         self._probe = probe
-        self._out = run_folder_of(source) if out is None and source else out
+        self._out = RunFolder.of_checkpoint(source).path if out is None and source else out
 
     def on_fit_start(self) -> None:
         """Train all of it: what comes out of pruning is in eval mode, in which Lightning would leave it."""

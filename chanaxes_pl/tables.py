@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from chanaxes_pl.core.metrics import (
 from chanaxes_pl.core.moments import Moments, live_mask
 from chanaxes_pl.core.peers import peer_r2, peer_reconstruction
 from chanaxes_pl.network.recording import LayerMoments
+from chanaxes_pl.run_folder import table_paths
 
 #: What is computed of every channel on the whole probe, in nats but for the last three (shares and a count).
 COLUMNS = (*METRICS, "peer_r2", "hull_size", "hull_score")
@@ -37,6 +38,10 @@ WITH_NULL = tuple(TARGET_METRICS)
 ALIGNMENT = ("alignment", "signal_power", "task_covariance", "capture_norm", "task_norm", "residual_norm")
 #: Which checkpoint a row belongs to.
 KEYS = ("run", "epoch", "step")
+#: Columns that hold text, and whole numbers; all others that are checked hold numbers.
+TEXTS = {"run", "layer", "score", "family", "allocation", "compensate"}
+COUNTS = {"step", "channel"}
+_FINITE = {"epoch", "budget", "macs_share"}
 
 
 def axes_table(
@@ -179,24 +184,98 @@ def write_parquet(table: pd.DataFrame, path: Path) -> None:
         table.to_parquet(draft, index=False)
 
 
-def read_parquet(path: Path, required: Iterable[str] = ("layer", "channel", *COLUMNS)) -> pd.DataFrame:
+def read_parquet(
+    path: Path, required: Iterable[str] = ("layer", "channel", *COLUMNS), optional: Iterable[str] = ()
+) -> pd.DataFrame:
     """Read one table back.
 
     Args:
         path: the file.
         required: columns that it has to have.
+        optional: columns whose type is checked where the table has them.
 
     Raises:
-        ValueError: if the file is not a whole table of this schema.
+        ValueError: if the file is not a whole table of this schema: it was cut off, is empty, lacks columns, or has
+            text where numbers are expected, or the reverse.
     """
     try:
         table = pd.read_parquet(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise ValueError(f"{path}: not a whole Parquet file ({error}); it was cut off or is none of ours") from error
+    except (OSError, ValueError, TypeError, LookupError, pa.ArrowException) as error:  # what pyarrow and pandas raise
+        told = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: not a whole Parquet file ({told}); it was cut off or is none of ours") from error
+    return _checked(table, path, list(required), optional)
+
+
+def _checked(table: pd.DataFrame, path: Path, required: Sequence[str], optional: Iterable[str] = ()) -> pd.DataFrame:
     missing = [column for column in required if column not in table]
     if missing:
-        raise ValueError(f"{path}: a Parquet file without the columns {', '.join(missing)}: not a table of channels")
+        shown = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
+        hint = "; tables of compute_axes name no checkpoint, only those of AxisTracker do" if missing[0] in KEYS else ""
+        raise ValueError(f"{path}: lacks the columns {shown}{hint}")
+    if not len(table):
+        raise ValueError(f"{path}: has no rows")
+    wrong = [column for column in (*required, *optional) if column in table and not _has_type(table[column])]
+    if wrong:
+        expected = "text" if wrong[0] in TEXTS else "whole numbers from 0 on" if wrong[0] in COUNTS else "numbers"
+        raise ValueError(f"{path}: the column {wrong[0]} holds {_kind(table[wrong[0]])}, expected {expected}")
     return table
+
+
+def read_channels(path: Path) -> pd.DataFrame:
+    """One checkpoint's table of channels, as a tracker wrote it.
+
+    Raises:
+        ValueError: as :func:`read_parquet`, and if a channel has two rows.
+    """
+    table = read_parquet(path, (*KEYS, "layer", "channel", *_columns(), "dead"), ALIGNMENT)
+    twice = table.duplicated(["step", "layer", "channel"])
+    if twice.any():
+        layer, channel = table.loc[twice.idxmax(), ["layer", "channel"]]
+        raise ValueError(f"{path}: channel {channel} of {layer} has two rows, expected one")
+    return table
+
+
+def read_lesions(path: Path) -> pd.DataFrame:
+    """A table of lesions with the axes of its channels, as ``chanaxes lesion`` wrote it.
+
+    Raises:
+        ValueError: as :func:`read_parquet`, and if it holds no damage.
+    """
+    table = read_parquet(path, ("layer", "channel", *METRICS, "peer_r2"))
+    damages = [name for name in map(str, table) if name.endswith(("_loss", "_accuracy", "_margin"))]
+    if not any(name.endswith("_loss") for name in damages):
+        raise ValueError(f"{path}: lacks a column of damage, such as zero_loss")
+    scores = [name for name in map(str, table) if name.startswith("score_")]
+    return _checked(table, path, [*damages, *scores])
+
+
+def read_grid(path: Path) -> pd.DataFrame:
+    """A pruning grid, as ``chanaxes prune`` wrote it.
+
+    Raises:
+        ValueError: as :func:`read_parquet`, and if it lacks the unpruned network.
+    """
+    table = read_parquet(path, (*VARIANT, "family", "macs_share", "accuracy"), ("loss", "margin", "tuned_accuracy"))
+    if not (table["score"] == DENSE).any():
+        raise ValueError(f"{path}: lacks the row of the unpruned network, score {DENSE!r}")
+    return table
+
+
+def _has_type(column: pd.Series) -> bool:
+    if column.name in TEXTS:
+        return pd.api.types.infer_dtype(column, skipna=False) == "string"
+    if not (pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_complex_dtype(column)):
+        return False
+    if column.name in COUNTS:
+        return bool(pd.api.types.is_integer_dtype(column) and column.notna().all() and (column >= 0).all())
+    return column.name not in _FINITE or bool(np.isfinite(column.astype(float)).all())
+
+
+def _kind(column: pd.Series) -> str:
+    kind = pd.api.types.infer_dtype(column, skipna=False)
+    if pd.api.types.is_numeric_dtype(column):
+        return "undefined, negative or broken numbers"
+    return {"string": "text", "empty": "nothing"}.get(kind, kind)
 
 
 def read_run(folder: str | Path) -> pd.DataFrame:
@@ -207,20 +286,15 @@ def read_run(folder: str | Path) -> pd.DataFrame:
 
     Raises:
         FileNotFoundError: if there is no checkpoint in it.
-        ValueError: if one of its files is cut off.
+        ValueError: if one of its files is cut off, or is no table of channels.
     """
-    paths = sorted(Path(folder).glob("step-*.parquet"))
+    paths = table_paths(folder)
     if not paths:
         raise FileNotFoundError(
             f"{Path(folder).absolute()} holds no step-*.parquet: expected the folder that AxisTracker writes, "
             "<run folder>/<name of the tracker>"
         )
-    return pd.concat([read_parquet(path) for path in paths], ignore_index=True)
-
-
-def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where a tracker keeps the table of one step."""
-    return folder / f"step-{step:09d}.parquet"
+    return pd.concat([read_channels(path) for path in paths], ignore_index=True)
 
 
 #: The name of the unpruned network in the column ``score``.

@@ -18,12 +18,13 @@ from torch.utils.data import DataLoader
 from chanaxes_pl import LesionExperiment, PruningExperiment
 from chanaxes_pl.lesions.damage_table import lesion_table
 from chanaxes_pl.models import Classifier
-from chanaxes_pl.models.checkpoints import load_classifier, load_weights, read_checkpoint, run_folder_of
+from chanaxes_pl.models.checkpoints import load_classifier, load_weights, read_checkpoint
 from chanaxes_pl.network.probe import Placement
 from chanaxes_pl.prune_module import PruneModule
 from chanaxes_pl.pruning.grid import evaluate, pruning_grid
 from chanaxes_pl.pruning.pruner import prune
 from chanaxes_pl.pruning.slim_file import Plan
+from chanaxes_pl.run_folder import RunFolder
 from tests.helpers.training import QUIET, RecordingLogger, build, images, trainer
 
 pytestmark = [
@@ -247,7 +248,7 @@ def test_a_classifier_comes_back_from_its_checkpoint(checkpoint):
     loaded = load_classifier(checkpoint)
     assert not loaded.training
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in loaded.state_dict().items())
-    assert run_folder_of(checkpoint) == checkpoint.parents[1]
+    assert RunFolder.of_checkpoint(checkpoint).path == checkpoint.parents[1]
     assert PruneModule(checkpoint).folder == checkpoint.parents[1]
     assert PruneModule(checkpoint, out="else").folder == Path("else")
 
@@ -283,7 +284,7 @@ def test_weights_of_another_width_leave_the_model_as_it_was(checkpoint):
     with pytest.raises(ValueError, match=r"network.conv1.weight is \[16, 3, 3, 3\], here \[8, 3, 3, 3\]"):
         load_weights(narrow, checkpoint)
     assert all(torch.equal(tensor, before[name]) for name, tensor in narrow.state_dict().items())
-    assert load_weights(Classifier("resnet18", 10, width=0.25), checkpoint) == checkpoint.parents[1]
+    load_weights(Classifier("resnet18", 10, width=0.25), checkpoint)
 
 
 def unzipped(path: Path) -> dict[str, bytes]:

@@ -77,6 +77,38 @@ def main_correlation(
     return of_layer[[found == pair for found in pairs]].reset_index(drop=True)
 
 
+def separation(rows: pd.DataFrame, share: float = 0.5) -> pd.DataFrame:
+    """How fast the axes come apart: when each run's correlation has fallen to a share of its highest.
+
+    Args:
+        rows: of :func:`main_correlation`, of one run or several told apart by ``run``.
+        share: of the highest correlation.
+
+    Returns:
+        One row a run: ``run, first, highest, last`` (ρ at the first checkpoint, at its highest and at the last),
+        ``step_highest, epoch_highest``, and ``step, epoch`` of the first checkpoint after the highest at or below the
+        share; NaN where there is none, or the highest is not above 0.
+
+    Example:
+        >>> rows = pd.DataFrame({"run": "a", "epoch": [0, 0.1, 0.2, 1], "step": [0, 1, 2, 9]})
+        >>> rows = rows.assign(rho=[0.5, 0.6, 0.4, 0.3])
+        >>> separation(rows)[["first", "highest", "last", "step"]].values.tolist()
+        [[0.5, 0.6, 0.3, 9.0]]
+    """
+    found = []
+    for run, each in rows.groupby("run", sort=False):
+        each = each.sort_values("step").reset_index(drop=True)
+        peak = int(each["rho"].fillna(-2).argmax())
+        highest = float(each["rho"].iloc[peak])
+        after = each.iloc[peak + 1 :]
+        below = after[after["rho"] <= share * highest] if highest > 0 else after.iloc[:0]
+        step, epoch = (float(below[name].iloc[0]) if len(below) else float("nan") for name in ("step", "epoch"))
+        row = {"run": run, "first": each["rho"].iloc[0], "highest": highest, "last": each["rho"].iloc[-1]}
+        row |= {"step_highest": each["step"].iloc[peak], "epoch_highest": each["epoch"].iloc[peak]}
+        found.append(row | {"step": step, "epoch": epoch})
+    return pd.DataFrame(found)
+
+
 def reliabilities(table: pd.DataFrame, metrics: Sequence[str] = (*SPLIT_HALF, *AXES)) -> pd.DataFrame:
     """Split-half reliability of every metric and axis coordinate: keys, ``layer, metric, reliability``.
 

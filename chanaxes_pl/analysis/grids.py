@@ -1,14 +1,34 @@
-"""Pruning grids: area under the curve, and paired differences."""
+"""Pruning grids: area under the curve, and paired differences between scores."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from glob import glob
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from chanaxes_pl.analysis.scores import SCORES
 from chanaxes_pl.core.statistics import mean_over_runs
-from chanaxes_pl.tables import DENSE
+from chanaxes_pl.tables import DENSE, read_grid
+
+
+def read_grids(tables: str) -> pd.DataFrame:
+    """The pruning grids that a glob names, told apart by ``run``, the folder they are in.
+
+    Args:
+        tables: glob over files, such as ``"runs/NAME/version_*/pruning.parquet"``.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if one is no pruning grid.
+    """
+    paths = sorted(glob(tables))
+    if not paths:
+        raise FileNotFoundError(f"no file matches {tables!r}; expected what `chanaxes prune` wrote, pruning.parquet")
+    grids = [read_grid(Path(path)).assign(run=str(Path(path).parent)) for path in paths]
+    return pd.concat(grids, ignore_index=True)
 
 
 def area_under_curve(grid: pd.DataFrame, value: str = "accuracy") -> pd.DataFrame:
@@ -58,3 +78,28 @@ def paired_difference(
     means = [areas[areas["score"].isin(scores)].groupby(keys, sort=False)["area"].mean() for scores in (first, second)]
     gaps = (means[0] - means[1]).rename("gap").reset_index()
     return mean_over_runs(gaps, "gap", resamples, seed, by=keys[1:])
+
+
+def score_differences(grid: pd.DataFrame, value: str = "accuracy", against: str = "l1") -> pd.DataFrame:
+    """Area under the curve of each score less that of one other, and of local-axis less target-axis scores, run by run.
+
+    Args:
+        grid: of several runs, told apart by ``run``.
+        value: the column under whose curve the area is.
+        against: the score that is subtracted; without it in the grid the axes alone are compared.
+
+    Returns:
+        ``allocation, compensate, scores, against`` and ``mean, std, low, high, runs`` of the difference.
+    """
+    areas = area_under_curve(grid, value)
+    if not len(areas):
+        return pd.DataFrame(
+            columns=["allocation", "compensate", "scores", "against", "mean", "std", "low", "high", "runs"]
+        )
+    present = areas["score"].unique().tolist()
+    pairs = [([score], [against], score, against) for score in present if score != against and against in present]
+    local, target = ([score for score in present if SCORES.get(score) == axis] for axis in ("local", "target"))
+    if local and target:
+        pairs.append((local, target, "local-axis scores", "target-axis scores"))
+    rows = [paired_difference(areas, *pair[:2]).assign(scores=pair[2], against=pair[3]) for pair in pairs]
+    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=["allocation", "compensate"])

@@ -10,10 +10,11 @@ from scipy.stats import rankdata
 
 from chanaxes_pl.analysis.correlations import AXES, NETWORK, layer_columns
 from chanaxes_pl.analysis.damage import join_axes, score_damage_correlation
+from chanaxes_pl.analysis.runs import Run
 from chanaxes_pl.analysis.scores import REVERSE, SCORE_COLUMN, own_scores, score_family
 from chanaxes_pl.core.errors import naming
 from chanaxes_pl.core.metrics import METRICS
-from chanaxes_pl.tables import KEYS, read_parquet, read_run
+from chanaxes_pl.tables import KEYS, read_parquet
 
 #: What predicts.
 PREDICTORS = (*METRICS, "peer_r2", *AXES)
@@ -25,14 +26,13 @@ _CHANNEL = ["layer", "channel"]
 
 
 def early_prediction(
-    run_folder: str | Path,
+    run: Run,
     lesions: str | Path | pd.DataFrame | None = None,
     *,
     damage: str = "zero_loss",
     order: str = "input_capture",
     resamples: int = 1000,
     seed: int = 0,
-    tracker: str = "axis",
 ) -> pd.DataFrame:
     """Rank correlation of every metric, at every checkpoint of a run, with what becomes of the channels in the end.
 
@@ -45,8 +45,8 @@ def early_prediction(
     are measured on the same resamples.
 
     Args:
-        run_folder: holds the tracker's folder and, somewhere in it, the ``lesions.parquet`` of ``chanaxes lesion``.
-        lesions: that table or where it is, if it is elsewhere.
+        run: from :func:`~chanaxes_pl.analysis.runs.read_runs`.
+        lesions: the table of ``chanaxes lesion`` or where it is; default the run's own.
         damage: its column to predict.
         order: the score that orders channels, by its name in :mod:`scores`: one of ours
             (``"input_capture"``, ``"keep_both"``, ``"minus_peer_r2"``, ``"reverse_input_capture"``), or a baseline
@@ -54,7 +54,6 @@ def early_prediction(
             is among :data:`PREDICTORS`, is an axis coordinate and no score.
         resamples: of the bootstrap; 0 for no intervals.
         seed: of the resamples.
-        tracker: name of the tracker's folder.
 
     Returns:
         One row per target (:data:`TARGETS`), checkpoint, metric (:data:`PREDICTORS`) and layer: ``run, epoch, step,
@@ -63,42 +62,41 @@ def early_prediction(
         ``attrs["order"]`` and ``attrs["damage"]`` name what was predicted.
 
     Raises:
-        FileNotFoundError: if there are no tables of a tracker, or no lesions where they should be.
-        ValueError: if a file is cut off, the lesions are not of this network, a column or score does not exist, or
-            the run folder has several tables of lesions.
+        FileNotFoundError: if there are no lesions where they should be.
+        ValueError: if their file is cut off, the lesions are not of this network, a column or score does not exist, or
+            the run has several tables of lesions.
     """
-    run = read_run(Path(run_folder) / tracker)
-    last = run[run["step"] == run["step"].max()]
-    hurt = _lesions(Path(run_folder), lesions)
+    table = run.table
+    last = table[table["step"] == table["step"].max()]
+    hurt = _lesions(run, lesions)
     if hurt is not None:
         _check_same_network(last, hurt)
-    values = _wide(run)
+    values = _wide(table)
     rows = [
         _predicted("order", _order(last, hurt, order), "order", values, resamples, seed),
         _predicted("damage", hurt, damage, values, resamples, seed),
     ]
-    checkpoints = run[list(KEYS)].drop_duplicates()
+    checkpoints = table[list(KEYS)].drop_duplicates()
     result = checkpoints.merge(pd.concat(rows, ignore_index=True), on="step")
     result = result.sort_values("target", kind="stable", ignore_index=True)
     result.attrs |= {"order": order, "damage": damage}
     return result
 
 
-def _lesions(folder: Path, given: str | Path | pd.DataFrame | None) -> pd.DataFrame | None:
-    """The table of lesions, the given one or the folder's own; ``None`` where it has none."""
+def _lesions(run: Run, given: str | Path | pd.DataFrame | None) -> pd.DataFrame | None:
+    """The table of lesions, the given one or the run's own; ``None`` where it has none."""
     if isinstance(given, pd.DataFrame):
         return given
     if given is not None:
         if not Path(given).is_file():
             raise FileNotFoundError(f"early_prediction(lesions={str(given)!r}): no such file")
         return read_parquet(Path(given), _CHANNEL)
-    found = sorted(folder.rglob("lesions.parquet"))
-    if len(found) > 1:
+    if len(run.lesions) > 1:
         raise ValueError(
-            f"early_prediction: {folder} holds {len(found)} tables of lesions, {', '.join(map(str, found[:3]))}; "
-            "pass lesions=, the one of the last checkpoint"
+            f"early_prediction: {run.folder} holds {len(run.lesions)} tables of lesions, in "
+            f"{', '.join(list(run.lesions)[:3])}; pass lesions=, the one of the last checkpoint"
         )
-    return read_parquet(found[0], _CHANNEL) if found else None
+    return next(iter(run.lesions.values()), None)
 
 
 def _check_same_network(last: pd.DataFrame, lesions: pd.DataFrame) -> None:

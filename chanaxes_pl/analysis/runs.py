@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import pyarrow as pa
 import yaml
 
 from chanaxes_pl.analysis.correlations import NETWORK, axis_correlations, main_correlation
+from chanaxes_pl.analysis.damage import score_damage_correlation
+from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.core.statistics import mean_over_runs
-from chanaxes_pl.tables import VARIANT, read_parquet
+from chanaxes_pl.run_folder import RunFolder, table_paths
+from chanaxes_pl.tables import read_channels, read_grid, read_lesions
 
-#: Folder of a tracker that was given no name.
-DEFAULT = "axis"
+#: Columns of damage, in the order in which one is chosen.
+DAMAGES = ("zero_loss", "mean_loss", "peer_loss", "hull_loss")
 _PAIR = ["layer", "local", "target"]
 
 
@@ -63,6 +66,24 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Damage:
+    """What lesions of one run, or of several, cost, and what that correlates with.
+
+    Attributes:
+        column: of the damage, the loss of the first operation that was tried.
+        tables: lesioned channels of all runs; ``run`` and ``place`` tell them apart.
+        correlations: ``run, place`` and the columns of :func:`score_damage_correlation`.
+        over_runs: ``score, mean, std, low, high, runs`` of the mean over layers; the interval is over units of one
+            table of lesions, over runs of several.
+    """
+
+    column: str
+    tables: pd.DataFrame
+    correlations: pd.DataFrame
+    over_runs: pd.DataFrame
+
+
+@dataclass(frozen=True)
 class Runs:
     """Some runs of one network, such as several seeds, measured at the same steps.
 
@@ -96,6 +117,27 @@ class Runs:
         mean = main_correlation(self.correlations).groupby("step")["rho"].mean().fillna(-2.0)
         highest = self.steps[int(mean.to_numpy().argmax())]
         return {"first": self.steps[0], "highest": highest, "last": self.steps[-1]}
+
+    @cached_property
+    def damage(self) -> Damage | None:
+        """What lesions cost, by the first operation that all tables of lesions have; ``None`` without lesions."""
+        found = [(run.name, place, table) for run in self.each for place, table in run.lesions.items()]
+        columns = [name for name in DAMAGES if all(name in table for _, _, table in found)]
+        if not found or not columns:
+            return None
+        column, metrics = columns[0], [*METRICS, "peer_r2"]
+        each = [
+            score_damage_correlation(table, metrics, column, self.resamples).assign(run=name, place=place)
+            for name, place, table in found
+        ]
+        correlations = pd.concat(each, ignore_index=True)
+        network = correlations[correlations["layer"] == NETWORK]
+        if len(found) == 1:
+            over = network.rename(columns={"rho": "mean"}).assign(std=float("nan"), runs=1)
+        else:
+            over = mean_over_runs(network, "rho", self.resamples)
+        tables = pd.concat([table.assign(place=place) for _, place, table in found], ignore_index=True)
+        return Damage(column, tables, correlations, over)
 
     def mean(self, value: str = "rho") -> pd.DataFrame:
         """Mean over runs of a column of the correlations, with its spread: see :func:`mean_over_runs`."""
@@ -141,12 +183,14 @@ def read_runs(folders: Sequence[str | Path], resamples: int = 1000) -> Runs:
     """
     if not folders:
         raise ValueError("no run folder given: expected what training with AxisTracker wrote, RUNS/NAME/version_0")
-    roots = [_root(Path(folder)) for folder in folders]
-    for place, (root, _) in enumerate(roots):
-        if root in [other for other, _ in roots[:place]]:
-            raise ValueError(f"{root} is given twice")
-    names = _names([root for root, _ in roots])
-    runs = Runs(tuple(_read(*place, name) for place, name in zip(roots, names, strict=True)), resamples)
+    found = [RunFolder.find(folder) for folder in folders]
+    trackers = [tracker for _, tracker, _ in found]
+    for place, tracker in enumerate(trackers):
+        if tracker in trackers[:place]:
+            raise ValueError(f"{tracker.parent} is given twice")
+    roots = [run.path for run, _, _ in found]
+    names = _names(roots if len(set(roots)) == len(roots) else trackers)
+    runs = Runs(tuple(_read(*place, name) for place, name in zip(found, names, strict=True)), resamples)
     for run in runs.each[1:]:
         if run.widths != runs.each[0].widths:
             raise ValueError(_other_network(runs.each[0], run))
@@ -154,29 +198,6 @@ def read_runs(folders: Sequence[str | Path], resamples: int = 1000) -> Runs:
         lists = "; ".join(f"{run.name}: {', '.join(map(str, run.steps[:4]))} …" for run in runs.each)
         raise ValueError(f"the runs have no step in common at which all were measured: {lists}")
     return runs
-
-
-def _root(folder: Path) -> tuple[Path, Path]:
-    """The run folder and the tracker's folder in it, whichever of the two was given."""
-    folder = folder.absolute()
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; expected what training with AxisTracker wrote")
-    if any(folder.glob("step-*.parquet")):
-        return folder.parent, folder
-    trackers = sorted({path.parent for path in folder.glob("*/step-*.parquet")})
-    if len(trackers) == 1 or folder / DEFAULT in trackers:
-        return folder, folder / DEFAULT if folder / DEFAULT in trackers else trackers[0]
-    if trackers:
-        raise FileNotFoundError(
-            f"{folder} holds the tables of several trackers: name one, {' or '.join(map(str, trackers))}"
-        )
-    below = sorted({path.parent.parent for deep in ("*/*", "*/*/*") for path in folder.glob(f"{deep}/step-*.parquet")})
-    holds = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
-    hint = f"; did you mean {' '.join(map(str, below[:3]))}" if below else ""
-    raise FileNotFoundError(
-        f"{folder} is no run folder: expected {DEFAULT}/step-….parquet in it, as AxisTracker writes; it holds "
-        f"{holds}{hint}"
-    )
 
 
 def _names(roots: Sequence[Path]) -> list[str]:
@@ -187,89 +208,111 @@ def _names(roots: Sequence[Path]) -> list[str]:
     return ["/".join(root.parts[-length:]) for root in roots]
 
 
-def _read(root: Path, tracker: Path, name: str) -> Run:
-    notes: list[str] = []
+def _read(run: RunFolder, tracker: Path, newest: str, name: str) -> Run:
+    notes = [newest] if newest else []
     table = _tables(tracker, notes).assign(run=name)
-    return Run(
-        name,
-        root,
-        tracker.name,
-        table,
-        config=_config(root, notes),
-        scalars=_scalars(root, notes),
-        lesions=_found(root, "lesions.parquet", {"layer", "channel", "input_capture"}, name, notes),
-        pruning=_found(root, "pruning.parquet", {*VARIANT, "macs_share"}, name, notes),
-        notes=tuple(notes),
+    config, scalars = _config(run, notes), _scalars(run, notes)
+    lesions, pruning = (
+        {place: _noted(read, path, notes) for place, path in run.experiments(kind).items()}
+        for kind, read in {"lesions": read_lesions, "pruning": read_grid}.items()
     )
+    lesions, pruning = (
+        {place: table.assign(run=name) for place, table in found.items() if table is not None}
+        for found in (lesions, pruning)
+    )
+    return Run(name, run.path, tracker.name, table, config, scalars, lesions, pruning, tuple(notes))
 
 
 def _tables(tracker: Path, notes: list[str]) -> pd.DataFrame:
-    """All checkpoints that can be read."""
-    frames = [_noted(read_parquet, path, notes) for path in sorted(tracker.glob("step-*.parquet"))]
-    whole = [frame for frame in frames if frame is not None]
+    """All checkpoints that can be read, and are of the network that most of them are of."""
+    found = {path: _noted(read_channels, path, notes) for path in table_paths(tracker)}
+    whole = {path: frame for path, frame in found.items() if frame is not None}
     if not whole:
-        raise ValueError(f"{tracker}: no checkpoint can be read; the first: {notes[0]}")
-    return pd.concat(whole, ignore_index=True)
+        raise ValueError(f"{tracker}: no checkpoint can be read; the first: {notes[-len(found)]}")
+    networks = {path: tuple(zip(frame["layer"], frame["channel"], strict=True)) for path, frame in whole.items()}
+    network, _ = Counter(networks.values()).most_common(1)[0]
+    steps: dict[int, Path] = {}
+    for path, frame in list(whole.items()):
+        own = frame["step"].unique().tolist()
+        again = next((steps[step] for step in own if step in steps), None)
+        if networks[path] != network and len(own) == 1:
+            notes.append(f"{path}: holds other layers or channels than the run's other tables")
+        elif again is not None:
+            notes.append(f"{path}: holds step {own[0]}, as {again.name} does")
+        else:
+            steps |= dict.fromkeys(own, path)
+            continue
+        del whole[path]
+    return pd.concat(whole.values(), ignore_index=True)
 
 
-def _config(root: Path, notes: list[str]) -> dict[str, Any]:
-    for path in (root / "config.yaml", root / "hparams.yaml"):
-        if path.is_file():
-            read = _noted(lambda file: yaml.safe_load(file.read_text()), path, notes)
-            if isinstance(read, dict) and read:
-                return read
+def _config(run: RunFolder, notes: list[str]) -> dict[str, Any]:
+    for path in run.configs:
+        read = _noted(_read_yaml, path, notes)
+        if read:
+            return read
     return {}
 
 
-def keep_scalars(root: Path) -> None:
-    """Put the CSV logger's file by, as ``metrics-1.csv`` and so on: the logger of a run that goes on deletes it."""
-    path, number = root / "metrics.csv", 1
-    while (kept := root / f"metrics-{number}.csv").exists():
-        number += 1
-    if path.is_file():
-        path.replace(kept)
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """Settings as plain values.
+
+    Raises:
+        ValueError: if the file holds none; PyYAML raises what its parser and its constructors meet.
+    """
+    try:
+        read = yaml.safe_load(path.read_text())
+        yaml.safe_dump(read)  # so that the page can show it
+    except (yaml.YAMLError, TypeError, AttributeError, LookupError) as error:
+        raise ValueError((str(error).splitlines() or [type(error).__name__])[0]) from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(read, dict | None):
+        raise ValueError(f"expected settings by name, it holds a {type(read).__name__}")
+    return read or {}
 
 
-def _scalars(root: Path, notes: list[str]) -> pd.DataFrame:
+def _scalars(run: RunFolder, notes: list[str]) -> pd.DataFrame:
     """What was logged before each interruption, up to where the run went on, then the rest, and then the test."""
-    kept = sorted(root.glob("metrics-*.csv"), key=lambda path: (len(path.name), path.name))
     whole = pd.DataFrame()
-    for path in [*kept, root / "metrics.csv"]:
-        part = _noted(pd.read_csv, path, notes) if path.is_file() else None
+    for path in run.scalars:
+        part = _noted(_read_csv, path, notes)
         if part is not None and len(part):
             before = whole[whole["step"] < part["step"].min()] if len(whole) else whole
             whole = pd.concat([before, part], ignore_index=True) if len(before) else part
-    path = root / "test" / "metrics.csv"
-    test = _noted(pd.read_csv, path, notes) if path.is_file() else None
+    test = _noted(_read_csv, run.test_scalars, notes) if run.test_scalars.is_file() else None
     return whole if test is None else pd.concat([whole, test], ignore_index=True)
 
 
-def _found(root: Path, name: str, columns: set[str], run: str, notes: list[str]) -> dict[str, pd.DataFrame]:
-    """Tables of one name anywhere in the run folder, by the folder they are in."""
-    found = {}
-    for path in sorted(root.rglob(name)):
-        table = _noted(pd.read_parquet, path, notes)
-        if table is not None and columns <= {*table}:
-            found[path.parent.relative_to(root).as_posix()] = table.assign(run=run)
-        elif table is not None:
-            notes.append(f"{path} lacks the columns {', '.join(sorted(columns - {*table}))}")
-    return found
+def _read_csv(path: Path) -> pd.DataFrame:
+    """Scalars by step.
+
+    Raises:
+        ValueError: if it is no CSV file, lacks ``epoch`` or ``step``, or holds text.
+    """
+    scalars = pd.read_csv(path)
+    missing = [name for name in ("epoch", "step") if name not in scalars]
+    if missing:
+        raise ValueError(f"it lacks the columns {', '.join(missing)}, which a CSVLogger writes")
+    text = [name for name in scalars if not pd.api.types.is_numeric_dtype(scalars[name])]
+    if text:
+        raise ValueError(f"the column {text[0]} holds text, expected numbers")
+    return scalars
 
 
 def _noted(read: Callable[[Path], Any], path: Path, notes: list[str]) -> Any:
     """What ``read`` makes of a file; ``None``, and a note, where the file is damaged."""
     try:
         return read(path)
-    except (OSError, ValueError, pa.ArrowInvalid, yaml.YAMLError) as error:
-        told = str(error).splitlines()[0]
+    except (OSError, ValueError) as error:
+        told = (str(error).splitlines() or [type(error).__name__])[0]
         notes.append(told if told.startswith(str(path)) else f"{path} cannot be read: {told}")
         return None
 
 
 def _other_network(first: Run, other: Run) -> str:
     return (
-        f"runs of different networks: {_unlike(first, other)}; {_unlike(other, first)}. Make a report of each network "
-        "by itself; `chanaxes compare` sets pruning grids of different ones side by side"
+        f"runs of different networks: {_unlike(first, other)}; {_unlike(other, first)}. Make a report of each network"
     )
 
 

@@ -30,7 +30,6 @@ VERBS = {
     "demo": Verb(
         "chanaxes_pl.cli.demo:demo", "train on photographs, track, lesion, prune and report, in three minutes"
     ),
-    "compare": Verb("chanaxes_pl.pruning.compare:compare", "set the pruning grids of several runs against each other"),
     "dashboard": Verb(
         "chanaxes_pl.tracking.workspace:dashboard", "a W&B page for tracked runs, as JSON or sent to W&B"
     ),
@@ -38,8 +37,9 @@ VERBS = {
         "chanaxes_pl.cli.simulate:simulation",
         "simulate linear Gaussian channels under gradient flow on both information terms",
     ),
-    "summary": Verb("chanaxes_pl.summary:summary", "print and plot the axis correlations of a run"),
-    "report": Verb("chanaxes_pl.cli.report:report", "one page about a run, or about several of a network", many=True),
+    "report": Verb(
+        "chanaxes_pl.cli.report:report", "what a run, or several of one network, have shown: a page, or text", many=True
+    ),
 }
 
 
@@ -47,8 +47,17 @@ def main() -> None:
     """Run the verb that ``sys.argv`` names; without one, or with ``--help``, list the verbs.
 
     Raises:
-        SystemExit: with status 2 for a verb or an argument that does not exist.
+        SystemExit: with status 2 for a verb or an argument that does not exist, and where the verb raises ValueError
+            or OSError, which is printed as one message.
     """
+    try:
+        _run()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def _run() -> None:
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if verb in ("-h", "--help"):
         print(_overview())

@@ -1,36 +1,81 @@
-"""The verb: reads run folders, makes the sections, writes the page."""
+"""``chanaxes report``: what one run, or several of the same network, have shown, as a page or as text."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
+import pandas as pd
 from tqdm import tqdm
 
-from chanaxes_pl.analysis.runs import read_runs
+from chanaxes_pl.analysis.correlations import main_correlation
+from chanaxes_pl.analysis.runs import Runs, read_runs
+from chanaxes_pl.analysis.text import describe_correlations, describe_grids
 from chanaxes_pl.report.page import write_page
-from chanaxes_pl.report.sections import SECTIONS
+from chanaxes_pl.report.sections import make_sections
+
+_LANDMARKS = {"first": "at initialisation", "highest": "at its highest", "last": "at the end"}
 
 
-def report(runs: list[str] | str, out: str | None = None, resamples: int = 1000) -> None:
+def report(
+    runs: list[str] | str,
+    out: str | None = None,
+    text: bool = False,
+    against: str = "l1",
+    value: str = "accuracy",
+    all_checkpoints: bool = False,
+    resamples: int = 1000,
+) -> None:
     """Write a page about one run, or about several of the same network: one HTML file that needs no network.
 
     Args:
         runs: run folders, such as runs/NAME/version_0 runs/NAME/version_1.
         out: folder for index.html, and for each figure as PDF with its numbers as CSV; default "report" in the run
             folder, or in the working directory for several.
+        text: print the axis correlations, and the pruning curves with paired differences, instead of the page.
+        against: the pruning score that every other is compared with on the same runs.
+        value: the column of the pruning curves in the text: accuracy, loss, margin, tuned_accuracy, ….
+        all_checkpoints: print the correlations of every checkpoint, not of the first, the highest and the last alone.
         resamples: of the bootstraps over channels and over runs.
+
+    Raises:
+        FileNotFoundError: if a folder is no run folder.
+        ValueError: if nothing of a run can be read, the runs are of different networks, or a column does not exist.
+        OSError: if the page cannot be written.
     """
-    folders = [runs] if isinstance(runs, str) else runs
-    try:
-        found = read_runs(folders, resamples)
-        folder = Path(out) if out else (found.each[0].folder if len(folders) == 1 else Path()) / "report"
+    found = read_runs([runs] if isinstance(runs, str) else runs, resamples)
+    if text:
+        print(describe(found, value, against, all_checkpoints))
+    else:
+        folder = Path(out) if out else (found.each[0].folder if len(found.each) == 1 else Path()) / "report"
         folder.mkdir(parents=True, exist_ok=True)
-        sections = [make(found) for make in tqdm(SECTIONS, desc="report", unit="section", leave=False, disable=None)]
+        sections = list(tqdm(make_sections(found, against), desc="report", unit="section", leave=False, disable=None))
         page = write_page(folder, found, sections)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-    print(f"page:    {page}\nfigures: {folder}/*.pdf, their numbers: {folder}/*.csv")
+        print(f"page:    {page}\nfigures: {folder}/*.pdf, their numbers: {folder}/*.csv")
     for note in (note for run in found.each for note in run.notes):
         print(f"note:    {note}")
+
+
+def describe(runs: Runs, value: str = "accuracy", against: str = "l1", all_checkpoints: bool = False) -> str:
+    """Axis correlations of each run, and the pruning grids of all of them, as text.
+
+    Args:
+        runs: of one network.
+        value: a column of the pruning grids.
+        against: the score that the others are compared with.
+        all_checkpoints: whether to show every checkpoint.
+
+    Raises:
+        ValueError: if the grids have no such column.
+    """
+    parts = []
+    for run in runs.each:
+        rows = main_correlation(runs.correlations)
+        rows = rows[rows["run"] == run.name]
+        if not all_checkpoints:
+            steps = list(runs.landmarks.values())
+            rows = rows.set_index("step").loc[steps].reset_index().assign(when=list(_LANDMARKS.values()))
+        parts.append((f"{run.name}: " if len(runs.each) > 1 else "") + describe_correlations(rows))
+    for place in dict.fromkeys(place for run in runs.each for place in run.pruning):
+        grids = pd.concat([run.pruning[place] for run in runs.each if place in run.pruning], ignore_index=True)
+        parts.append(("" if place == "." else f"{place}: ") + describe_grids(grids, value, against))
+    return "\n\n".join(parts)

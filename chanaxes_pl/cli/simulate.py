@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from chanaxes_pl.analysis.text import interval
 from chanaxes_pl.core.statistics import bounds, mean_over_runs, resampled
 from chanaxes_pl.plots import plot_simulation
 from chanaxes_pl.plots.style import RHO
@@ -49,19 +50,16 @@ def simulation(
         tolerance: of the integration, a step.
     """
     path = Path(out)
-    try:
-        problem = Problem(spectrum, inputs, leading, share, explained, channels, seeds)
-        check_flow(FLOWS[0], mixture, duration, records, tolerance)
-        _check_out(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+    problem = Problem(spectrum, inputs, leading, share, explained, channels, seeds)
+    check_flow(FLOWS[0], mixture, duration, records, tolerance)
+    _check_out(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     start = initial_coupling(problem)
     print(describe_start(start, problem))
     try:
         flows = pd.concat([simulate(problem, flow, mixture, duration, records, tolerance) for flow in FLOWS])
     except RuntimeError as error:
-        raise SystemExit(f"error: {error}") from error
+        raise ValueError(str(error)) from error
     print(f"\n{describe_flows(flows)}")
     table = path.with_suffix(".parquet")
     plot_simulation(start, flows).savefig(path, dpi=150)
@@ -88,7 +86,7 @@ def describe_start(start: pd.DataFrame, problem: Problem) -> str:
         f"{'share':>7}{RHO:>42}{'|cos(Σw, g)|':>23}",
     ]
     for place, share in enumerate(rho["share"]):
-        lines.append(f"{share:7.2f}{_interval(rho.iloc[place]):>42}{_interval(angle.iloc[place]):>23}")
+        lines.append(f"{share:7.2f}{_cell(rho.iloc[place]):>42}{_cell(angle.iloc[place]):>23}")
     if problem.seeds > 1:
         above = rho[rho["low"] > 0]["share"]
         lines.append(f"interval above 0 from a share of {above.min():g} on" if len(above) else "interval never above 0")
@@ -125,7 +123,7 @@ def _verdict(times: pd.Series) -> str:
 
 def _state(rows: pd.DataFrame) -> str:
     """One moment of a flow, a row a run."""
-    rho, angle = (_interval(mean_over_runs(rows, value, by=["flow"]).iloc[0]) for value in ("rho", "alignment"))
+    rho, angle = (_cell(mean_over_runs(rows, value, by=["flow"]).iloc[0]) for value in ("rho", "alignment"))
     spreads = {"input_capture": "capture_spread", "task_information": "task_spread"}
     known = (f"{rows[value].mean():.3f} ± {rows[spread].mean():.3f}" for value, spread in spreads.items())
     return f"{rho:>21}{angle:>19}" + "".join(f"{cell:>17}" for cell in known)
@@ -141,10 +139,8 @@ def _half_time(times: np.ndarray, end: float) -> str:
     return f"{middle}{interval}, {np.isfinite(times).sum()}/{len(times)}"
 
 
-def _interval(row: pd.Series) -> str:
-    if row["runs"] == 0:
-        return "–"
-    return f"{row['mean']:.2f}" if row["runs"] < 2 else f"{row['mean']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+def _cell(row: pd.Series) -> str:
+    return interval(row, spread=False)
 
 
 def _runs(count: int) -> str:

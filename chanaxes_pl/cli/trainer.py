@@ -6,7 +6,6 @@ Apart from ``main`` because importing LightningCLI takes seconds.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,12 +17,12 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import chanaxes_pl.data
 import chanaxes_pl.tracking.tracker  # noqa: F401  so that --data DigitsDataModule and the like need no module names
-from chanaxes_pl.analysis.runs import keep_scalars
+from chanaxes_pl.analysis.text import describe_lesions, describe_pruning
 from chanaxes_pl.lesions.damage_table import LesionExperiment
 from chanaxes_pl.models.checkpoints import load_weights, read_checkpoint
 from chanaxes_pl.prune_module import Experiment, PruneModule
-from chanaxes_pl.pruning.describe import describe_lesions, describe_pruning
 from chanaxes_pl.pruning.grid import PruningExperiment
+from chanaxes_pl.run_folder import RunFolder
 
 # What `fabric run` tells its processes, and the Trainer argument that means the same.
 FABRIC_RUN = {
@@ -98,30 +97,19 @@ class PruningTrainer(Trainer):
         lr: float = 0.01,
     ) -> None:
         if ckpt_path is None:
-            _fail(f"chanaxes {verb} needs a trained network: add --ckpt_path RUN/checkpoints/last.ckpt")
-        try:
-            folder = load_weights(model, ckpt_path)
-            module = PruneModule(model, make(), out=out or folder, lr=lr)
-        except (ValueError, FileNotFoundError) as error:
-            _fail(str(error))
+            raise ValueError(f"chanaxes {verb} needs a trained network: add --ckpt_path RUN/checkpoints/last.ckpt")
+        load_weights(model, ckpt_path)
+        module = PruneModule(model, make(), out=out or RunFolder.of_checkpoint(ckpt_path).path, lr=lr)
         # The config's loggers and callbacks are those of a training run: they would begin another one.
         self.loggers = []
         callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]  # which Lightning does not declare
         callbacks[:] = [callback for callback in callbacks if isinstance(callback, ProgressBar)]
-        try:
-            self.test(module, datamodule=datamodule)
-        except ValueError as error:
-            _fail(str(error))
+        self.test(module, datamodule=datamodule)
         if self.is_global_zero:
             pruned = isinstance(module.experiment, PruningExperiment)
             stem, describe = ("pruning", describe_pruning) if pruned else ("lesions", describe_lesions)
             print(describe(module.table))
             print(f"table:  {module.folder / stem}.parquet\nfigure: {module.folder / stem}.png")
-
-
-def _fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 class TrainerCLI(LightningCLI):
@@ -131,8 +119,9 @@ class TrainerCLI(LightningCLI):
     DataModule. Under ``fabric run`` that command's flags are the Trainer's defaults.
 
     Raises:
-        SystemExit: with status 2 for arguments that do not parse, and for a launch of several processes that
-            the Trainer does not know of: each would train its own model, side by side.
+        SystemExit: with status 2 for arguments that do not parse.
+        ValueError: for a launch of several processes that the Trainer does not know of: each would train its own
+            model, side by side.
     """
 
     def __init__(self) -> None:
@@ -178,10 +167,7 @@ class TrainerCLI(LightningCLI):
         if self.config[verb].run is not None:
             _enter(self.config[verb], verb)
         if verb in ("lesion", "prune") and self.config[verb].ckpt_path is not None:
-            try:
-                read_checkpoint(self.config[verb].ckpt_path)
-            except (ValueError, FileNotFoundError) as error:
-                _fail(str(error))
+            read_checkpoint(self.config[verb].ckpt_path)
 
     def after_instantiate_classes(self) -> None:
         """Stop early if more processes were launched than the Trainer knows of."""
@@ -190,19 +176,19 @@ class TrainerCLI(LightningCLI):
             _refuse(str(self.subcommand), environment.world_size(), self.trainer.world_size)
         run = self.config[str(self.subcommand)].run
         if run is not None and self.subcommand == "fit" and self.trainer.is_global_zero:
-            keep_scalars(Path(run))
+            RunFolder(Path(run)).keep_scalars()
 
 
 def _enter(config: Any, verb: str) -> None:
     """Give a verb the folder that ``--run`` names, for all that it writes, and the network that is in it."""
-    folder = Path(config.run)
-    last = folder / "checkpoints" / "last.ckpt"
+    run = RunFolder(Path(config.run))
+    folder, last = run.path, run.last_checkpoint
     if config.ckpt_path is None and last.is_file():
         config.ckpt_path = str(last)
     elif config.ckpt_path is None and verb != "fit":
-        _fail(f"--run {folder}: no {last}; expected the folder of a training that kept one")
-    elif config.ckpt_path is None and any(folder.glob("*/step-*.parquet")):
-        _fail(
+        raise ValueError(f"--run {folder}: no {last}; expected the folder of a training that kept one")
+    elif config.ckpt_path is None and run.trackers:
+        raise ValueError(
             f"--run {folder}: a training there was interrupted before its first checkpoint, and cannot go on; remove "
             "the folder to begin again, or name another one"
         )
@@ -218,7 +204,7 @@ def _log_into(folder: Path, trainer: Any, verb: str) -> None:
     loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
     classes = [str(getattr(logger, "class_path", logger)).rpartition(".")[2] for logger in loggers]
     if classes[0] not in ("CSVLogger", "TensorBoardLogger"):
-        _fail(
+        raise ValueError(
             f"--run {folder}: expected a CSVLogger or TensorBoardLogger as the first of the loggers, whose folder all "
             f"else goes to, or --trainer.logger false; chanaxes {verb} got {', '.join(classes)}"
         )
@@ -234,7 +220,7 @@ def _log_into(folder: Path, trainer: Any, verb: str) -> None:
 def _refuse(verb: str, launched: int, known: int) -> NoReturn:
     nodes = int(os.environ.get("LT_NUM_NODES", "1"))
     devices = launched // nodes
-    _fail(
+    raise ValueError(
         f"{launched} processes were launched, but the Trainer knows of {known}: each would run the "
         f"whole of `chanaxes {verb}` by itself.\n"
         f"Either add --trainer.strategy ddp --trainer.devices {devices} to this command, or let the Trainer "

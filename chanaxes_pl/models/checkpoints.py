@@ -44,8 +44,8 @@ def load_classifier(path: str | Path) -> Classifier:
     return classifier.eval()
 
 
-def load_weights(model: nn.Module, path: str | Path) -> Path:
-    """Fill a model with a checkpoint's weights; the folder of the run that wrote it.
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Fill a model with a checkpoint's weights.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -54,7 +54,6 @@ def load_weights(model: nn.Module, path: str | Path) -> Path:
     weights = read_checkpoint(path)["state_dict"]
     _check(model, weights, path)
     model.load_state_dict(weights)
-    return run_folder_of(Path(path))
 
 
 def _check(model: nn.Module, weights: Mapping[str, Any], path: str | Path) -> None:
@@ -100,9 +99,3 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise ValueError(f"{path}: holds no state_dict; expected a checkpoint that a Lightning Trainer wrote")
     return checkpoint
-
-
-def run_folder_of(checkpoint: Path) -> Path:
-    """The folder of the run that wrote a checkpoint."""
-    folder = checkpoint.absolute().parent
-    return folder.parent if folder.name == "checkpoints" else folder

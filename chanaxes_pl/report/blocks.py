@@ -65,39 +65,11 @@ class Section:
     blocks: Sequence[Block] = field(default_factory=tuple)
 
     @property
+    def empty(self) -> bool:
+        """Whether there is nothing to see but why there is nothing."""
+        return all(isinstance(block, Missing) for block in self.blocks)
+
+    @property
     def anchor(self) -> str:
         """Its name within the page."""
         return self.title.lower().replace(" ", "-")
-
-
-def number(value: float, digits: int = 2, sign: bool = False) -> str:
-    """A number as a cell shows it; a dash where it is undefined."""
-    value = round(float(value), digits) + 0.0  # no −0.00
-    return "–" if value != value else f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
-
-
-def interval(row: pd.Series, digits: int = 2, sign: bool = False) -> str:
-    """``mean ± std [low, high]`` of a row of :func:`mean_over_runs`, where defined."""
-    text = number(row["mean"], digits, sign)
-    if row["std"] == row["std"]:  # a narrow cell breaks before the bracket, and nowhere else
-        low, high = number(row["low"], digits), number(row["high"], digits)
-        text += f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{number(row['std'], digits)} [{low},\N{NO-BREAK SPACE}{high}]"
-    return text
-
-
-def intervals(means: pd.DataFrame, index: str | list[str], columns: str, digits: int = 2) -> pd.DataFrame:
-    """Rows of :func:`mean_over_runs` as a table of text, in the order in which they come.
-
-    Args:
-        means: the rows.
-        index: the column, or columns, that name a row of the table.
-        columns: the column that names a column of the table.
-        digits: of every number.
-
-    Example:
-        >>> means = pd.DataFrame({"layer": ["a", "b"], "step": 0, "mean": [0.5, 0.25], "std": float("nan")})
-        >>> intervals(means, "layer", "step")[0].tolist()
-        ['0.50', '0.25']
-    """
-    cells = means.assign(cell=[interval(row, digits) for _, row in means.iterrows()])
-    return cells.pivot_table(index=index, columns=columns, values="cell", aggfunc="first", sort=False)

@@ -7,15 +7,14 @@ from typing import Any
 import pandas as pd
 
 from chanaxes_pl.analysis.correlations import NETWORK
-from chanaxes_pl.analysis.damage import score_damage_correlation
+from chanaxes_pl.analysis.grids import score_differences
 from chanaxes_pl.analysis.prediction import early_prediction
-from chanaxes_pl.analysis.runs import Runs
-from chanaxes_pl.core.metrics import METRICS
+from chanaxes_pl.analysis.runs import DAMAGES, Runs
+from chanaxes_pl.analysis.text import interval, intervals, number, variant
 from chanaxes_pl.core.statistics import mean_over_runs
-from chanaxes_pl.lesions.interventions import OPERATIONS
 from chanaxes_pl.plots import plot_early_prediction, plot_lesions, plot_pruning
 from chanaxes_pl.plots.style import words
-from chanaxes_pl.report.blocks import Missing, Picture, Section, Table, interval, intervals, number
+from chanaxes_pl.report.blocks import Missing, Picture, Section, Table
 from chanaxes_pl.tables import DENSE, VARIANT
 
 _POINT = ["run", "layer", "channel"]
@@ -24,46 +23,38 @@ _POINT = ["run", "layer", "channel"]
 def lesions(runs: Runs) -> Section:
     """What lesions cost, and what that goes with."""
     about = "What it costs on test images to take channels out one by one, and the metrics that this goes with."
-    found = [(run, place, table) for run in runs.each for place, table in run.lesions.items()]
-    if not found:
-        command = "chanaxes lesion --config CONFIG --ckpt_path RUN/checkpoints/last.ckpt"
-        return Section(
-            "Lesions", about, [Missing(f"No lesions.parquet in the run folder yet; it comes from `{command}`.")]
+    damage = runs.damage
+    if damage is None:
+        reason = (
+            "No lesions.parquet in the run folder yet; it comes from "
+            "`chanaxes lesion --config CONFIG --ckpt_path RUN/checkpoints/last.ckpt`."
         )
+        if any(run.lesions for run in runs.each):
+            reason = "The runs' tables of lesions have no operation in common."
+        return Section("Lesions", about, [Missing(reason)])
     blocks: list[Any] = []
-    frames = []
-    for nth, (run, place, table) in enumerate(found):
-        damage = _damage(table)
-        correlations = score_damage_correlation(table, [*METRICS, "peer_r2"], damage, runs.resamples)
-        frames.append(correlations.assign(run=f"{run.name}/{place}"))
-        means = [f"{op} {number(table[f'{op}_loss'].mean(), 4, True)}" for op in OPERATIONS if f"{op}_loss" in table]
-        panels = correlations.loc[correlations["layer"] == NETWORK, "score"]
+    tables = list(damage.tables.groupby(["run", "place"], sort=False))
+    for nth, ((run, place), table) in enumerate(tables):
+        found = damage.correlations
+        found = found[(found["run"] == run) & (found["place"] == place)]
+        losses = [name for name in DAMAGES if name in table and table[name].notna().any()]
+        means = [f"{name.removesuffix('_loss')} {number(table[name].mean(), 4, True)}" for name in losses]
+        panels = found.loc[found["layer"] == NETWORK, "score"]
         blocks.append(
             Picture(
-                f"lesions-{nth}" if len(found) > 1 else "lesions",
-                plot_lesions(table, correlations, damage, title=run.name if len(runs.each) > 1 else ""),
+                f"lesions-{nth}" if len(tables) > 1 else "lesions",
+                plot_lesions(table, found, damage.column, title=str(run) if len(runs.each) > 1 else ""),
                 table,
-                f"{len(table)} channels of {run.name}; mean change of cross-entropy in nats: {', '.join(means)}. "
-                f"ρ: {damage} with the metric within layers, mean over layers [95 % over units].",
-                [table[[*_POINT, score, damage]] for score in panels],
+                f"{len(table)} channels of {run}; mean change of cross-entropy in nats: {', '.join(means)}. "
+                f"ρ: {damage.column} with the metric within layers, mean over layers [95 % over units].",
+                [table[[*_POINT, score, damage.column]] for score in panels],
             )
         )
-    together = pd.concat(frames, ignore_index=True)
-    return Section("Lesions", about, [*blocks, *_over_runs(together, len(found), runs.resamples)])
-
-
-def _damage(table: pd.DataFrame) -> str:
-    return next(f"{operation}_loss" for operation in OPERATIONS if f"{operation}_loss" in table)
-
-
-def _over_runs(correlations: pd.DataFrame, count: int, resamples: int) -> list[Table]:
-    if count == 1:
-        return []
-    means = mean_over_runs(correlations[correlations["layer"] == NETWORK], "rho", resamples)
-    rows = [[words(str(row["score"])), interval(row)] for _, row in means.iterrows()]
-    return [
-        Table("ρ with damage over runs: mean ± standard deviation [95 % bootstrap over runs].", ["metric", "ρ"], rows)
-    ]
+    if len(tables) > 1:
+        rows = [[words(str(row["score"])), interval(row)] for _, row in damage.over_runs.iterrows()]
+        caption = "ρ with damage over runs: mean ± standard deviation [95 % bootstrap over runs]."
+        blocks.append(Table(caption, ["metric", "ρ"], rows))
+    return Section("Lesions", about, blocks)
 
 
 def early(runs: Runs) -> Section:
@@ -72,9 +63,7 @@ def early(runs: Runs) -> Section:
     frames, blocks = [], []
     for run in runs.each:
         try:
-            found = early_prediction(
-                run.folder, next(iter(run.lesions.values()), None), resamples=runs.resamples, tracker=run.tracker
-            )
+            found = early_prediction(run, next(iter(run.lesions.values()), None), resamples=runs.resamples)
         except ValueError as error:
             blocks.append(Missing(f"{run.name} is left out: {error}"))
             continue
@@ -95,8 +84,13 @@ def early(runs: Runs) -> Section:
     return Section("Early prediction", about, [*blocks, picture])
 
 
-def pruning(runs: Runs) -> Section:
-    """Accuracy over MACs."""
+def pruning(runs: Runs, against: str = "l1") -> Section:
+    """Accuracy over MACs.
+
+    Args:
+        runs: of one network.
+        against: the score that the others are compared with where there are several runs.
+    """
     about = "Test accuracy over the share of multiply–accumulates that is left, under each score of what goes first."
     places = list(dict.fromkeys(place for run in runs.each for place in run.pruning))
     if not places:
@@ -113,6 +107,8 @@ def pruning(runs: Runs) -> Section:
         caption = f"{spread}The horizontal line is the dense network."
         name = f"pruning-{nth}" if len(places) > 1 else "pruning"
         blocks += [Picture(name, plot_pruning(grid, title), grid, caption), *_accuracies(grid, title, runs.resamples)]
+        if len(grids) > 1:
+            blocks += _paired(grid, title, against)
     return Section("Pruning", about, blocks)
 
 
@@ -126,8 +122,23 @@ def _accuracies(grid: pd.DataFrame, title: str, resamples: int) -> list[Table]:
         budgets = sorted(part["budget"].unique(), reverse=True)
         cells = intervals(means, "score", "budget", digits=1).fillna("–")
         rows = [[score, *cells.loc[score, budgets]] for score in part["score"].unique()]
-        kind = f"{title + ': ' if title else ''}{allocation}, {'no compensation' if strength == 'none' else strength}"
+        kind = f"{title + ': ' if title else ''}{variant(allocation, strength)}"
         tables.append(
             Table(f"{kind}. Accuracy in %.", ["score", *(f"{100 * budget:g} % of MACs" for budget in budgets)], rows)
         )
     return tables
+
+
+def _paired(grid: pd.DataFrame, title: str, against: str) -> list[Table]:
+    """Differences of the area under the curve between scores, run by run."""
+    differences = score_differences(grid, against=against)
+    rows = [
+        [f"{row['scores']} less {row['against']}", variant(row["allocation"], row["compensate"]), cell]
+        for _, row in differences.iterrows()
+        for cell in [interval(row, 1, sign=True, scale=100)]
+    ]
+    caption = (
+        f"{title + ': ' if title else ''}paired differences: accuracy in points, mean over the curve, of two scores on "
+        "the same runs; mean ± standard deviation over runs [95 % bootstrap over runs]."
+    )
+    return [Table(caption, ["scores", "under", "difference"], rows)] if rows else []

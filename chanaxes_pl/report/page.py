@@ -6,6 +6,7 @@ import base64
 import io
 import json
 from collections.abc import Sequence
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,12 @@ from chanaxes_pl.analysis.runs import Runs
 from chanaxes_pl.core.files import replacing
 from chanaxes_pl.plots.style import words
 from chanaxes_pl.report.blocks import Picture, Section
+from chanaxes_pl.report.findings import findings
 
 # Text as text in PDF, as outlines in the page: a reader's machine need not have the font. The same run, the same bytes.
 _LOOK: dict[Any, Any] = {"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "chanaxes", "savefig.dpi": 200}
+
+_VERSIONS = ("chanaxes_pl", "torch", "lightning", "numpy", "scipy", "matplotlib")
 
 
 def write_page(folder: Path, runs: Runs, sections: Sequence[Section]) -> Path:
@@ -45,7 +49,14 @@ def write_page(folder: Path, runs: Runs, sections: Sequence[Section]) -> Path:
     environment.globals["kind"] = lambda block: type(block).__name__
     template = environment.from_string((files("chanaxes_pl.report") / "page.html").read_text("utf-8"))
     page = folder / "index.html"
-    text = template.render(runs=runs, sections=sections)
+    text = template.render(
+        runs=runs,
+        findings=findings(runs),
+        anchors={section.title: section.anchor for section in sections},
+        sections=[section for section in sections if not section.empty],
+        missing=[section for section in sections if section.empty],
+        versions=", ".join(f"{name} {version(name)}" for name in _VERSIONS),
+    )
     with replacing(page) as draft:
         draft.write_text(text, "utf-8")
     return page

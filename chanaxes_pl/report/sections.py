@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import yaml
 from chanaxes_pl.analysis.correlations import MAIN_PAIR, PAIRS, main_correlation, reliabilities, task_masses
 from chanaxes_pl.analysis.groupings import groupings
 from chanaxes_pl.analysis.runs import Run, Runs
+from chanaxes_pl.analysis.text import interval, intervals, number
 from chanaxes_pl.core.statistics import mean_over_runs
 from chanaxes_pl.plots import (
     channel_panels,
@@ -27,7 +28,7 @@ from chanaxes_pl.plots import (
     plot_peer_support,
 )
 from chanaxes_pl.plots.style import words
-from chanaxes_pl.report.blocks import Folded, Missing, Picture, Section, Table, interval, intervals, number
+from chanaxes_pl.report.blocks import Folded, Missing, Picture, Section, Table
 from chanaxes_pl.report.experiments import early, lesions, pruning
 from chanaxes_pl.tables import DENSE
 
@@ -283,8 +284,8 @@ def _distinct(runs: Runs) -> list[tuple[str, int]]:
     return [(when[key], step) for step, key in {step: key for key, step in runs.landmarks.items()}.items()]
 
 
-#: The page, from top to bottom.
-SECTIONS = (
+#: What the page shows, from top to bottom.
+SECTIONS: tuple[Callable[[Runs], Section], ...] = (
     configuration,
     accuracy,
     correlation,
@@ -298,3 +299,14 @@ SECTIONS = (
     pruning,
     cost,
 )
+
+
+def make_sections(runs: Runs, against: str = "l1") -> Iterator[Section]:
+    """The sections, one by one as they are made.
+
+    Args:
+        runs: of one network.
+        against: the pruning score that the others are compared with.
+    """
+    for make in SECTIONS:
+        yield pruning(runs, against) if make is pruning else make(runs)

@@ -10,7 +10,8 @@ from typing import Any
 import pandas as pd
 import torch
 
-from chanaxes_pl.tables import checkpoint_path, read_parquet, write_parquet
+from chanaxes_pl.run_folder import RunFolder, checkpoint_path, table_paths
+from chanaxes_pl.tables import read_parquet, write_parquet
 
 
 class History:
@@ -53,7 +54,7 @@ class History:
                 warnings.warn(f"the table of step {step} is lost, training goes on: {path}: {error}", stacklevel=2)
         return keyed
 
-    def open(self, root: Path, name: str, run: str) -> None:
+    def open(self, root: RunFolder, name: str, run: str) -> None:
         """Choose the folder ``root/name``, see that it can be written, and bring a resumed run's tables into it.
 
         A run never writes among another one's tables: it takes ``name-1``, ``name-2``, … instead.
@@ -62,9 +63,14 @@ class History:
             OSError: if the folder cannot be written.
         """
         self.run = self.run or run
-        folder = self._place(root, name)
+        before = self.folder or self._came_from
+        folder = root.path / name
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            if before and (before.parent.resolve() == root.path.resolve() or not before.exists()):
+                folder = root.path / before.name  # its own tables, here or moved here
+                folder.mkdir(parents=True, exist_ok=True)
+            else:
+                folder = root.create_tracker(name)
             (folder / ".writable").touch()
             (folder / ".writable").unlink()
         except OSError as error:
@@ -76,21 +82,10 @@ class History:
         if self._resumed:
             self._bring_tables(folder)
 
-    def _place(self, root: Path, name: str) -> Path:
-        """Where this run's tables are already, if that is in ``root`` or has moved there; else a free folder."""
-        before = self.folder or self._came_from
-        if before and (before.parent.resolve() == root.resolve() or not before.exists()):
-            return root / before.name
-        folder, number = root / name, 0
-        while any(folder.glob("step-*.parquet")):
-            number += 1
-            folder = root / f"{name}-{number}"
-        return folder
-
     def _bring_tables(self, folder: Path) -> None:
         """Make ``folder`` hold the tables of exactly the checkpoints that the resumed run had behind it."""
         kept = {checkpoint_path(folder, step).name for _, step in self.checkpoints}
-        for path in sorted(folder.glob("step-*.parquet")):
+        for path in table_paths(folder):
             if path.name not in kept:  # measured after the state that training goes on from
                 (folder / "set-aside").mkdir(exist_ok=True)
                 path.replace(folder / "set-aside" / path.name)

@@ -21,6 +21,7 @@ from chanaxes_pl.core.targets import TargetSpec
 from chanaxes_pl.network.layers import LayerSpec, channel_count, select_layers
 from chanaxes_pl.network.probe import Placement, Probe, Step, find_probe
 from chanaxes_pl.network.recording import Settings
+from chanaxes_pl.run_folder import RunFolder, check_tracker_name
 from chanaxes_pl.tracking.history import History
 from chanaxes_pl.tracking.logging import checkpoint_media, checkpoint_scalars
 from chanaxes_pl.tracking.schedules import Schedule, ScheduleSpec
@@ -86,6 +87,7 @@ class AxisTracker(L.Callback):
     ) -> None:
         super().__init__()
         with naming(type(self).__name__):
+            check_tracker_name(name)
             self.settings = Settings(
                 layers=layers,
                 positions=positions,
@@ -168,7 +170,7 @@ class AxisTracker(L.Callback):
         size = min(self.settings.probe_size, _FAST_IMAGES) if fast else self.settings.probe_size
         self._probe = Probe(find_probe(self._given, trainer), size)
         if self._save and trainer.is_global_zero and not fast:
-            root, run = _run_folder(trainer)
+            root, run = RunFolder.of_trainer(trainer)
             self._history.open(root, self.name, run)
         self._started, self._spent = time.perf_counter(), 0.0
 
@@ -226,16 +228,6 @@ def _as_validation(trainer: L.Trainer) -> Iterator[None]:
         yield
     finally:
         trainer.state.stage = stage
-
-
-def _run_folder(trainer: L.Trainer) -> tuple[Path, str]:
-    """Where this run's files go, and its name: as ``ModelCheckpoint`` chooses."""
-    if not trainer.loggers:
-        return Path(trainer.default_root_dir), Path(trainer.default_root_dir).absolute().name
-    logger = trainer.loggers[0]
-    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-    run = Path(str(logger.name or ""), version)
-    return Path(logger.save_dir or trainer.default_root_dir) / run, run.as_posix()
 
 
 def _other_layers(before: dict[str, int], now: dict[str, int]) -> str:

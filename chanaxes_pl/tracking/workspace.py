@@ -69,20 +69,20 @@ def dashboard(
         draft.write_text(page._model.spec.model_dump_json(by_alias=True, exclude_none=True, indent=2) + "\n")
     print(f"workspace: {out}")
     if push is not None:
-        _send(page, f"error: {out} is written, but cannot be sent to {push}:")
+        _send(page, f"{out} is written, but cannot be sent to {push}:")
 
 
 def workspace(name: str = "axis", alignment: bool = False, entity: str = "", project: str = "") -> Workspace:
     """The workspace: sections :data:`SECTIONS`, every line over ``epoch``; nothing is sent.
 
     Raises:
-        SystemExit: without ``wandb-workspaces``.
+        ValueError: without ``wandb-workspaces``.
     """
     try:
         import wandb_workspaces.reports.v2 as wr
         import wandb_workspaces.workspaces as ws
     except ImportError as error:
-        raise SystemExit(f'error: {error}: chanaxes dashboard needs pip install "chanaxes_pl[dashboard]"') from error
+        raise ValueError(f'{error}: chanaxes dashboard needs pip install "chanaxes_pl[dashboard]"') from error
     sections = []
     for section, panels in SECTIONS.items():
         shown: list = []
@@ -101,7 +101,7 @@ def workspace(name: str = "axis", alignment: bool = False, entity: str = "", pro
 
 def _destination(push: str) -> tuple[str, str]:
     if not re.fullmatch(r"[^/\s]+/[^/\s]+", push):
-        raise SystemExit(f"error: --push {push!r}: expected ENTITY/PROJECT, such as your-team/chanaxes")
+        raise ValueError(f"--push {push!r}: expected ENTITY/PROJECT, such as your-team/chanaxes")
     entity, project = push.split("/")
     return entity, project
 
@@ -116,7 +116,7 @@ def _send(page: Workspace, problem: str) -> None:
     except HTTPError as answer:  # it is there
         answer.close()
     except OSError as error:
-        raise SystemExit(
+        raise ValueError(
             f"{problem} {server} does not answer ({error}). Try again with a network, or name another server "
             "in WANDB_BASE_URL"
         ) from error
@@ -124,6 +124,6 @@ def _send(page: Workspace, problem: str) -> None:
         normalize_exceptions(page.save)()
         print(f"saved: {page.url}")
     except wandb.Error as error:
-        raise SystemExit(
+        raise ValueError(
             f"{problem} {error}\n`wandb login` logs in; the project must exist, and be one that you may write to"
         ) from error

@@ -8,8 +8,10 @@ import pytest
 from numpy.testing import assert_allclose
 
 from chanaxes_pl.analysis.correlations import NETWORK, axis_correlations, main_correlation
-from chanaxes_pl.analysis.runs import keep_scalars, read_runs
-from chanaxes_pl.tables import checkpoint_path, write_parquet
+from chanaxes_pl.analysis.runs import read_runs
+from chanaxes_pl.core.metrics import METRICS
+from chanaxes_pl.run_folder import RunFolder, checkpoint_path
+from chanaxes_pl.tables import write_parquet
 from tests.helpers import cases as zoo
 
 STEPS = (0, 4, 8)
@@ -173,7 +175,8 @@ def test_what_lies_beside_the_tables_is_read_or_noted(seeds):
     run = seeds[0]
     (run / "config.yaml").write_text("seed_everything: 3\n")
     (run / "metrics.csv").write_text("epoch,step,train/top1\n0,4,0.5\n")
-    lesions = pd.DataFrame({"layer": ["net.a"], "channel": [0], "input_capture": [0.1], "zero_loss": [0.2]})
+    lesions = pd.DataFrame({"layer": ["net.a"], "channel": [0], "zero_loss": [0.2]})
+    lesions = lesions.assign(**dict.fromkeys([*METRICS, "peer_r2"], 0.1))
     write_parquet(lesions, run / "later" / "lesions.parquet")
     write_parquet(lesions, run / "pruning.parquet")  # under a name that promises something else
     (read,) = read_runs([run]).each
@@ -183,7 +186,7 @@ def test_what_lies_beside_the_tables_is_read_or_noted(seeds):
     assert read.lesions["later"]["run"].tolist() == [read.name]
     assert read.pruning == {}
     (note,) = read.notes
-    assert "pruning.parquet lacks the columns allocation, budget," in note
+    assert "pruning.parquet: lacks the columns score, allocation, compensate, budget" in note
 
 
 @pytest.mark.parametrize(
@@ -196,7 +199,7 @@ def test_what_lies_beside_the_tables_is_read_or_noted(seeds):
             b"a: !!python/object/apply:os.getcwd []",
             "config.yaml cannot be read: could not determine a cons",
         ),
-        ("lesions.parquet", b"PAR1", "lesions.parquet cannot be read: "),
+        ("lesions.parquet", b"PAR1", "lesions.parquet: not a whole Parquet file"),
     ],
 )
 def test_damaged_files_beside_the_tables_are_noted(seeds, name, content, note):
@@ -215,9 +218,9 @@ def write_scalars(path: Path, steps: list[int], column: str, values: list[float]
 def test_scalars_of_an_interrupted_run_are_whole_and_each_step_stands_there_once(tmp_path):
     run = write_run(tmp_path / "run")
     write_scalars(run / "metrics.csv", [0, 1, 2, 3], "train/loss", [4.0, 3.0, 2.0, 1.9])
-    keep_scalars(run)
+    RunFolder(run).keep_scalars()
     write_scalars(run / "metrics.csv", [2, 3, 4], "train/loss", [2.5, 1.5, 1.0])  # went on after step 1
-    keep_scalars(run)
+    RunFolder(run).keep_scalars()
     write_scalars(run / "metrics.csv", [4, 5], "train/loss", [0.9, 0.8])
     write_scalars(run / "test" / "metrics.csv", [6], "test/top1", [0.5])
     scalars = read_runs([run]).each[0].scalars
@@ -231,6 +234,6 @@ def test_more_than_nine_parts_stay_in_order(tmp_path):
     run = write_run(tmp_path / "run")
     for step in range(11):
         write_scalars(run / "metrics.csv", [step], "train/loss", [float(step)])
-        keep_scalars(run)
-    keep_scalars(run)  # nothing there to keep
+        RunFolder(run).keep_scalars()
+    RunFolder(run).keep_scalars()  # nothing there to keep
     assert read_runs([run]).each[0].scalars["step"].tolist() == list(range(11))

@@ -12,11 +12,11 @@ from lightning.pytorch.loggers import CSVLogger
 from playwright.sync_api import Page, sync_playwright
 
 from chanaxes_pl import AxisTracker, LesionExperiment, PruneModule, PruningExperiment
+from chanaxes_pl.analysis.text import interval, number
 from chanaxes_pl.cli import main as cli
 from chanaxes_pl.plots import channel_panels
-from chanaxes_pl.report.blocks import interval, number
 from chanaxes_pl.report.sections import SECTIONS
-from chanaxes_pl.tables import checkpoint_path
+from chanaxes_pl.run_folder import checkpoint_path
 from tests.analysis.test_runs import write_run
 from tests.helpers.training import QUIET, Small, loaders, trainer
 from tests.test_prune_module import Data
@@ -172,7 +172,9 @@ def test_points_lie_where_their_ranks_are(browser, pages):
 def test_every_section_is_there_and_in_the_list_of_contents(pages):
     text = pages[2].read_text()
     titles = re.findall(r"<h2>(.*?)</h2>", text)
-    assert len(titles) == len(SECTIONS) == len(re.findall(r'<a href="#', text))
+    contents = re.findall(r'<a href="#(.*?)"', text.split("</nav>")[0])
+    assert titles[0] == "Findings"
+    assert len(titles) - 1 == len(SECTIONS) == len(contents)
     missing = re.findall(r'<p class="missing">(.*?)</p>', text)
     assert [line[:22] for line in missing] == ["No saved configuration"]
 
@@ -231,7 +233,7 @@ def test_a_network_whose_channels_are_all_dead_makes_a_page_that_says_so(tmp_pat
     [
         (["nowhere"], r"error: .*nowhere: no such folder"),
         (["notes"], r"error: .*notes is no run folder: expected axis/step-….parquet"),
-        (["a", "b"], r"error: runs of different networks: .*net.b \(9 channels\).*`chanaxes compare`"),
+        (["a", "b"], r"error: runs of different networks: .*net.b \(9 channels\).*Make a report of each network"),
         (["a", "a"], r"error: .*a is given twice"),
     ],
 )

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from chanaxes_pl.summary import separation
+from chanaxes_pl.analysis.correlations import separation
 
 
 def trajectory(run: str, rho: list[float]) -> pd.DataFrame:

@@ -1,0 +1,197 @@
+"""Results as text: numbers and intervals as cells, and what an experiment found in a few lines."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from chanaxes_pl.analysis.correlations import NETWORK
+from chanaxes_pl.analysis.damage import matched_comparison, rank_regression, score_damage_correlation
+from chanaxes_pl.analysis.grids import score_differences
+from chanaxes_pl.analysis.scores import SCORE_COLUMN
+from chanaxes_pl.core.metrics import METRICS
+from chanaxes_pl.core.statistics import mean_over_runs
+from chanaxes_pl.tables import DENSE, VARIANT
+
+#: What each operation of a lesion does to a channel.
+_DOES = {
+    "zero": "removed",
+    "mean": "set to its mean",
+    "peer": "rebuilt from its peers",
+    "hull": "rebuilt from its hull",
+}
+
+
+def number(value: float, digits: int = 2, sign: bool = False) -> str:
+    """A number as a cell shows it; a dash where it is undefined.
+
+    Example:
+        >>> number(-0.256, 1), number(0.26, 1, sign=True), number(float("nan")), number(-0.001)
+        ('−0.3', '+0.3', '–', '0.00')
+    """
+    value = round(float(value), digits) + 0.0  # no −0.00
+    return "–" if value != value else f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+
+
+def interval(row: pd.Series, digits: int = 2, sign: bool = False, spread: bool = True, scale: float = 1.0) -> str:
+    """``mean ± std [low, high]`` of a row of :func:`mean_over_runs`, as far as it is defined.
+
+    Args:
+        row: with ``mean``, and ``low`` and ``high``, the ends of its interval.
+        digits: of every number.
+        sign: write + before a positive mean.
+        spread: write the standard deviation too, ``std``.
+        scale: factor on all numbers, 100 for percent.
+    """
+    text = number(scale * row["mean"], digits, sign)
+    defined = row["std" if spread else "low"]
+    if defined != defined:
+        return text
+    if spread:  # a narrow cell breaks before the bracket, and nowhere else
+        text += f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{number(scale * row['std'], digits)}"
+    low, high = (number(scale * row[name], digits) for name in ("low", "high"))
+    return f"{text} [{low},\N{NO-BREAK SPACE}{high}]"
+
+
+def intervals(
+    means: pd.DataFrame,
+    index: str | list[str],
+    columns: str,
+    digits: int = 2,
+    spread: bool = True,
+    scale: float = 1.0,
+) -> pd.DataFrame:
+    """Rows of :func:`mean_over_runs` as a table of text, in the order in which they come.
+
+    Args:
+        means: the rows.
+        index: the column, or columns, that name a row of the table.
+        columns: the column that names a column of the table.
+        digits: of every number.
+        spread: see :func:`interval`.
+        scale: see :func:`interval`.
+
+    Example:
+        >>> means = pd.DataFrame({"layer": ["a", "b"], "step": 0, "mean": [0.5, 0.25], "std": float("nan")})
+        >>> intervals(means, "layer", "step")[0].tolist()
+        ['0.50', '0.25']
+    """
+    cells = means.assign(cell=[interval(row, digits, spread=spread, scale=scale) for _, row in means.iterrows()])
+    return cells.pivot_table(index=index, columns=columns, values="cell", aggfunc="first", sort=False)
+
+
+def describe_correlations(rows: pd.DataFrame) -> str:
+    """The headline correlation of some checkpoints as text, a line each.
+
+    Args:
+        rows: from :func:`main_correlation`; ``when``, where it has that column, is what to call each.
+    """
+    lines = ["ρ(input capture, task information), mean over layers; 95 % interval over channels"]
+    lines.append(f"{'':18}{'epoch':>8}{'step':>8}{'ρ':>8}{'interval':>17}{'ceiling':>9}{'corrected':>11}{'null':>8}")
+    for _, row in rows.iterrows():
+        ceiling = (row["reliability_local"] * row["reliability_target"]) ** 0.5
+        ends = f"[{row['low']:.2f}, {row['high']:.2f}]"
+        lines.append(
+            f"{row.get('when', ''):18}{row['epoch']:8.3g}{row['step']:8}{row['rho']:8.2f}{ends:>17}"
+            f"{ceiling:9.2f}{row['disattenuated']:11.2f}{row['null']:8.2f}"
+        )
+    lines.append("ceiling: the highest ρ that the metrics' reliabilities allow; corrected: ρ / ceiling")
+    return "\n".join(lines)
+
+
+def describe_grids(grid: pd.DataFrame, value: str = "accuracy", against: str = "l1") -> str:
+    """Pruning grids of several runs: mean by budget, and paired differences of the area under the curve.
+
+    Args:
+        grid: from :func:`pruning_grid`, several told apart by ``run``.
+        value: the column, in percent for an accuracy, else in nats.
+        against: the score that the others are compared with.
+
+    Raises:
+        ValueError: if there is no such column.
+    """
+    if value not in grid:
+        raise ValueError(f"no column {value!r} in the pruning grids; there are {', '.join(map(str, grid.columns))}")
+    scale, unit = (100.0, "%") if value.endswith("accuracy") else (1.0, "nats")
+    runs = grid["run"].nunique()
+    dense = scale * grid[grid["score"] == DENSE][value.removeprefix("tuned_")]
+    spread = f" ± {number(dense.std(), 1)}" if len(dense) > 1 else ""
+    lines = [
+        f"{value} in {unit}, {runs} run{'s' * (runs != 1)}, dense {number(dense.mean(), 1)}{spread}; "
+        "mean [95 % over runs]"
+    ]
+    differences = score_differences(grid, value, against)
+    for (allocation, strength), part in grid[grid["score"] != DENSE].groupby(["allocation", "compensate"], sort=False):
+        means = mean_over_runs(part[["run", *VARIANT, value]], value)
+        cells = intervals(means, "score", "budget", digits=1, spread=False, scale=scale).fillna("–")
+        cells = cells[sorted(cells, reverse=True)]
+        lines += ["", variant(allocation, strength), f"{'':26}" + "".join(f"{f'{100 * b:g} %':>19}" for b in cells)]
+        lines += [
+            f"{score:26}" + "".join(f"{cell:>19}" for cell in row)
+            for score, row in zip(cells.index, cells.to_numpy(), strict=True)
+        ]
+        pairs = differences[(differences["allocation"] == allocation) & (differences["compensate"] == strength)]
+        if len(pairs):
+            lines.append("area under the curve, difference on the same runs:")
+        for _, row in pairs.iterrows():
+            pair = f"{row['scores']} less {row['against']}"
+            lines.append(f"  {pair:40}{interval(row, 1, spread=False, scale=scale):>19}")
+    return "\n".join(lines)
+
+
+def variant(allocation: str, compensate: str) -> str:
+    """What to call an allocation with a compensation."""
+    return f"{allocation}, {'no compensation' if compensate == 'none' else compensate}"
+
+
+def describe_lesions(table: pd.DataFrame) -> str:
+    """Mean damage by operation, its correlations with metrics and scores, and whether peer support explains more of it.
+
+    Args:
+        table: of :func:`join_axes`.
+    """
+    operations = [operation for operation in _DOES if f"{operation}_loss" in table]
+    means = [f"{_DOES[operation]} {table[f'{operation}_loss'].mean():+.4f}" for operation in operations]
+    damage = f"{operations[0]}_loss"
+    scores = [str(column) for column in table if str(column).startswith(SCORE_COLUMN)]
+    correlations = score_damage_correlation(table.replace(-np.inf, np.nan), [*METRICS, "peer_r2", *scores], damage)
+    lines = [
+        f"{len(table)} lesioned channels; mean change of cross-entropy in nats: {', '.join(means)}",
+        f"Spearman ρ with {damage} within layers, mean over layers [95 % over units]; {SCORE_COLUMN}…: low = remove",
+    ]
+    lines += [
+        f"  {row['score']:24}{row['rho']:6.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+        for row in correlations[correlations["layer"] == NETWORK].to_dict("records")
+    ]
+    fit = rank_regression(table, damage).to_dict("records")[0]
+    lines.append(
+        f"ranks of {damage} on those of {fit['base']}: adjusted R² {fit['r2_base']:.3f}; with {fit['added']} "
+        f"{fit['increase']:+.3f} [{fit['low']:.3f}, {fit['high']:.3f}]"
+    )
+    (rank,) = (row for row in matched_comparison(table, damage).to_dict("records") if row["scale"] == "rank")
+    lines.append(
+        f"channels of much and of little {rank['support']}, alike in {rank['matched']}: mean rank of {damage} "
+        f"{rank['much']:.2f} and {rank['little']:.2f}, difference {rank['difference']:+.2f} "
+        f"[{rank['low']:.2f}, {rank['high']:.2f}], {rank['pairs']} pairs"
+    )
+    return "\n".join(lines)
+
+
+def describe_pruning(grid: pd.DataFrame) -> str:
+    """Accuracy by budget, for every allocation, compensation and score.
+
+    Args:
+        grid: from :func:`pruning_grid`.
+    """
+    value = "tuned_accuracy" if "tuned_accuracy" in grid else "accuracy"
+    pruned = grid[grid["score"] != DENSE]
+    percent = (100 * pruned["budget"]).round(1).map("{:g} %".format)
+    rows = pruned.assign(budget=pd.Categorical(percent, list(dict.fromkeys(percent))), percent=100 * pruned[value])
+    keys = ["allocation", "compensate", "score"]
+    table = rows.pivot_table(index=keys, columns="budget", values="percent", sort=False, observed=True)
+    dense = 100 * grid.loc[grid["score"] == DENSE, "accuracy"].mean()
+    tuned = "after fine-tuning" if value != "accuracy" else "nothing retrained"
+    return (
+        f"test accuracy in % with so much of the multiply–accumulates left, {tuned}; dense {dense:.1f}\n"
+        f"{table.round(1).to_string()}"
+    )

@@ -1,0 +1,167 @@
+"""What a page says first: up to five sentences with the runs' own numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pandas as pd
+
+from chanaxes_pl.analysis.correlations import main_correlation, separation
+from chanaxes_pl.analysis.runs import Runs
+from chanaxes_pl.analysis.text import interval, number
+from chanaxes_pl.core.statistics import mean_over_runs
+from chanaxes_pl.plots.style import words
+from chanaxes_pl.tables import DENSE
+
+#: Share of the MACs at which pruning is summed up; the nearest budget of the grid is taken.
+BUDGET = 0.5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A sentence, and the title of the section that shows where it comes from."""
+
+    text: str
+    section: str
+
+
+def findings(runs: Runs) -> list[Finding]:
+    """The sentences whose experiments were made, in the order of the page."""
+    makers = {
+        "Axis correlation": (_coupling, _parting),
+        "Lesions": (_damage, _peers),
+        "Pruning": (_pruning,),
+    }
+    return [Finding(text, title) for title, each in makers.items() for make in each for text in make(runs)]
+
+
+def _coupling(runs: Runs) -> Iterator[str]:
+    """ρ at the first checkpoint and at the last, with intervals over channels of one run, else over runs."""
+    if len(runs.each) == 1:
+        rows = main_correlation(runs.correlations).rename(columns={"rho": "mean"}).set_index("step")
+    else:
+        rows = main_correlation(runs.mean()).set_index("step")
+    first, last = (rows.loc[runs.steps[place]] for place in (0, -1))
+    if first["mean"] != first["mean"]:
+        return
+    epoch = number(runs.table["epoch"].min(), 1) if runs.table["epoch"].min() else ""
+    start = f"At epoch {epoch}" if epoch else "At initialisation"
+    text = f"{start} the two axes are {_coupled(first)}: ρ(input capture, task information) is {_cell(first)}"
+    if len(runs.steps) > 1 and last["mean"] == last["mean"]:
+        text += f"; after training they are {_coupled(last)}: ρ is {_cell(last)}"
+    yield text + "."
+
+
+def _coupled(row: pd.Series) -> str:
+    if row["low"] != row["low"]:
+        return "coupled" if row["mean"] > 0 else "not coupled"
+    return "coupled" if row["low"] > 0 else "coupled inversely" if row["high"] < 0 else "not coupled"
+
+
+def _parting(runs: Runs) -> Iterator[str]:
+    """When ρ had fallen to half of its highest value."""
+    if len(runs.steps) == 1:
+        return
+    found = separation(main_correlation(runs.correlations))
+    coupled = found[found["highest"] > 0]
+    if not len(coupled):
+        if found["highest"].notna().any():
+            yield "At no checkpoint is the correlation above 0, so the axes had no coupling to lose."
+        return
+    apart = coupled.dropna(subset=["step"])
+    several = len(found) > 1
+    highest = f"The correlation is highest at {_when(coupled, '_highest')}, where ρ is {_middle(coupled['highest'])}"
+    if not len(apart):
+        yield f"{highest}, and never falls to half of that."
+    elif several:
+        yield f"{highest}, and falls to half of that by {_when(apart)} in {len(apart)} of {len(found)} runs (medians)."
+    else:
+        yield f"{highest}, and falls to half of that by {_when(apart)}."
+
+
+def _when(rows: pd.DataFrame, which: str = "") -> str:
+    epoch, step = (rows[f"{name}{which}"].median() for name in ("epoch", "step"))
+    return f"epoch {epoch:.2g} (step {step:.0f})" if step else "initialisation"
+
+
+def _middle(values: pd.Series) -> str:
+    return number(values.median())
+
+
+def _damage(runs: Runs) -> Iterator[str]:
+    """The mean damage of removing a channel, and the metric that it correlates with most strongly."""
+    damage = runs.damage
+    if damage is None:
+        return
+    cost = _mean(damage.tables, damage.column)
+    text = f"{_OPERATION[damage.column]} one channel raises the test loss by {_cell(cost, 4)} nats on average"
+    strongest = damage.over_runs.dropna(subset=["mean"])
+    if len(strongest):
+        row = strongest.loc[strongest["mean"].abs().idxmax()]
+        text += f"; within layers this damage correlates most with {words(row['score'])} (ρ = {_cell(row)})"
+    yield text + "."
+
+
+_OPERATION = {
+    "zero_loss": "Removing",
+    "mean_loss": "Setting to its mean",
+    "peer_loss": "Replacing by its peers",
+    "hull_loss": "Replacing by its hull",
+}
+
+
+def _peers(runs: Runs) -> Iterator[str]:
+    """How much of the damage is gone where a channel is rebuilt from its peers."""
+    damage = runs.damage
+    if damage is None or damage.column == "peer_loss":
+        return
+    both = damage.tables.dropna(subset=[column for column in ("peer_loss",) if column in damage.tables])
+    if "peer_loss" not in both or not len(both):
+        return
+    removed, rebuilt = (_mean(both, column) for column in (damage.column, "peer_loss"))
+    text = f"Rebuilding the channel from its peers leaves {_cell(rebuilt, 4)} nats of that"
+    if removed["mean"] > 0:
+        text += f", so peers give back {100 * (1 - rebuilt['mean'] / removed['mean']):.0f} % of the damage"
+    yield text + "."
+
+
+def _pruning(runs: Runs) -> Iterator[str]:
+    """Accuracy of the best score at half the MACs without compensation, and of the same with it."""
+    place = next((place for run in runs.each for place in run.pruning), None)
+    if place is None:
+        return
+    grid = pd.concat([run.pruning[place] for run in runs.each if place in run.pruning], ignore_index=True)
+    pruned = grid[grid["score"] != DENSE]
+    if not len(pruned):
+        return
+    budget = min(pruned["budget"].unique(), key=lambda share: abs(share - BUDGET))
+    rows = pruned[pruned["budget"] == budget]
+    keys = ["score", "allocation"]
+    by = [*keys, "compensate"]
+    means = mean_over_runs(rows, "accuracy", runs.resamples, by=by).dropna(subset=["mean"]).set_index(by)["mean"]
+    kinds = [kind for kind in ("none", "refit", "fold") if kind in means.index.get_level_values("compensate")]
+    if not kinds:
+        return
+    bare = means.xs(kinds[0], level="compensate")
+    score, allocation = bare.idxmax()
+    dense = 100 * grid.loc[grid["score"] == DENSE, "accuracy"].mean()
+    text = f"With {100 * budget:g} % of the multiply–accumulates left, accuracy falls from {number(dense, 1)} % to "
+    text += f"{number(100 * bare.max(), 1)} % under the best score, {score} ({allocation} allocation"
+    text += ", no compensation)" if kinds[0] == "none" else f", {kinds[0]})"
+    if kinds[0] == "none" and len(kinds) > 1 and (score, allocation, kinds[1]) in means.index:
+        mended = means[score, allocation, kinds[1]]
+        points = 100 * (mended - bare.max())
+        verb = "gives back" if points >= 0 else "takes away a further"
+        text += f"; {kinds[1]} {verb} {number(abs(points), 1)} points, to {number(100 * mended, 1)} %"
+    yield text + "."
+
+
+def _mean(table: pd.DataFrame, column: str) -> pd.Series:
+    """The mean over channels of each run, and over runs."""
+    by_run = table.groupby("run", sort=False)[column].mean().reset_index().assign(all="")
+    return mean_over_runs(by_run, column, by=["all"]).iloc[0]
+
+
+def _cell(row: pd.Series, digits: int = 2) -> str:
+    return interval(row, digits, spread=False)

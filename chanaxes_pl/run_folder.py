@@ -1,0 +1,189 @@
+"""The run folder: where a run keeps its tables of channels, experiments, configuration, scalars and checkpoints."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from chanaxes_pl.core.errors import ArgumentError
+
+#: The folder of a tracker that was given no name.
+DEFAULT_TRACKER = "axis"
+_TABLES = "step-*.parquet"
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where a tracker keeps the table of one step."""
+    return folder / f"step-{step:09d}.parquet"
+
+
+def table_paths(folder: str | Path) -> list[Path]:
+    """The tables of channels in a tracker's folder, in order of their steps."""
+    return sorted(Path(folder).glob(_TABLES))
+
+
+def check_tracker_name(name: str) -> None:
+    """Refuse a name that is not that of a folder directly in the run folder.
+
+    Raises:
+        ValueError: for an empty name, ``.``, ``..``, an absolute path, and names with separators.
+    """
+    if not isinstance(name, str) or name.strip() in ("", ".", "..") or set(name) & set("/\\:\0"):
+        raise ArgumentError(f"name={name!r}", "expected the name of a folder in the run folder, without / \\ or :")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run's folder.
+
+        RUN/axis/step-….parquet             tables of channels; AxisTracker(name="axis") writes them
+        RUN/axis-1/step-….parquet           those of a second training that went into the same folder
+        RUN/checkpoints/last.ckpt
+        RUN/config.yaml, hparams.yaml       settings, by `chanaxes fit` and by a Lightning logger
+        RUN/metrics.csv, test/metrics.csv   scalars; metrics-1.csv, … hold those before interruptions
+        RUN/**/lesions.parquet, pruning.parquet
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: Path
+
+    @classmethod
+    def of_trainer(cls, trainer: Any) -> tuple[RunFolder, str]:
+        """Where a Lightning Trainer's run writes, and the run's name: as ``ModelCheckpoint`` chooses."""
+        if not trainer.loggers:
+            return cls(Path(trainer.default_root_dir)), Path(trainer.default_root_dir).absolute().name
+        logger = trainer.loggers[0]
+        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+        run = Path(str(logger.name or ""), version)
+        return cls(Path(logger.save_dir or trainer.default_root_dir) / run), run.as_posix()
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: str | Path) -> RunFolder:
+        """The folder of the run that wrote a checkpoint."""
+        folder = Path(checkpoint).absolute().parent
+        return cls(folder.parent if folder.name == "checkpoints" else folder)
+
+    @classmethod
+    def find(cls, folder: str | Path) -> tuple[RunFolder, Path, str]:
+        """The run folder and one tracker's folder in it, whichever of the two ``folder`` is.
+
+        Returns:
+            The run folder, the tracker's folder, and a line to tell the user where several trainings wrote into the
+            run folder and the newest was taken; empty otherwise.
+
+        Raises:
+            FileNotFoundError: if there is no such folder, it holds no tables of channels, or those of trackers of
+                several names, none of which is ``axis``.
+        """
+        folder = Path(folder).absolute()
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder; expected what training with AxisTracker wrote")
+        if table_paths(folder):
+            return cls(folder.parent), folder, ""
+        run = cls(folder)
+        names = run.trackers
+        if len(names) > 1 and DEFAULT_TRACKER not in names:
+            paths = " or ".join(str(places[-1]) for places in names.values())
+            raise FileNotFoundError(f"{folder} holds the tables of several trackers: name one, {paths}")
+        if not names:
+            raise FileNotFoundError(run._no_tables())
+        places = names.get(DEFAULT_TRACKER) or next(iter(names.values()))
+        note = ""
+        if len(places) > 1:
+            older = " or ".join(str(place) for place in places[:-1])
+            note = (
+                f"{folder} holds {len(places)} trainings; shown is the newest, {places[-1].name}; name {older} to see "
+                "an older one"
+            )
+        return run, places[-1], note
+
+    @property
+    def trackers(self) -> dict[str, list[Path]]:
+        """Folders with tables of channels, by their tracker's name, from the oldest training to the newest."""
+        found: dict[str, list[tuple[int, Path]]] = {}
+        folders = {path.parent for path in self.path.glob(f"*/{_TABLES}")}
+        for folder in sorted(folders):
+            name, number = _name_and_number(folder.name)
+            if not (self.path / name).is_dir():  # a tracker that was named "label-2"
+                name, number = folder.name, 0
+            found.setdefault(name, []).append((number, folder))
+        return {name: [folder for _, folder in sorted(places)] for name, places in found.items()}
+
+    def create_tracker(self, name: str) -> Path:
+        """Make a new folder for a tracker's tables: ``name``, or ``name-1``, ``name-2``, … where there is one already.
+
+        Of two processes that start at once each gets a folder of its own: the file system makes a folder only once.
+
+        Raises:
+            OSError: if the run folder cannot be written.
+        """
+        check_tracker_name(name)
+        self.path.mkdir(parents=True, exist_ok=True)
+        taken = [_name_and_number(path.name)[1] for path in self.path.glob(f"{name}-*")]
+        taken = [number for number in taken if (self.path / f"{name}-{number}").exists()]
+        for number in count(max(taken) + 1 if taken else 0):
+            folder = self.path / (f"{name}-{number}" if number else name)
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                continue
+            return folder
+        raise AssertionError("unreachable: count() does not end")
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """Where training keeps its last checkpoint."""
+        return self.path / "checkpoints" / "last.ckpt"
+
+    @property
+    def configs(self) -> list[Path]:
+        """The files with the run's settings, the fullest first."""
+        return [path for path in (self.path / "config.yaml", self.path / "hparams.yaml") if path.is_file()]
+
+    @property
+    def scalars(self) -> list[Path]:
+        """What the CSV logger wrote while training, in order: before each interruption, then up to the end."""
+        kept = sorted(self.path.glob("metrics-*.csv"), key=lambda path: (len(path.name), path.name))
+        return [path for path in [*kept, self.path / "metrics.csv"] if path.is_file()]
+
+    @property
+    def test_scalars(self) -> Path:
+        """What the CSV logger wrote in ``chanaxes test``."""
+        return self.path / "test" / "metrics.csv"
+
+    def keep_scalars(self) -> None:
+        """Rename the CSV logger's file to ``metrics-1.csv`` and so on: the logger of a resumed run deletes it."""
+        path = self.path / "metrics.csv"
+        if path.is_file():
+            path.replace(next(kept for n in count(1) if not (kept := self.path / f"metrics-{n}.csv").exists()))
+
+    def experiments(self, name: str) -> dict[str, Path]:
+        """Tables of one experiment anywhere in the run folder, by the folder they are in, relative to the run's.
+
+        Args:
+            name: ``"lesions"`` or ``"pruning"``.
+        """
+        return {
+            path.parent.relative_to(self.path).as_posix(): path for path in sorted(self.path.rglob(f"{name}.parquet"))
+        }
+
+    def _no_tables(self) -> str:
+        deep = [path for pattern in ("*/*", "*/*/*") for path in self.path.glob(f"{pattern}/{_TABLES}")]
+        below = sorted({path.parent.parent for path in deep})
+        holds = ", ".join(sorted(path.name for path in self.path.iterdir())[:5]) or "nothing"
+        hint = f"; did you mean {' '.join(map(str, below[:3]))}" if below else ""
+        return (
+            f"{self.path} is no run folder: expected {DEFAULT_TRACKER}/step-….parquet in it, as AxisTracker writes; it "
+            f"holds {holds}{hint}"
+        )
+
+
+def _name_and_number(folder: str) -> tuple[str, int]:
+    """``axis-2`` is the third folder of a tracker named ``axis``."""
+    match = re.fullmatch(r"(.+)-([1-9]\d*)", folder)
+    return (match[1], int(match[2])) if match else (folder, 0)
