@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from chanaxes_pl.analysis.correlations import NETWORK, axis_correlations, main_c
 from chanaxes_pl.analysis.damage import score_damage_correlation
 from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.core.statistics import mean_over_runs
-from chanaxes_pl.run_folder import RunFolder, table_paths
+from chanaxes_pl.run_folder import ABOUT, RunFolder, table_paths
 from chanaxes_pl.tables import read_channels, read_grid, read_lesions
 
 #: Columns of damage, in the order in which one is chosen.
@@ -39,6 +40,7 @@ class Run:
         lesions: tables of lesions, by the folder they are in, relative to the run's.
         pruning: pruning grids, by the same.
         notes: what could not be read, and why.
+        about: data set, seed, epochs and versions as the tracker wrote them; empty for runs of older versions.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Run:
     lesions: dict[str, pd.DataFrame]
     pruning: dict[str, pd.DataFrame]
     notes: tuple[str, ...] = ()
+    about: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def steps(self) -> list[int]:
@@ -220,7 +223,8 @@ def _read(run: RunFolder, tracker: Path, newest: str, name: str) -> Run:
         {place: table.assign(run=name) for place, table in found.items() if table is not None}
         for found in (lesions, pruning)
     )
-    return Run(name, run.path, tracker.name, table, config, scalars, lesions, pruning, tuple(notes))
+    about = ((tracker / ABOUT).is_file() and _noted(_read_json, tracker / ABOUT, notes)) or {}
+    return Run(name, run.path, tracker.name, table, config, scalars, lesions, pruning, tuple(notes), about)
 
 
 def _tables(tracker: Path, notes: list[str]) -> pd.DataFrame:
@@ -270,6 +274,16 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(read, dict | None):
         raise ValueError(f"expected settings by name, it holds a {type(read).__name__}")
     return read or {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        read = json.loads(path.read_text())
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(read, dict):
+        raise ValueError(f"expected facts by name, it holds a {type(read).__name__}")
+    return read
 
 
 def _scalars(run: RunFolder, notes: list[str]) -> pd.DataFrame:

@@ -104,7 +104,7 @@ def pruning(runs: Runs, against: str = "l1") -> Section:
         grid = pd.concat(grids, ignore_index=True)
         title = "" if place == "." else place
         spread = f"Mean of {len(grids)} runs; a band, where there is one, is their range. " if len(grids) > 1 else ""
-        caption = f"{spread}The horizontal line is the dense network."
+        caption = f"{spread}The horizontal line is the dense network. Each row of panels has its own scale."
         name = f"pruning-{nth}" if len(places) > 1 else "pruning"
         blocks += [Picture(name, plot_pruning(grid, title), grid, caption), *_accuracies(grid, title, runs.resamples)]
         if len(grids) > 1:
