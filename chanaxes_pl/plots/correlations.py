@@ -134,9 +134,14 @@ def time_axis(axes: Axes, rows: pd.DataFrame) -> None:
     axes.set_xscale("symlog", linthresh=first, linscale=0.5)
     # Evenly along the axis, as far as there are checkpoints: the linear part up to the first step is half a decade.
     place = np.where(steps > first, 0.5 + np.log10(np.maximum(steps, first) / first), 0.5 * steps / first)
-    wanted = np.linspace(place[0], place[-1], _TICKS)
-    at = sorted({int(np.abs(place - want).argmin()) for want in wanted})
+    span = place[-1] - place[0]
+    at: list[int] = []
+    for want in np.linspace(place[0], place[-1], _TICKS):
+        nearest = int(np.abs(place - want).argmin())
+        if not at or place[nearest] - place[at[-1]] > 0.7 * span / (_TICKS - 1):  # else the labels overlap
+            at.append(nearest)
     labels = [f"{steps[i]:g}\n({epochs.iloc[i]:.2g})" for i in at]
     axes.set_xticks(steps[at], labels, fontsize=7.5)
     axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(-0.2 * first if steps[0] == 0 else steps[0] / 1.15, max(steps[-1], 0.2 * first) * 1.15)
     axes.set_xlabel("optimiser step, log scale (epoch)", fontsize=8.5)

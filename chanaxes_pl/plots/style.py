@@ -37,7 +37,7 @@ COLOURS = {
     "baseline": GREY,
 }
 #: Depth from the first layer to the last; without the yellow end, which is invisible on white.
-DEPTH = ListedColormap(mpl.colormaps["plasma"](np.linspace(0, 0.85, 256)))
+DEPTH = ListedColormap(mpl.colormaps["plasma"](np.linspace(0, 0.78, 256)))
 #: Marks of lines of one colour.
 DASHES = ("-", "--", ":", "-.")
 MARKERS = "osD^v<>PX*"

@@ -30,7 +30,7 @@ def lesions(runs: Runs) -> Section:
             "`chanaxes lesion --config CONFIG --ckpt_path RUN/checkpoints/last.ckpt`."
         )
         if any(run.lesions for run in runs.each):
-            reason = "The runs' tables of lesions have no operation in common."
+            reason = "The tables of lesions have no operation in common, or no layer with 3 channels to correlate."
         return Section("Lesions", about, [Missing(reason)])
     blocks: list[Any] = []
     tables = list(damage.tables.groupby(["run", "place"], sort=False))

@@ -237,7 +237,7 @@ def cost(runs: Runs) -> Section:
     frames = []
     for run in runs.each:
         tracker = next((c.removesuffix("/seconds") for c in map(str, run.scalars) if c.endswith("/seconds")), None)
-        if tracker is not None:
+        if tracker is not None and f"{tracker}/time_share" in run.scalars:
             rows = run.scalars.dropna(subset=[f"{tracker}/seconds"])
             taken = {name: rows[f"{tracker}/{name}"] for name in ("seconds", "time_share")}
             frames.append(pd.DataFrame({"run": run.name, "epoch": rows["epoch"], "step": rows["step"], **taken}))

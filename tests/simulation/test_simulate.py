@@ -1,8 +1,7 @@
 """Simulated Gaussian channels: exact solutions, slow references, and what may and may not be coupled."""
 
-from dataclasses import replace
-
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
