@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from chanaxes_pl.prune_module import PruneModule as PruneModule
     from chanaxes_pl.pruning.grid import PruningExperiment as PruningExperiment
     from chanaxes_pl.pruning.grid import pruning_grid as pruning_grid
-    from chanaxes_pl.pruning.plans import load_slim as load_slim
     from chanaxes_pl.pruning.pruner import Slim as Slim
     from chanaxes_pl.pruning.pruner import prune as prune
+    from chanaxes_pl.pruning.slim_file import load_slim as load_slim
     from chanaxes_pl.simulation import simulate as simulate
     from chanaxes_pl.tables import read_run as read_run
     from chanaxes_pl.tracking.tracker import AxisTracker as AxisTracker
@@ -51,7 +51,7 @@ _HOMES = {
     "layer_structure": "analysis.structure",
     "lesion_table": "lesions.damage_table",
     "load_classifier": "models.checkpoints",
-    "load_slim": "pruning.plans",
+    "load_slim": "pruning.slim_file",
     "prune": "pruning.pruner",
     "pruning_grid": "pruning.grid",
     "read_run": "tables",

@@ -91,7 +91,7 @@ def compute_axes(
         reliability: keep the probe's two halves apart, for reliabilities.
         alignment: add :data:`ALIGNMENT`, the cosine between the gradients of input capture and
             task information.
-        probe_size: images at the most.
+        probe_size: images at most.
         step: ``(model, batch) → (logits, labels)`` for other batches or outputs.
         resamples: bootstrap resamples for the intervals of the correlations.
 

@@ -31,10 +31,9 @@ from chanaxes_pl.network.probe import MIN_IMAGES, Placement, Probe, find_probe, 
 from chanaxes_pl.network.recording import Settings
 from chanaxes_pl.plots import plot_lesions, plot_pruning
 from chanaxes_pl.pruning.grid import PruningExperiment, pruning_grid
-from chanaxes_pl.pruning.plan_json import Plan
-from chanaxes_pl.pruning.plans import apply_plan
 from chanaxes_pl.pruning.pruner import Slim
 from chanaxes_pl.pruning.scores import channel_scores, default_scores
+from chanaxes_pl.pruning.slim_file import Plan, fill
 from chanaxes_pl.run_folder import RunFolder
 from chanaxes_pl.tables import write_parquet
 
@@ -126,9 +125,11 @@ class PruneModule(ImageClassifier):
         """
         if _PLAN not in checkpoint:
             return
-        plan = Plan.from_json(checkpoint[_PLAN], "PruneModule")
+        with naming("PruneModule"):
+            plan = Plan.from_json(checkpoint[_PLAN])
         if self.plan is None:
-            apply_plan(self.network, plan, "PruneModule")
+            own = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith("network.")}
+            fill(self.network, plan, {name[len("network.") :]: tensor for name, tensor in own.items()})
             self.plan = plan
         elif (self.plan.kept, self.plan.shapes) != (plan.kept, plan.shapes):
             raise ValueError(

@@ -90,7 +90,7 @@ for name, network in {"not compensated": bare, "refitted": slim}.items():
     print(f"{name:16}", {key: round(value, 3) for key, value in result.items()})
 
 # %% [markdown]
-# A pruned network is kept as tensors and a plan in JSON; no pickle is involved in loading it again.
+# A pruned network is kept in one file: its tensors, with the plan as JSON in the metadata. No pickle is involved.
 
 # %%
 slim.save(folder / "half")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+import random
+import zipfile
 from pathlib import Path
 
 import lightning.pytorch as L
@@ -16,12 +18,12 @@ from torch.utils.data import DataLoader
 from chanaxes_pl import LesionExperiment, PruningExperiment
 from chanaxes_pl.lesions.damage_table import lesion_table
 from chanaxes_pl.models import Classifier
-from chanaxes_pl.models.checkpoints import load_classifier, load_weights
+from chanaxes_pl.models.checkpoints import load_classifier, load_weights, read_checkpoint
 from chanaxes_pl.network.probe import Placement
 from chanaxes_pl.prune_module import PruneModule
 from chanaxes_pl.pruning.grid import evaluate, pruning_grid
-from chanaxes_pl.pruning.plan_json import Plan
 from chanaxes_pl.pruning.pruner import prune
+from chanaxes_pl.pruning.slim_file import Plan
 from chanaxes_pl.run_folder import RunFolder
 from tests.helpers.training import QUIET, RecordingLogger, build, images, trainer
 
@@ -63,8 +65,8 @@ def made(experiment: str, **options) -> PruningExperiment | LesionExperiment:
     return LesionExperiment(**{"operations": ("zero", "mean")} | options)
 
 
-def ran(root: Path, experiment: str = "prune", settings: dict | None = None, **options) -> PruneModule:
-    module = PruneModule(network(), made(experiment, **options))
+def ran(root: Path, experiment: str = "prune", settings: dict | None = None, out=None, **options) -> PruneModule:
+    module = PruneModule(network(), made(experiment, **options), out=out)
     trainer(root, **settings or {}).test(module, datamodule=Data(), verbose=False)
     return module
 
@@ -202,7 +204,7 @@ def test_resumed_is_as_if_never_interrupted(tmp_path, from_dense):
     whole = PruneModule(slim())
     first = fitted(tmp_path / "a", whole, 1)
     kept = torch.load(first, weights_only=True)["chanaxes_plan"]
-    assert Plan.from_json(kept, "test") == whole.plan
+    assert Plan.from_json(kept) == whole.plan
     resumed = PruneModule(network() if from_dense else slim())
     fitted(tmp_path / "b", resumed, 2, first)
     assert resumed.plan == whole.plan
@@ -217,7 +219,7 @@ def test_a_checkpoint_pruned_otherwise_is_refused(tmp_path):
 
 
 def test_errors_say_what_was_expected(tmp_path):
-    with pytest.raises(ValueError, match=r"experiment='prun'\): expected 'prune' or 'lesion'"):
+    with pytest.raises(ValueError, match=r"experiment='prun'\): expected 'prune', 'lesion', PruningExperiment"):
         PruneModule(network(), "prun")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="has no Linear layer; pass num_classes="):
         PruneModule(nn.Conv2d(3, 4, 1))
@@ -265,7 +267,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, checkpoint, monkeypatch):
     torch.save({"state_dict": {}, "hyper_parameters": {"lr": 1}}, other)
     for path, message in {
         evil: "not a checkpoint of tensors and plain values",
-        cut: "it was cut off",
+        cut: "it was cut off or changed",
         plain: "holds no state_dict",
         other: "no checkpoint of a Classifier .* pass the network itself",
     }.items():
@@ -283,3 +285,51 @@ def test_weights_of_another_width_leave_the_model_as_it_was(checkpoint):
         load_weights(narrow, checkpoint)
     assert all(torch.equal(tensor, before[name]) for name, tensor in narrow.state_dict().items())
     load_weights(Classifier("resnet18", 10, width=0.25), checkpoint)
+
+
+def unzipped(path: Path) -> dict[str, bytes]:
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # torch, on pickles of other kinds
+def test_a_damaged_checkpoint_ends_in_a_value_error(tmp_path, checkpoint):
+    """300 checkpoints with bytes changed, or cut off: each gives the saved weights or one kind of error."""
+    rng, path = random.Random(0), tmp_path / "damaged.ckpt"
+    files = unzipped(checkpoint)
+    errors = []
+    (pickled,) = (name for name in files if name.endswith("data.pkl"))
+    for _ in range(300):
+        data = bytearray(files[pickled])
+        for _ in range(rng.randint(1, 3)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in files.items():
+                archive.writestr(name, bytes(data) if name == pickled else content)
+        try:
+            read_checkpoint(path)
+        except ValueError as error:
+            errors.append(str(error))
+    assert len(errors) > 100
+    assert all(error.startswith(f"{path}: ") and "\n" not in error for error in errors)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hyper_parameters": [1]}, "it names no backbone"),
+        ({"hyper_parameters": {"backbone": "resnet18", 5: 1}}, "its settings make no Classifier"),
+        ({"hyper_parameters": {"backbone": "resnet18", "num_classes": "7"}}, "its settings make no Classifier"),
+        ({"hyper_parameters": {"backbone": "resnet18", "num_classes": 10**30}}, "its settings make no Classifier"),
+        ({"hyper_parameters": {"backbone": "resnet18", "num_classes": 10**12}}, "a checkpoint of another network"),
+        ({"hyper_parameters": {"backbone": "resnet18", "num_classes": 10, "width": 1e4}}, "of another network"),
+        ({"state_dict": 5}, "holds no state_dict; expected"),
+        ({"state_dict": {"network.conv1.weight": 5}}, r"conv1.weight is a int, here \[16, 3, 3, 3\]"),
+        ({"state_dict": {5: torch.ones(2)}}, "of another network"),
+        ({"state_dict": {"network.conv1.weight": torch.ones(1).expand(16, 3, 3, 3)}}, "3, 3, 3. of repeated numbers"),
+    ],
+)
+def test_settings_and_weights_of_another_kind_are_refused_before_anything_is_built(checkpoint, change, message):
+    torch.save(torch.load(checkpoint, weights_only=True) | change, checkpoint)
+    with pytest.raises(ValueError, match=f"last.ckpt: .*{message}"):
+        load_classifier(checkpoint)

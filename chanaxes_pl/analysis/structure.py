@@ -22,12 +22,12 @@ from chanaxes_pl.core.targets import TargetSpec
 from chanaxes_pl.network.layers import LayerSpec, select_layers
 from chanaxes_pl.network.probe import MIN_IMAGES, Placement, Probe, Step, image_batches
 from chanaxes_pl.network.recording import LayerMoments, Settings, record
-from chanaxes_pl.network.upstream import Routes, find_routes, input_spread
+from chanaxes_pl.network.upstream import Upstream, find_upstream, input_spread
 from chanaxes_pl.tables import associations, measure
 
 #: Weighted graphs over a layer's channels.
 GRAPHS = ("overlap", "excess")
-#: Triplets of a layer that are averaged over, at the most.
+#: Triplets of a layer that are averaged over, at most.
 TRIPLETS = 20_000
 _EXCESS = ("pair_excess", "triplet_excess", "pair_excess_null", "triplet_excess_null")
 _UNREACHED = "the forward pass did not reach it"
@@ -68,7 +68,7 @@ def layer_structure(
         layers: see :func:`select_layers`; only these are looked at, also as givers of inputs.
         positions: local samples an image, or ``"all"``.
         target: the task variable.
-        probe_size: images at the most.
+        probe_size: images at most.
         step: ``(model, batch) → (logits, labels)`` for other batches or outputs.
         example_input: ``[B, …]`` images to follow channels with; default the probe's first.
         widest: layers of more live channels than this have no graphs: one takes about 0.2 s for 128 channels, 2 s for
@@ -102,9 +102,9 @@ def layer_structure(
         for number, (name, moments) in enumerate(recorder.moments()):
             row, metrics[name] = _layer_row(moments, widest, nulls, np.random.default_rng([seed, number]))
             rows.append({"layer": name} | row)
-        routes = find_routes(model, tracked, spread, example)
+        upstream = find_upstream(model, tracked, spread, example)
         for number, row in enumerate(rows):
-            row |= _propagation(routes[row["layer"]], metrics, nulls, np.random.default_rng([seed, number, 1]))
+            row |= _propagation(upstream[row["layer"]], metrics, nulls, np.random.default_rng([seed, number, 1]))
         return pd.DataFrame(rows)
 
 
@@ -216,20 +216,20 @@ def _graph(weights: np.ndarray, nulls: int, rng: np.random.Generator) -> tuple[n
 
 
 def _propagation(
-    routes: Routes, metrics: Mapping[str, dict[str, np.ndarray]], nulls: int, rng: np.random.Generator
+    upstream: Upstream, metrics: Mapping[str, dict[str, np.ndarray]], nulls: int, rng: np.random.Generator
 ) -> dict[str, Any]:
     """Spearman correlation of a layer's own metrics with those that its weights route to it, beside nulls."""
     names = [f"routed_{metric}{end}" for metric in METRICS for end in ("", "_null", "_null_sd")]
-    row: dict[str, Any] = {"producers": ", ".join(routes.channels)} | dict.fromkeys(names, math.nan)
-    row["routed_reason"] = routes.reason or ("" if all(metrics[name] for name in routes.channels) else _UNREACHED)
+    row: dict[str, Any] = {"producers": ", ".join(upstream.channels)} | dict.fromkeys(names, math.nan)
+    row["routed_reason"] = upstream.reason or ("" if all(metrics[name] for name in upstream.channels) else _UNREACHED)
     if row["routed_reason"]:
         return row
-    dealt = [routes.norms, *(rng.permuted(routes.norms, axis=1) for _ in range(nulls))]
+    dealt = [upstream.norms, *(rng.permuted(upstream.norms, axis=1) for _ in range(nulls))]
     for metric in METRICS:
-        own, given = metrics[routes.layer][metric], {name: metrics[name][metric] for name in routes.channels}
+        own, given = metrics[upstream.layer][metric], {name: metrics[name][metric] for name in upstream.channels}
         found = []
         for norms in dealt:
-            routed = routes.routed(given, norms)
+            routed = upstream.from_upstream(given, norms)
             both = np.isfinite(own) & np.isfinite(routed)
             found.append(spearman(routed[both], own[both]))
         values = (found[0], np.mean(found[1:]), np.std(found[1:], ddof=1))

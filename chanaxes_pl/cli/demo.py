@@ -1,61 +1,185 @@
-"""``chanaxes demo``: the whole thing in two minutes, on images that come with scikit-learn."""
+"""``chanaxes demo``: train, track, lesion, prune and report, in three minutes and without a download."""
 
 from __future__ import annotations
 
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import lightning.pytorch as L
+import pandas as pd
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 
-from chanaxes_pl.analysis.text import describe_lesions, describe_pruning
+from chanaxes_pl.analysis.correlations import main_correlation
+from chanaxes_pl.analysis.runs import read_runs
 from chanaxes_pl.cli.report import report
-from chanaxes_pl.data import DigitsDataModule
+from chanaxes_pl.data import PhotosDataModule
 from chanaxes_pl.lesions.damage_table import LesionExperiment
 from chanaxes_pl.models import Classifier
 from chanaxes_pl.prune_module import PruneModule
 from chanaxes_pl.pruning.grid import PruningExperiment
+from chanaxes_pl.tables import DENSE
 from chanaxes_pl.tracking.tracker import AxisTracker
 
+_IMAGES = 500  # of the probe, for lesions and pruning
 
-def demo(epochs: int = 8, out: str = "runs", seed: int = 0) -> None:
-    """Train a quarter-width ResNet-18 on handwritten digits, watch its axes come apart, then lesion and prune it.
+
+def demo(epochs: int = 4, out: str = "runs", seed: int = 0) -> None:
+    """Train a quarter-width ResNet-18 on crops of photographs, watch its axes come apart, then lesion and prune it.
 
     Args:
-        epochs: to train for.
+        epochs: epochs of training, 70 steps each.
         out: folder for the run, in a folder of its own below it.
-        seed: of initialisation and training.
+        seed: seed of initialisation and training.
+
+    Raises:
+        SystemExit: with status 2 if the photographs are missing.
     """
-    L.seed_everything(seed, verbose=False)
-    data = DigitsDataModule(image_size=16, batch_size=64)
-    model = Classifier("resnet18", num_classes=10, width=0.25, image_size=16, schedule="one_cycle", channels_last=True)
-    tracker = AxisTracker(schedule="log")
-    trainer = L.Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        callbacks=[tracker],
-        logger=CSVLogger(out, "demo"),
-        log_every_n_steps=10,
-        enable_model_summary=False,
-        enable_checkpointing=False,
+    data = PhotosDataModule(batch_size=64, val_size=0, test_crops=40)
+    try:
+        data.setup()
+    except FileNotFoundError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    with _quiet():
+        L.seed_everything(seed, verbose=False)
+        classes = data.num_classes
+        model = Classifier(
+            "resnet18",
+            num_classes=classes,
+            width=0.25,
+            image_size=32,
+            lr=0.05,
+            schedule="one_cycle",
+            channels_last=True,
+        )
+        tracker = AxisTracker(schedule="log", probe_size=1000)
+        trainer = L.Trainer(
+            max_epochs=epochs,
+            accelerator="cpu",
+            callbacks=[tracker, TQDMProgressBar(refresh_rate=int(sys.stdout.isatty()))],
+            logger=CSVLogger(out, "demo"),
+            log_every_n_steps=10,
+            limit_val_batches=0,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+        )
+        trainer.fit(model, data)
+        folder = Path(str(trainer.log_dir))
+        # Without the logger, for the run's own logs are of its training alone. Without Lightning's bar, for lesions
+        # and pruning have their own.
+        tester = L.Trainer(
+            accelerator="cpu",
+            callbacks=[TQDMProgressBar(refresh_rate=0)],
+            logger=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+        )
+        accuracy = tester.test(model, data, verbose=False)[0]["test/top1"]
+        print(
+            f"A quarter-width ResNet-18 learned in {trainer.global_step} steps which of {classes} photographs a crop "
+            f"is from.\nIts accuracy on unseen parts of the photographs is {accuracy:.1%} (chance {1 / classes:.1%}).\n"
+        )
+        print(tell_axes(main_correlation(read_runs([str(tracker.folder)], resamples=1000).correlations)) + "\n")
+
+        lesion = LesionExperiment(
+            operations=("zero", "mean", "peer"),
+            channels=3,
+            scores=("l1",),
+            probe_size=_IMAGES,
+            evaluation_size=300,
+            seed=seed,
+        )
+        lesions = PruneModule(model, lesion, out=folder)
+        tester.test(lesions, data, verbose=False)
+        print(tell_lesions(lesions.table) + "\n")
+
+        grid = PruningExperiment(
+            scores=("input_capture", "l1", "random"),
+            allocations=("uniform",),
+            budgets=(0.75, 0.5, 0.25),
+            compensate=(False, "refit"),
+            probe_size=_IMAGES,
+            seed=seed,
+        )
+        pruning = PruneModule(model, grid, out=folder)
+        tester.test(pruning, data, verbose=False)
+        print(tell_pruning(pruning.table) + "\n")
+        report(str(folder))
+
+
+def tell_axes(rows: pd.DataFrame) -> str:
+    """How the correlation of the axes went, in three sentences.
+
+    Args:
+        rows: of :func:`main_correlation`, of one run.
+    """
+    first, last = rows.iloc[0], rows.iloc[-1]
+    highest = rows.loc[rows["rho"].idxmax()]
+    coupled = highest["low"] > 0
+    peak = "the two are coupled" if coupled else "even there the two are not coupled"
+    if coupled and last["rho"] < highest["rho"] / 2:
+        end = "the two have come apart"
+    else:
+        end = "the two are still coupled" if last["low"] > 0 else "the two are not coupled"
+    return (
+        "ρ: rank correlation between what a channel captures of its input and what it knows about the class.\n"
+        f"Before training: {_rho(first)}.\n"
+        f"It is highest after step {int(highest['step'])}, where {peak}: {_rho(highest)}.\n"
+        f"After training {end}: {_rho(last)}."
     )
-    trainer.fit(model, data)
-    accuracy = trainer.test(model, data, verbose=False)[0]["test/top1"]
-    print(f"\nResNet-18 at quarter width on 8×8 digits, {epochs} epochs, test accuracy {accuracy:.1%}\n")
-    report(str(tracker.folder), text=True)
-    folder = Path(str(trainer.log_dir))
-    # without the logger: the run's own logs are of its training alone
-    tester = L.Trainer(accelerator="cpu", logger=False, enable_model_summary=False, enable_checkpointing=False)
-    print(f"scalars: {folder / 'metrics.csv'}\n")
-    experiment = LesionExperiment(operations=("zero", "mean", "peer"), channels=6, scores=("l1",), seed=seed)
-    lesions = PruneModule(model, experiment, out=folder)
-    tester.test(lesions, data, verbose=False)
-    print(describe_lesions(lesions.table))
-    print(f"figure: {folder / 'lesions.png'}\ntable:  {folder / 'lesions.parquet'}\n")
-    grid = PruningExperiment(
-        scores=("input_capture", "l1", "random"), allocations=("uniform",), budgets=(0.8, 0.5, 0.2), seed=seed
+
+
+def _rho(row: pd.Series) -> str:
+    return f"ρ = {row['rho']:.2f}, 95 % interval {row['low']:.2f} to {row['high']:.2f}"
+
+
+def tell_lesions(table: pd.DataFrame) -> str:
+    """What it costs to remove a channel, to set it to its mean and to rebuild it from its peers.
+
+    Args:
+        table: of lesions with the operations zero, mean and peer.
+    """
+    zero, mean, peer = (table[f"{operation}_loss"].mean() for operation in ("zero", "mean", "peer"))
+    return (
+        f"Removing one channel changes the test loss by {zero:+.4f} nats, averaged over {len(table)} channels.\n"
+        f"Setting the channel to its mean instead changes it by {mean:+.4f} nats.\n"
+        f"Rebuilding the channel from the others in its layer changes it by {peer:+.4f} nats."
     )
-    pruning = PruneModule(model, grid, out=folder)
-    tester.test(pruning, data, verbose=False)
-    print(describe_pruning(pruning.table))
-    print(f"figure: {folder / 'pruning.png'}\ntable:  {folder / 'pruning.parquet'}\n")
-    print(f"all of it on one page: chanaxes report {folder}")
+
+
+def tell_pruning(grid: pd.DataFrame) -> str:
+    """What it costs to remove half of the multiply–accumulates, and what compensation gives back.
+
+    Args:
+        grid: of pruning by input capture and at random, at a budget of 0.5, bare and refitted.
+    """
+    half = grid[grid["budget"] == 0.5].set_index(["score", "compensate"])["accuracy"]
+    dense = grid.loc[grid["score"] == DENSE, "accuracy"].mean()
+    bare, refitted = half["input_capture", "none"], half["input_capture", "refit"]
+    return (
+        f"Removing the channels that capture least, until half of the multiply–accumulates are left, takes the "
+        f"accuracy\nfrom {dense:.1%} to {bare:.1%} (random channels: {half['random', 'none']:.1%}).\n"
+        f"Refitting the layers that read them, without any training, brings it to {refitted:.1%} "
+        f"(random channels: {half['random', 'refit']:.1%})."
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what Lightning says about itself: devices, tips, workers."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

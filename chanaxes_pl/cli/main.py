@@ -27,12 +27,15 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "demo": Verb("chanaxes_pl.cli.demo:demo", "train on scikit-learn's digits for a few epochs and plot the axes"),
+    "demo": Verb(
+        "chanaxes_pl.cli.demo:demo", "train on photographs, track, lesion, prune and report, in three minutes"
+    ),
     "dashboard": Verb(
         "chanaxes_pl.tracking.workspace:dashboard", "a W&B page for tracked runs, as JSON or sent to W&B"
     ),
     "simulate": Verb(
-        "chanaxes_pl.cli.simulate:simulation", "Gaussian channels: when both informations are coupled, what parts them"
+        "chanaxes_pl.cli.simulate:simulation",
+        "simulate linear Gaussian channels under gradient flow on both information terms",
     ),
     "report": Verb(
         "chanaxes_pl.cli.report:report", "what a run, or several of one network, have shown: a page, or text", many=True

@@ -62,7 +62,7 @@ class PruningTrainer(Trainer):
             weights_only: ignored, for configs that fit saved; checkpoints are never unpickled here.
             out: folder for lesions.parquet and lesions.png; default the checkpoint's run folder.
         """
-        self._run("lesion", lambda: LesionExperiment(**options), model, datamodule, ckpt_path, out)
+        self._experiment("lesion", lambda: LesionExperiment(**options), model, datamodule, ckpt_path, out)
 
     def prune(
         self,
@@ -84,9 +84,9 @@ class PruningTrainer(Trainer):
             out: folder for pruning.parquet and pruning.png; default the checkpoint's run folder.
             lr: largest learning rate of fine-tuning.
         """
-        self._run("prune", lambda: PruningExperiment(**options), model, datamodule, ckpt_path, out, lr)
+        self._experiment("prune", lambda: PruningExperiment(**options), model, datamodule, ckpt_path, out, lr)
 
-    def _run(
+    def _experiment(
         self,
         verb: str,
         make: Callable[[], Experiment],
@@ -170,7 +170,7 @@ class TrainerCLI(LightningCLI):
             read_checkpoint(self.config[verb].ckpt_path)
 
     def after_instantiate_classes(self) -> None:
-        """Refuse, before anything trains or is written, to run as one of several strangers."""
+        """Stop early if more processes were launched than the Trainer knows of."""
         environment = TorchElasticEnvironment()
         if environment.detect() and environment.world_size() > self.trainer.world_size:
             _refuse(str(self.subcommand), environment.world_size(), self.trainer.world_size)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from typing import Any
+
+_LENGTH = 60  # of a quotation, in characters
 
 
 class InputError(ValueError):
@@ -69,5 +72,16 @@ def nearest(name: str, names: Iterable[str]) -> str:
         "did you mean 'layer1.conv1'?"
     """
     names = list(names)
-    near = get_close_matches(name, names, n=2) or names[:3]
+    near = get_close_matches(name[:_LENGTH], names, n=2) or names[:3]
     return f"did you mean {' or '.join(map(repr, near))}?" if near else "there is none"
+
+
+def short(value: Any) -> str:
+    """A value in one line of at most 61 characters.
+
+    Example:
+        >>> short("one\\ntwo"), len(short(list(range(1000))))
+        ("'one\\\\ntwo'", 61)
+    """
+    text = repr(value)
+    return text if len(text) <= _LENGTH else f"{text[:_LENGTH]}…"

@@ -12,7 +12,7 @@ from chanaxes_pl.core.moments import Moments
 
 #: Correlations count as at most this large inside a logarithm.
 MAX_CORRELATION = 0.999
-#: What one pair of variables can share at the most, in nats (3.107).
+#: What one pair of variables can share at most, in nats (3.107).
 CEILING = -0.5 * math.log1p(-(MAX_CORRELATION**2))
 
 

@@ -44,7 +44,7 @@ def captured(power: Tensor, noise: Tensor | float) -> Tensor:
 
 
 def check_noise(noise: str | float) -> None:
-    """Refuse a ``noise`` that :func:`input_capture` could not use, before any data is there."""
+    """Raise ValueError for a ``noise`` that :func:`input_capture` cannot use."""
     _noise_power(torch.ones(1), noise)
 
 

@@ -4,6 +4,7 @@ from chanaxes_pl.data.base import ImageDataModule, InMemoryDataModule
 from chanaxes_pl.data.cifar import CIFAR10DataModule, CIFAR100DataModule
 from chanaxes_pl.data.digits import DigitsDataModule
 from chanaxes_pl.data.imagenet100 import ImageNet100DataModule
+from chanaxes_pl.data.photos import PhotosDataModule
 from chanaxes_pl.data.tiny_imagenet import TinyImageNetDataModule
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "ImageDataModule",
     "ImageNet100DataModule",
     "InMemoryDataModule",
+    "PhotosDataModule",
     "TinyImageNetDataModule",
 ]

@@ -68,7 +68,7 @@ class ImageDataModule(L.LightningDataModule):
     num_workers: int = 0
     collate_fn: Callable[[Any], Any] | None = None
 
-    def __init__(self, batch_size: int, val_size: int | float, seed: int) -> None:
+    def __init__(self, *, batch_size: int = 128, val_size: int | float = 0.1, seed: int = 0) -> None:
         super().__init__()
         check_val_size(val_size)
         if batch_size < 1:
@@ -139,10 +139,13 @@ class ImageDataModule(L.LightningDataModule):
     def _split_training(self) -> _Training:
         if self._training is None:
             data = self.read("train")
-            count = held_out_count(self.val_size, len(data))
-            split = stratified_split(data.labels, count, seeded_generator(self.seed, SPLIT_STREAM))
-            self._training = _Training(data, *split)
+            self._training = _Training(data, *self._split(data.labels))
         return self._training
+
+    def _split(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The kept and the held-out indices of training images with these labels ``[N]``."""
+        count = held_out_count(self.val_size, len(labels))
+        return stratified_split(labels, count, seeded_generator(self.seed, SPLIT_STREAM))
 
     def _read_test(self) -> TensorImages | FileImages:
         if self._test is None:
@@ -179,10 +182,8 @@ class InMemoryDataModule(ImageDataModule):
     A subclass sets ``num_classes``, ``image_size``, ``mean``, ``std`` and implements ``read``.
 
     Args:
-        batch_size: images a batch, on each device.
-        val_size: training images to hold out for validation, class by class: a number or a fraction below 1.
-        seed: fixes the held-out images and the probe.
-        augment: shift training images by up to ``padding`` pixels and, if ``flip``, mirror half of them.
+        augment: shift training images at random by up to ``padding`` pixels and, if ``flip``, mirror half of them.
+        options: those of :class:`ImageDataModule`.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -194,8 +195,8 @@ class InMemoryDataModule(ImageDataModule):
     flip: bool = True
     collate_fn = staticmethod(as_is)
 
-    def __init__(self, batch_size: int, val_size: int | float, seed: int, augment: bool) -> None:
-        super().__init__(batch_size, val_size, seed)
+    def __init__(self, *, augment: bool = True, **options: Any) -> None:
+        super().__init__(**options)
         self.augment = augment
         self._calls = itertools.count()
         self.evaluation_transform = v2.Compose(

@@ -1,6 +1,7 @@
 """CIFAR-10 and CIFAR-100, as torchvision stores them or as class folders."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torchvision import datasets
@@ -18,13 +19,10 @@ class CIFAR10DataModule(InMemoryDataModule):
 
     Args:
         root: the folder that holds the data set, or is it.
-        batch_size: images a batch, on each device.
-        val_size: training images to hold out for validation, class by class: a number or a fraction below 1.
-        seed: fixes the held-out images and the probe.
-        augment: shift training images by up to 4 pixels at random and mirror half of them.
         download: fetch torchvision's layout into ``root`` if no data set is there (170 MB).
         cache_dir: where to keep the decoded images of class folders, so that a later start takes one second
             instead of twenty; None keeps none. Not used with torchvision's layout, which needs no decoding.
+        options: those of :class:`InMemoryDataModule`.
 
     Raises:
         ValueError: if an argument is out of range; from ``setup``, if a file is not an image of 32×32 pixels.
@@ -41,14 +39,12 @@ class CIFAR10DataModule(InMemoryDataModule):
     def __init__(
         self,
         root: str | Path = "data",
-        batch_size: int = 128,
-        val_size: int | float = 5000,
-        seed: int = 0,
-        augment: bool = True,
+        *,
         download: bool = False,
         cache_dir: str | Path | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(batch_size, val_size, seed, augment)
+        super().__init__(**options)
         self.root = Path(root)
         self.download = download
         self.cache_dir = cache_dir

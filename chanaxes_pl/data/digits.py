@@ -1,5 +1,7 @@
 """Handwritten digits that scikit-learn ships: real images without a download."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -16,11 +18,8 @@ class DigitsDataModule(InMemoryDataModule):
     Augmentation shifts by up to one pixel of the original and never mirrors: a mirrored 2 is no digit.
 
     Args:
-        batch_size: images a batch, on each device.
-        val_size: training images to hold out for validation, class by class: a number or a fraction below 1.
-        seed: fixes the held-out images and the probe.
-        augment: shift training images at random.
         image_size: height and width in pixels, at least 8.
+        options: those of :class:`InMemoryDataModule`.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -39,17 +38,10 @@ class DigitsDataModule(InMemoryDataModule):
     std = (0.324, 0.324, 0.324)
     flip = False
 
-    def __init__(
-        self,
-        batch_size: int = 128,
-        val_size: int | float = 0.1,
-        seed: int = 0,
-        augment: bool = True,
-        image_size: int = 32,
-    ) -> None:
+    def __init__(self, *, image_size: int = 32, **options: Any) -> None:
         if image_size < 8:
             raise ValueError(f"image_size={image_size}: the digits have 8×8 pixels and are only ever enlarged.")
-        super().__init__(batch_size, val_size, seed, augment)
+        super().__init__(**options)
         self.image_size = image_size
         self.padding = image_size // 8
 

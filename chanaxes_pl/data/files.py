@@ -106,8 +106,10 @@ def list_classes(folder: Path) -> list[str]:
 def list_images(folder: Path, classes: Sequence[str], inside: str = "") -> FileImages:
     """The images of ``folder/<class>/<inside>/``, class by class and by name; the label is the class's place.
 
+    Hidden files are left out, such as the ``._…`` that macOS puts beside every file it copies.
+
     Raises:
-        FileNotFoundError: if a class has no folder, or no PNG or JPEG in it; names the folder.
+        FileNotFoundError: if a class has no folder, or no PNG or JPEG in it, or a link leads nowhere; names it.
     """
     paths: list[Path] = []
     sizes: list[int] = []
@@ -116,7 +118,11 @@ def list_images(folder: Path, classes: Sequence[str], inside: str = "") -> FileI
         if not source.is_dir():
             raise FileNotFoundError(f"{source}: no such folder, but class {name!r} needs one.")
         # scandir and splitext: Path.iterdir and .suffix take three times as long on 60,000 files
-        files = sorted(e.name for e in os.scandir(source) if os.path.splitext(e.name)[1].lower() in IMAGE_SUFFIXES)
+        entries = [e for e in os.scandir(source) if _is_image(e.name)]
+        files = sorted(entry.name for entry in entries)
+        if lost := next((entry.path for entry in entries if not entry.is_file()), None):
+            target = f": it is a link to {os.readlink(lost)}, which is missing" if os.path.islink(lost) else ""
+            raise FileNotFoundError(f"{lost}: expected an image file{target}.")
         if not files:
             raise FileNotFoundError(f"{source}: no image ({', '.join(sorted(IMAGE_SUFFIXES))}) in this class folder.")
         paths.extend(source / file for file in files)
@@ -125,8 +131,12 @@ def list_images(folder: Path, classes: Sequence[str], inside: str = "") -> FileI
     return FileImages(paths, labels, list(classes))
 
 
+def _is_image(name: str) -> bool:
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
 def read_image(path: Path) -> Tensor:
-    """Decode one PNG or JPEG of any colour mode to ``[3, H, W]`` uint8.
+    """Decode one PNG or JPEG of any colour mode to ``[3, H, W]`` uint8; of 16 bits, the most significant 8 are kept.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -135,8 +145,10 @@ def read_image(path: Path) -> Tensor:
     encoded = path.read_bytes()
     try:
         with Image.open(io.BytesIO(encoded)) as image:
+            if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return pil_to_tensor(image.convert("RGB"))
-    except (OSError, SyntaxError) as error:  # how Pillow reports damaged files
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # damaged, or far too many pixels
         raise ValueError(f"{path}: not a readable image ({error}).") from error
 
 

@@ -1,6 +1,7 @@
 """ImageNet-100, or any other subset of ImageNet's classes, streamed from class folders."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torchvision.transforms import v2
@@ -17,15 +18,14 @@ class ImageNet100DataModule(ImageDataModule):
 
     Args:
         root: the folder that holds ``imagenet100``, or is it: ``train/`` and ``val/`` with a folder a class.
-        batch_size: images a batch, on each device.
-        val_size: training images to hold out for validation, class by class: a number or a fraction below 1.
-        seed: fixes the held-out images and the probe.
+        val_size: as in :class:`ImageDataModule`.
         augment: crop and mirror training images at random; else they are transformed as for evaluation.
         num_workers: processes that read images, on each device; 0 reads in the main process.
         image_size: height and width of the network's input, in pixels.
         num_classes: how many classes there are.
         class_list: a text file of ``num_classes`` class ids, separated by white space, that selects from the
             class folders (of the full ImageNet, say); None takes all the folders there are.
+        options: those of :class:`ImageDataModule`.
 
     Raises:
         ValueError: if an argument is out of range; from ``setup``, if there are not ``num_classes`` classes.
@@ -35,16 +35,16 @@ class ImageNet100DataModule(ImageDataModule):
     def __init__(
         self,
         root: str | Path = "data",
-        batch_size: int = 128,
+        *,
         val_size: int | float = 5000,
-        seed: int = 0,
         augment: bool = True,
         num_workers: int = 8,
         image_size: int = 224,
         num_classes: int = 100,
         class_list: str | Path | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(batch_size, val_size, seed)
+        super().__init__(val_size=val_size, **options)
         if num_workers < 0 or image_size < 1 or num_classes < 1:
             raise ValueError(
                 f"num_workers={num_workers}, image_size={image_size}, num_classes={num_classes}: expected"
@@ -80,7 +80,7 @@ class ImageNet100DataModule(ImageDataModule):
         if self.class_list is None:
             classes, source = list_classes(folder), folder
         else:
-            classes, source = sorted(set(self.class_list.read_text().split())), self.class_list
+            classes, source = sorted(set(self.class_list.read_text("utf-8-sig").split())), self.class_list
         if len(classes) != self.num_classes:
             raise ValueError(
                 f"{source}: {len(classes)} classes, expected num_classes={self.num_classes}. A class_list"

@@ -1,6 +1,7 @@
 """Tiny-ImageNet in its official layout."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,11 +20,8 @@ class TinyImageNetDataModule(InMemoryDataModule):
 
     Args:
         root: the folder that holds ``tiny-imagenet-200``, or is it.
-        batch_size: images a batch, on each device.
-        val_size: training images to hold out for validation, class by class: a number or a fraction below 1.
-        seed: fixes the held-out images and the probe.
-        augment: shift training images by up to 4 pixels at random and mirror half of them.
         cache_dir: where to keep the decoded images, so that a later start skips decoding; None keeps none.
+        options: those of :class:`InMemoryDataModule`.
 
     Raises:
         ValueError: if an argument is out of range; from ``setup``, if a file is not an image of 64×64 pixels
@@ -35,16 +33,8 @@ class TinyImageNetDataModule(InMemoryDataModule):
     mean = (0.4802, 0.4481, 0.3975)
     std = (0.2770, 0.2691, 0.2821)
 
-    def __init__(
-        self,
-        root: str | Path = "data",
-        batch_size: int = 128,
-        val_size: int | float = 0.1,
-        seed: int = 0,
-        augment: bool = True,
-        cache_dir: str | Path | None = None,
-    ) -> None:
-        super().__init__(batch_size, val_size, seed, augment)
+    def __init__(self, root: str | Path = "data", *, cache_dir: str | Path | None = None, **options: Any) -> None:
+        super().__init__(**options)
         self.root = Path(root)
         self.cache_dir = cache_dir
         lists = [tree / "wnids.txt" for tree in (self.root / "tiny-imagenet-200", self.root)]
@@ -62,7 +52,7 @@ class TinyImageNetDataModule(InMemoryDataModule):
 
 
 def _read_wnids(path: Path) -> list[str]:
-    wnids = sorted(path.read_text().split())
+    wnids = sorted(path.read_text("utf-8-sig").split())  # without a byte-order mark
     if not wnids:
         raise ValueError(f"{path}: lists no class.")
     return wnids
@@ -71,7 +61,7 @@ def _read_wnids(path: Path) -> list[str]:
 def _read_names(tree: Path, wnids: list[str]) -> list[str]:
     """The first word that ``words.txt`` has for each class; the class's id where it has none."""
     path = tree / "words.txt"
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text("utf-8-sig").splitlines() if path.exists() else []
     words = dict(line.split("\t", 1) for line in lines if "\t" in line)
     return [words.get(wnid, wnid).split(",")[0] for wnid in wnids]
 
@@ -82,7 +72,9 @@ def _list_val(tree: Path, wnids: list[str]) -> FileImages:
     labels = {wnid: label for label, wnid in enumerate(wnids)}
     paths: list[Path] = []
     targets: list[int] = []
-    for number, line in enumerate(annotations.read_text().splitlines(), start=1):
+    for number, line in enumerate(annotations.read_text("utf-8-sig").splitlines(), start=1):
+        if not line.strip():
+            continue
         match line.split("\t"):
             case [name, wnid, *_]:
                 if wnid in labels:

@@ -1,4 +1,4 @@
-"""The table of damage: what a network loses with each channel removed, silenced, or replaced by its peers' word."""
+"""Damage table: the change of loss, accuracy and margin when a channel is removed, set to its mean, or rebuilt."""
 
 from __future__ import annotations
 
@@ -133,15 +133,15 @@ def lesion_table(
                 units = _units_of_first(model, evaluation, place, step)
             planned = Interventions(model, modules, replacements, units)
             rows = [planned.row(layer, channel, operations) for layer, channel in places[place.rank :: place.world]]
-            damage = _Damage(model, list(planned.changes.values()), step, fast)
+            damage = _Damage(model, list(planned.chosen.values()), step, fast)
             batches = sized_len(evaluation)
-            total = None if batches is None else batches * len(planned.changes)
+            total = None if batches is None else batches * len(planned.chosen)
             with tqdm(total=total, disable=None if progress else True, desc="lesions", unit="lesion") as bar:
                 for batch in evaluation:
                     damage.add(place.to_device(batch), bar.update)
         if not damage.images:
             raise ArgumentError("evaluation", "it holds no images")
-        return _table(rows, damage, list(planned.changes), operations)
+        return _table(rows, damage, list(planned.chosen), operations)
 
 
 def _places(
@@ -177,9 +177,9 @@ def _units_of_first(model: nn.Module, evaluation: Iterable[Any], place: Placemen
 class _Damage:
     """Sums over images of what every change does to each image, in float64."""
 
-    def __init__(self, model: nn.Module, changes: Sequence[Intervention], step: Step | None, fast: bool) -> None:
+    def __init__(self, model: nn.Module, interventions: Sequence[Intervention], step: Step | None, fast: bool) -> None:
         self._model = model
-        self._changes = changes
+        self._interventions = interventions
         self._step = step or images_and_labels
         self._forward = PartialForward(model) if fast and step is None else None
         self.images = 0
@@ -195,8 +195,8 @@ class _Damage:
             self._forward.run(batch[0], logits)
         home = accumulation_device(logits.device)
         differences = []
-        for change in self._changes:
-            hurt = self._logits(change, batch).to(home).double()
+        for intervention in self._interventions:
+            hurt = self._logits(intervention, batch).to(home).double()
             difference = image_scores(hurt, labels.to(home).long()) - intact
             differences.append(torch.stack([difference.sum(0), difference.square().sum(0)]))
             advance()
@@ -205,10 +205,10 @@ class _Damage:
         self._intact = self._intact + intact.sum(0)
         self.images += len(labels)
 
-    def _logits(self, change: Intervention, batch: Any) -> Tensor:
+    def _logits(self, intervention: Intervention, batch: Any) -> Tensor:
         if self._forward is not None:
-            return change.replayed(self._model, self._forward)
-        with change.applied(self._model):
+            return intervention.rerun(self._model, self._forward)
+        with intervention.applied(self._model):
             return self._step(self._model, batch)[0]
 
     def means(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

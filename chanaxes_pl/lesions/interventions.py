@@ -1,4 +1,4 @@
-"""Lesions of single channels: what can be done to one, and the context in which it is done."""
+"""Interventions on single channels: the operations, and the context in which a model runs with one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Intervention:
     """What a lesion does to a model: an output rewritten, or a unit taken out of its group.
 
     Attributes:
-        edits: name of a module → what is made of its output.
+        edits: name of a module → the edit of its output.
         group: that the unit is removed from, ``None`` where an output is rewritten.
         unit: its number.
     """
@@ -38,7 +38,7 @@ class Intervention:
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """The model with the change."""
+        """Run the block with the intervention in place."""
         if self.group is None:
             with edited(model, self.edits):
                 yield
@@ -47,8 +47,8 @@ class Intervention:
         with masked(model, [self.group], {self.group.name: units[units != self.unit]}):
             yield
 
-    def replayed(self, model: nn.Module, forward: PartialForward) -> Tensor:
-        """Logits with the change, as much of the network as it concerns being run."""
+    def rerun(self, model: nn.Module, forward: PartialForward) -> Tensor:
+        """Logits with the intervention; only what lies downstream of it runs again."""
         if self.group is None:
             return forward.rerun(edits=self.edits)
         with self.applied(model):
@@ -92,15 +92,15 @@ def lesion(
     if operation != "zero" and statistics is None:
         raise ValueError(f"lesion(operation={operation!r}): pass statistics=measure_replacements(…)[{layer!r}]")
     replacements = {} if statistics is None else {layer: statistics}
-    change, why = Interventions(model, modules, replacements, units).change(layer, channel, operation)
-    if change is None:
+    intervention, why = Interventions(model, modules, replacements, units).find(layer, channel, operation)
+    if intervention is None:
         raise ValueError(f"lesion(layer={layer!r}, channel={channel}, operation={operation!r}): {why}")
-    with change.applied(model):
+    with intervention.applied(model):
         yield
 
 
 def check_places(modules: Mapping[str, nn.Module], chosen: Mapping[str, Iterable[int]]) -> None:
-    """Refuse a layer that is not among ``modules``, or a channel that it has not."""
+    """Raise ValueError if a layer or channel does not exist."""
     for layer, channels in chosen.items():
         if layer not in modules:
             near = get_close_matches(layer, modules, n=2) or list(modules)[:3]
@@ -122,7 +122,7 @@ class Interventions:
         replacements: Mapping[str, Replacement],
         units: Units | None,
     ) -> None:
-        self.changes: dict[Key, Intervention] = {}
+        self.chosen: dict[Key, Intervention] = {}
         self._modules = modules
         self._paths = {module: name for name, module in model.named_modules()}
         self._replacements = replacements
@@ -135,7 +135,7 @@ class Interventions:
             for channel in channels
         }
 
-    def change(self, layer: str, channel: int, operation: str) -> tuple[Intervention | None, str]:
+    def find(self, layer: str, channel: int, operation: str) -> tuple[Intervention | None, str]:
         """The change that a lesion makes, or why there is none."""
         module = self._modules[layer]
         path = self._paths[module]
@@ -158,11 +158,11 @@ class Interventions:
         reasons = {}
         for operation in operations:
             key = (operation, name, -1) if operation == "zero" and name else (operation, layer, channel)
-            if key not in self.changes:
-                change, why = self.change(layer, channel, operation)
-                if change is None:
+            if key not in self.chosen:
+                intervention, why = self.find(layer, channel, operation)
+                if intervention is None:
                     key, reasons[why] = None, True
                 else:
-                    self.changes[key] = change
+                    self.chosen[key] = intervention
             keys[operation] = key
         return {"layer": layer, "channel": channel, "unit": name, "keys": keys, "reason": "; ".join(reasons)}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from operator import attrgetter
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 from chanaxes_pl.core.errors import InputError
 from chanaxes_pl.core.moments import Moments
 from chanaxes_pl.core.peers import hull_coefficients, peer_reconstruction
-from chanaxes_pl.network.layers import channel_count
 from chanaxes_pl.network.probe import Placement, Probe
 from chanaxes_pl.network.recording import Settings, record
 from chanaxes_pl.network.tracing import Edit
@@ -102,7 +100,7 @@ def replacement(layer: nn.Module, channel: int, statistics: Replacement, operati
 
 
 def check_operations(operations: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse an operation that there is not."""
+    """Raise ValueError for an unknown operation."""
     known = tuple(known)
     for operation in operations:
         if operation not in known:
@@ -114,50 +112,7 @@ def check_operations(operations: Iterable[str], known: Iterable[str]) -> None:
 
 
 def check_channels(layer: str, channels: Iterable[int], width: int) -> None:
-    """Refuse a channel that a layer of ``width`` channels has not."""
+    """Raise ValueError unless 0 ≤ channel < width."""
     for channel in channels:
         if not 0 <= channel < width:
             raise InputError(f"layer {layer!r} has no channel {channel}; expected 0 to {width - 1}")
-
-
-@contextmanager
-def as_filter(layer: nn.Module, channel: int, statistics: Replacement, operation: str = "peer") -> Iterator[None]:
-    """A layer whose filter for one channel is replaced by its peers' filters, W_i ← Σ β_ij W_j, b_i ← a_i + Σ β_ij b_j.
-
-    Gives what the lesion of the same name gives, because one position's outputs are linear in one and the same patch.
-    A layer without bias has one meanwhile.
-
-    Args:
-        layer: a convolution or Linear.
-        channel: its output feature.
-        statistics: of the layer.
-        operation: a key of :data:`REPLACEMENTS`.
-
-    Raises:
-        ValueError: for an unknown operation or channel, or if the layer is grouped: its channels read different inputs.
-    """
-    if getattr(layer, "groups", 1) != 1:
-        raise ValueError(
-            f"as_filter({layer}): a grouped convolution's channels read different inputs, so no filter computes one "
-            "from the others; use lesion(…), which rewrites the output"
-        )
-    check_operations([operation], REPLACEMENTS, "as_filter")
-    check_channels(type(layer).__name__, [channel], channel_count(layer), "as_filter")
-    offset, peers, weights = statistics.rule(operation, channel)
-    weight, bias = layer.weight, layer.bias
-    assert isinstance(weight, Tensor)
-    before = weight[channel].detach().clone()
-    own = bias if isinstance(bias, Tensor) else nn.Parameter(weight.new_zeros(len(weight)), requires_grad=False)
-    own_before = own[channel].detach().clone()
-    peers, weights = peers.to(weight.device), weights.to(weight)
-    try:
-        with torch.no_grad():
-            weight[channel] = torch.tensordot(weights, weight[peers], dims=1)
-            own[channel] = offset + weights @ own[peers]
-        layer.bias = own  # type: ignore[assignment]
-        yield
-    finally:
-        layer.bias = bias  # type: ignore[assignment]
-        with torch.no_grad():
-            weight[channel] = before
-            own[channel] = own_before

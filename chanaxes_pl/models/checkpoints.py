@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
+from struct import error as StructError
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from chanaxes_pl.core.errors import short
 from chanaxes_pl.models import Classifier
+
+# What settings of the wrong kind or size make a constructor raise.
+_NO_SETTINGS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+# What torch.load raises for a damaged file: its unpickler runs into all of these.
+_UNREADABLE = (*_NO_SETTINGS, AssertionError, EOFError, OSError, StructError, UnpicklingError)
 
 
 def load_classifier(path: str | Path) -> Classifier:
@@ -21,15 +28,19 @@ def load_classifier(path: str | Path) -> Classifier:
         ValueError: if it is no checkpoint of a :class:`Classifier`.
     """
     checkpoint = read_checkpoint(path)
-    settings = checkpoint.get("hyper_parameters", {})
+    settings = checkpoint.get("hyper_parameters")
     advice = "for another class pass the network itself: PruneModule(network with its weights loaded)"
-    if "backbone" not in settings:
+    if not isinstance(settings, Mapping) or "backbone" not in settings:
         raise ValueError(f"{path}: no checkpoint of a Classifier (it names no backbone); {advice}")
+    settings = {name: value for name, value in settings.items() if not str(name).startswith("_")}
     try:
-        classifier = Classifier(**{name: value for name, value in settings.items() if not name.startswith("_")})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its settings make no Classifier ({error}); {advice}") from error
-    _fill(classifier, checkpoint["state_dict"], path)
+        with torch.device("meta"):  # without memory, as the settings may ask for any size
+            empty = Classifier(**settings)
+    except _NO_SETTINGS as error:
+        raise ValueError(f"{path}: its settings make no Classifier ({short(str(error))}); {advice}") from error
+    _check(empty, checkpoint["state_dict"], path)
+    classifier = Classifier(**settings)
+    classifier.load_state_dict(checkpoint["state_dict"])
     return classifier.eval()
 
 
@@ -40,10 +51,13 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         FileNotFoundError: if there is no such file.
         ValueError: if it is no checkpoint, or another model's; the model is then as it was.
     """
-    _fill(model, read_checkpoint(path)["state_dict"], path)
+    weights = read_checkpoint(path)["state_dict"]
+    _check(model, weights, path)
+    model.load_state_dict(weights)
 
 
-def _fill(model: nn.Module, weights: Mapping[str, Any], path: str | Path) -> None:
+def _check(model: nn.Module, weights: Mapping[str, Any], path: str | Path) -> None:
+    """Refuse weights of another model."""
     own = model.state_dict()
     unlike = [name for name in {**own, **weights} if _shape(own, name) != _shape(weights, name)]
     if unlike:
@@ -52,11 +66,17 @@ def _fill(model: nn.Module, weights: Mapping[str, Any], path: str | Path) -> Non
             f"{path}: a checkpoint of another network than this {type(model).__name__} ({len(unlike)} tensors differ: "
             f"{first}); expected the model's own config and checkpoint"
         )
-    model.load_state_dict(weights)
 
 
 def _shape(weights: Mapping[str, Any], name: str) -> str:
-    return str(list(weights[name].shape)) if name in weights else "missing"
+    if name not in weights:
+        return "missing"
+    tensor = weights[name]
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+        return f"a {type(tensor).__name__}"
+    # A stride of 0 can make a tensor of any size of one number.
+    repeats = not tensor.is_meta and tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
+    return f"{list(tensor.shape)} of repeated numbers" if repeats else str(list(tensor.shape))
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -64,17 +84,18 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it holds anything but tensors and plain values, or no ``state_dict``.
+        ValueError: if it is damaged, or holds anything but tensors and plain values, or no ``state_dict``.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint; expected a file such as RUN/checkpoints/last.ckpt")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except _UNREADABLE as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{path}: not a checkpoint of tensors and plain values ({str(error).splitlines()[0]}); it was cut off, or "
-            "holds objects, which are never unpickled here"
+            f"{path}: not a checkpoint of tensors and plain values ({reason}); it was cut off or changed, or holds "
+            "objects, which are never unpickled here"
         ) from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise ValueError(f"{path}: holds no state_dict; expected a checkpoint that a Lightning Trainer wrote")
     return checkpoint

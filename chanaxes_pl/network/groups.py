@@ -28,11 +28,11 @@ from chanaxes_pl.network.removal import (
     FAILURES,
     Cut,
     Group,
+    clone,
     cut_instance_norm,
     cut_layer_norm,
     disagreement,
     remove,
-    twin,
 )
 
 _LAYERS = (*CONVOLUTIONS, nn.Linear)
@@ -99,7 +99,7 @@ def find_units(model: nn.Module, example: Tensor) -> Units:
         ValueError: if the model does not run on the example, or has no channels that could be removed.
     """
     with naming("find_units"):
-        copied = twin(model).eval().requires_grad_(True)
+        copied = clone(model).eval().requires_grad_(True)
         with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
             output = _run(copied, example)
             if not isinstance(output, Tensor) or output.grad_fn is None:
@@ -295,7 +295,7 @@ def _misfit(model: nn.Module, images: list[Tensor], groups: list[Group], exact: 
     for share, batch in zip(_KEPT, images, strict=True):
         # An odd number: not the same when read backwards.
         kept = {g.name: torch.randperm(g.size, generator=generator)[: int(g.size * share) | 1] for g in groups}
-        slim = twin(model)
+        slim = clone(model)
         try:
             remove(slim, groups, kept)
         except FAILURES as error:

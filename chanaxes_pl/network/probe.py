@@ -109,7 +109,7 @@ class Probe:
 
     Args:
         source: a map-style Dataset whose items are ``(image, label)``, or a DataLoader.
-        size: N, images at the most.
+        size: N, images at most.
 
     Raises:
         TypeError: if ``source`` is neither.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from chanaxes_pl.network.hooks import hooked, observed, same_outputs
+from chanaxes_pl.network.layers import channel_count
 
 #: What a network may raise that is given other images, or fewer channels, than it was written for.
 FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
@@ -57,7 +58,7 @@ class Group:
     cuts: tuple[Cut, ...]
 
 
-def twin(model: nn.Module) -> nn.Module:
+def clone(model: nn.Module) -> nn.Module:
     """A deep copy of a model, without the Trainer that a LightningModule may be attached to."""
     return copy.deepcopy(model, {id(getattr(model, "_trainer", None)): None})
 
@@ -88,10 +89,10 @@ def remove(model: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor]
         setattr(model.get_submodule(home), leaf, nn.Parameter(slim))
     for name, parameter in model.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(trained[name])  # torch-pruning makes the new ones trainable
-    _avoid_crash(model)
+    avoid_crash(model)
 
 
-def _avoid_crash(model: nn.Module) -> None:
+def avoid_crash(model: nn.Module) -> None:
     """Give up NHWC order in networks that have become too narrow for it on a CPU."""
     if not crashes_channels_last(model):
         return
@@ -99,6 +100,21 @@ def _avoid_crash(model: nn.Module) -> None:
     for module in model.modules():
         if getattr(module, "memory_format", None) is torch.channels_last:  # a classifier lays its images out by it
             module.memory_format = torch.contiguous_format  # type: ignore[assignment]
+
+
+def add_bias(layer: nn.Module) -> None:
+    """Give a convolution or Linear layer a bias of zeros, where it has none.
+
+    Example:
+        >>> layer = nn.Conv2d(3, 2, 1, bias=False)
+        >>> add_bias(layer)
+        >>> layer.bias
+        Parameter containing:
+        tensor([0., 0.], requires_grad=True)
+    """
+    if layer.bias is None:
+        assert isinstance(layer.weight, Tensor)
+        layer.bias = nn.Parameter(layer.weight.new_zeros(channel_count(layer)))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What each layer reads: which channels of which layers, and how strongly."""
+"""Upstream channels: which channels of which layers each layer reads, and with what weight."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from chanaxes_pl.core.statistics import z_scores
 from chanaxes_pl.network.groups import Units, find_units
 from chanaxes_pl.network.hooks import hooked
 from chanaxes_pl.network.layers import CONVOLUTIONS
-from chanaxes_pl.network.removal import twin
+from chanaxes_pl.network.removal import clone
 
 
 @dataclass(frozen=True, eq=False)
-class Routes:
-    """The inputs of one layer.
+class Upstream:
+    """The channels that one layer reads.
 
     Attributes:
         layer: its name.
         channels: for each layer that gives inputs, with no other layer between, ``[F]``: the index of its channel
-            behind each input, −1 where none is. An input may read several layers, whose maps have been summed.
+            behind each input, −1 if none. An input may read several layers, whose maps have been summed.
         norms: ``[C, F / groups]``, the norm of the weights between each channel and each input that it reads.
         spread: ``[F]``, the inputs' standard deviations.
         reason: why the inputs cannot be followed; empty where they can.
@@ -39,7 +39,7 @@ class Routes:
     spread: np.ndarray
     reason: str
 
-    def routed(self, given: Mapping[str, np.ndarray], norms: np.ndarray | None = None) -> np.ndarray:
+    def from_upstream(self, given: Mapping[str, np.ndarray], norms: np.ndarray | None = None) -> np.ndarray:
         """``[C]``: what inputs are worth to each channel, their mean weighted by ‖W‖ times their standard deviation.
 
         Args:
@@ -68,9 +68,9 @@ class Routes:
         return whole.reshape(len(norms), -1)
 
 
-def find_routes(
+def find_upstream(
     model: nn.Module, layers: Mapping[str, nn.Module], spread: Mapping[str, Tensor], example: Tensor
-) -> dict[str, Routes]:
+) -> dict[str, Upstream]:
     """What each of some layers reads from the others; the model is left as it was.
 
     Layers are followed back along autograd's graph of one forward pass, channels by their removable units.
@@ -88,7 +88,7 @@ def find_routes(
     except ValueError as error:
         units, refused = Units({}, {}), str(error)
     givers = {} if refused else direct_producers(model, example)
-    routes = {}
+    upstream = {}
     for name, layer in layers.items():
         own = spelt[layer]
         weight: Tensor = layer.weight.detach().double().cpu()  # type: ignore[union-attr,operator]
@@ -98,8 +98,8 @@ def find_routes(
         reason = refused or _why_unknown(layer, name in spread, channels, units, ours)
         of_layer = spread[name].numpy() if name in spread else np.full(inputs, np.nan)
         known = {} if reason else {ours[giver]: of for giver, of in channels.items()}
-        routes[name] = Routes(name, known, norms, of_layer, reason)
-    return routes
+        upstream[name] = Upstream(name, known, norms, of_layer, reason)
+    return upstream
 
 
 def direct_producers(model: nn.Module, example: Tensor) -> dict[str, list[str]]:
@@ -109,7 +109,7 @@ def direct_producers(model: nn.Module, example: Tensor) -> dict[str, list[str]]:
         model: left as it is.
         example: ``[B, …]`` images.
     """
-    copied = twin(model).eval().requires_grad_(True)
+    copied = clone(model).eval().requires_grad_(True)
     outputs: dict[Any, str] = {}
     inputs: dict[str, Any] = {}
 
@@ -158,7 +158,7 @@ def _why_unknown(
     if not reached:
         return "the forward pass did not reach it"
     if isinstance(layer, CONVOLUTIONS) and layer.groups > 1 and layer.weight.shape[1] == 1:
-        return "depthwise: each channel reads one input alone, so that weights route nothing"
+        return "depthwise: each channel reads one input alone, so its weights mix no channels"
     if not channels:
         return "it reads the images"
     others = [giver for giver in channels if giver not in ours]

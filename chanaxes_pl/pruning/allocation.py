@@ -1,7 +1,7 @@
 """How many units every group keeps under a budget of multiply–accumulates (MACs).
 
-Every allocation is an order in which units go, as a sequence of groups, whose turn it is; a budget is a prefix of it,
-found by bisection. Which unit goes when its group's turn comes is up to the score alone.
+An allocation is a removal order: entry t names the group that loses its t-th unit. A budget is a prefix of that order,
+found by bisection. The score alone decides which unit of the group is removed.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def fit_budget(cost: Cost, order: np.ndarray, budget: float) -> np.ndarray:
 
 
 def check_budget(budget: float) -> None:
-    """Refuse a budget that is no share."""
+    """Raise ValueError unless 0 < budget ≤ 1."""
     if not 0 < budget <= 1:
         raise ArgumentError(
             f"budget={budget}",

@@ -17,7 +17,7 @@ from chanaxes_pl.network.groups import Units
 from chanaxes_pl.network.hooks import calls, observed
 from chanaxes_pl.network.layers import CONVOLUTIONS, channel_count
 from chanaxes_pl.network.probe import Step
-from chanaxes_pl.network.removal import twin
+from chanaxes_pl.network.removal import clone
 
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
@@ -121,7 +121,7 @@ def norms_behind(model: nn.Module, units: Units, forward: Callable[[], Any]) -> 
 
 def _with_gradients(model: nn.Module, names: Iterable[str], batches: Iterable[Any], step: Step) -> dict[str, nn.Module]:
     """Copies of layers whose weights hold the gradient of the mean cross-entropy over the probe, in eval mode."""
-    copied = twin(model).requires_grad_(False)
+    copied = clone(model).requires_grad_(False)
     layers = {name: copied.get_submodule(name) for name in names}
     weights: list[Tensor] = [layer.weight for layer in layers.values()]  # type: ignore[misc]
     for weight in weights:

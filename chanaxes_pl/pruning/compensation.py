@@ -26,10 +26,9 @@ from chanaxes_pl.core.moments import Moments
 from chanaxes_pl.network.groups import executed_layers
 from chanaxes_pl.network.hooks import observed, same_outputs
 from chanaxes_pl.network.layers import CONVOLUTIONS, by_position, why_not_affine
-from chanaxes_pl.network.removal import Group
+from chanaxes_pl.network.removal import Group, add_bias
 from chanaxes_pl.network.sampling import local_samples, patches, sample_positions
 from chanaxes_pl.network.tracing import Activations, paired_activations
-from chanaxes_pl.pruning.plans import add_bias
 
 #: Ridge λ of each strength, as a share of the mean variance of what is regressed on.
 RIDGE = {"fold": 1e-3, "refit": 1e-2}

@@ -14,7 +14,7 @@ from chanaxes_pl.core.moments import accumulation_device
 from chanaxes_pl.network.hooks import calls, hooked, observed
 from chanaxes_pl.network.removal import Group
 
-#: Images that each score looks at, at the most: the probe's first ones.
+#: Images that each score looks at, at most: the probe's first ones.
 MAP_IMAGES = {"hrank": 64, "chip": 16}
 # Nodes of the integral over ln t, relative to the largest eigenvalue: the tails beyond are below 1e-13 of the whole,
 # and so is the error of this step, exp(−2π²/0.6), since the integrand is analytic in a strip of half-width π.
@@ -98,7 +98,7 @@ def map_scores(
         groups: of the model.
         batches: gives the probe's batches, from its first image on, each time it is called.
         forward: runs the model on a batch.
-        images: score → images at the most.
+        images: score → images at most.
 
     Returns:
         Score → group name → ``[U]`` float64, the mean over a unit's channels.

@@ -18,7 +18,7 @@ from chanaxes_pl.network.groups import find_units
 from chanaxes_pl.network.hooks import observed
 from chanaxes_pl.network.macs import Cost, count_macs
 from chanaxes_pl.network.probe import Placement, image_batches
-from chanaxes_pl.network.removal import disagreement, remove, twin
+from chanaxes_pl.network.removal import clone, disagreement, remove
 from chanaxes_pl.pruning.allocation import (
     check_allocation,
     check_budget,
@@ -28,9 +28,8 @@ from chanaxes_pl.pruning.allocation import (
     uniform_order,
 )
 from chanaxes_pl.pruning.compensation import RIDGE, compensate, reestimate_norms
-from chanaxes_pl.pruning.plan_json import Plan
-from chanaxes_pl.pruning.plans import save_slim
 from chanaxes_pl.pruning.scores import channel_scores, unit_ranks, unit_values
+from chanaxes_pl.pruning.slim_file import Plan, save_slim
 
 #: The score whose allocation ``"shared"`` imposes on every other.
 REFERENCE = "taylor"
@@ -70,7 +69,7 @@ class Slim:
         return self.plan.dense_macs
 
     def save(self, path: str | Path) -> None:
-        """Write ``<path>.safetensors`` and ``<path>.json``, which :func:`load_slim` reads."""
+        """Write ``<path>.safetensors``, which :func:`load_slim` reads."""
         save_slim(path, self.model, self.plan)
 
 
@@ -141,7 +140,7 @@ class Pruner:
             ValueError: if its logits are not those of the model with the removed channels at 0: the forward pass
                 depends on the data, or on sizes that pruning changes.
         """
-        slim = twin(self.model).eval()
+        slim = clone(self.model).eval()
         remove(slim, self.groups, kept)
         with true_float32(self._images.device):
             reason = disagreement(self.model, slim, self.groups, kept, self._images, self._exact)
@@ -155,16 +154,14 @@ class Pruner:
 
     def plan(self, slim: nn.Module, kept: Mapping[str, Tensor], notes: Mapping[str, Any]) -> Plan:
         """What was done, for the record and to do it again."""
-        bare = {name for name, module in self.model.named_modules() if getattr(module, "bias", 0) is None}
-        biases = [name for name in sorted(bare) if slim.get_submodule(name).bias is not None]
         return Plan.of(
             self.model,
+            slim,
             self.groups,
             kept,
             input_shape=self._example.shape[1:],
             macs=count_macs(slim, self._example),
             dense_macs=self.cost.dense,
-            biases=biases,
             notes=notes,
         )
 

@@ -67,7 +67,7 @@ def channel_scores(
         units: the removable units.
         scores: names as in :func:`score_family`.
         step: ``(model, batch) → (logits, labels)`` for batches or outputs other than ``(images, labels)`` and logits.
-        probe_size: images at the most.
+        probe_size: images at most.
         positions: local samples an image, or ``"all"``.
         seed: of the random scores.
         place: where the model runs; default one process, on the device of its first parameter. Several processes

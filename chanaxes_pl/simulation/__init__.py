@@ -1,4 +1,4 @@
-"""Gaussian linear channels under gradient flow: are both informations coupled at the start, and what parts them?"""
+"""Gaussian linear channels under gradient flow: how long input capture and task information stay coupled."""
 
 from chanaxes_pl.simulation.flows import FLOWS, half_times, initial_coupling, simulate
 from chanaxes_pl.simulation.problem import Problem

@@ -78,7 +78,7 @@ def simulate(
 
 
 def check_flow(flow: str, mixture: float, duration: float, records: int, tolerance: float) -> None:
-    """Refuse what :func:`simulate` could not follow, with a ValueError that quotes it."""
+    """Raise ValueError for settings that :func:`simulate` cannot follow."""
     if flow not in FLOWS:
         raise ValueError(f"flow={flow!r}: expected one of {', '.join(FLOWS)}")
     for name, value, good, expected in (
@@ -92,7 +92,7 @@ def check_flow(flow: str, mixture: float, duration: float, records: int, toleran
 
 
 def initial_coupling(problem: Problem, shares: Sequence[float] = tuple(np.linspace(0, 1, 11))) -> pd.DataFrame:
-    """Both informations at random initialisation, over the share of c in the leading eigenvectors.
+    """Both information terms at random initialisation, over the share of c in the leading eigenvectors.
 
     Args:
         problem: its own ``share`` does not matter; weights and the directions of both parts of c are the same for all.

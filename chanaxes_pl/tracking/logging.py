@@ -12,7 +12,7 @@ from chanaxes_pl.analysis.correlations import MAIN_PAIR, NETWORK, PAIRS, main_co
 from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.tables import ALIGNMENT, COLUMNS
 
-# Layers that get scalars of their own, at the most; the tables hold all of them.
+# Layers that get scalars of their own, at most; the tables hold all of them.
 MAX_LAYERS = 100
 
 
@@ -64,7 +64,7 @@ def _per_layer(table: pd.DataFrame, correlations: pd.DataFrame) -> dict[str, flo
 
 #: Bins of a histogram.
 BINS = 64
-#: Rows of a W&B table at the most; the Parquet files hold every channel.
+#: Rows of a W&B table at most; the Parquet files hold every channel.
 MAX_ROWS = 800
 #: Columns of a W&B table; the Parquet files hold the halves and the nulls too.
 TABLE_COLUMNS = ("layer", "channel", *COLUMNS, ALIGNMENT[0], "dead")
@@ -100,7 +100,7 @@ def checkpoint_media(table: pd.DataFrame, step: int, prefix: str = "axis") -> di
 
 
 def spread(table: pd.DataFrame, rows: int = MAX_ROWS) -> pd.DataFrame:
-    """All channels, or else every k-th of each layer, the same ones at every checkpoint: ``rows`` at the most.
+    """All channels, or else every k-th of each layer, the same ones at every checkpoint: ``rows`` at most.
 
     k is the smallest that certainly keeps to ``rows``. Every layer keeps its share and its first channel, unless there
     are as many layers as rows: then the first layers are shown.

@@ -44,7 +44,7 @@ class AxisTracker(L.Callback):
     Args:
         probe: labelled, un-augmented images: a Dataset of ``(image, label)`` or a DataLoader. Default: the
             datamodule's ``probe_dataloader()``, else the validation loader's data set.
-        probe_size: images at the most.
+        probe_size: images at most.
         layers: ``"conv"``, ``"conv+linear"``, globs over layer names, or ``(name, module) → bool``.
         schedule: ``"epoch"``; ``"log"`` (steps 0, 1, 2, 4, … in the first epoch, then epochs); every ``n`` epochs
             (a number, or ``"n epochs"``); ``"n steps"``; or a list of optimiser steps. Step 0 is always measured.

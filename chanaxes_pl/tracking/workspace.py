@@ -42,8 +42,8 @@ SECTIONS: dict[str, dict[str, tuple[str, ...] | str]] = {
 }
 #: What ``AxisTracker(alignment=True)`` adds.
 ALIGNMENT_SECTIONS: dict[str, dict[str, tuple[str, ...] | str]] = {
-    "correlations": {"|cos| between the gradients of both informations": ("alignment",)},
-    "per-layer": {"|cos| between the gradients of both informations": "layer/.+/alignment"},
+    "correlations": {"|cos| between the gradients of both information terms": ("alignment",)},
+    "per-layer": {"|cos| between the gradients of both information terms": "layer/.+/alignment"},
 }
 _NOTE = """One table a checkpoint, `{name}/table/step-…`: that of random initialisation is shown here, any other after
 changing the step in its query. Every channel and column is in the run folder, `{name}/step-….parquet`."""

@@ -32,7 +32,7 @@ from chanaxes_pl.analysis.structure import (
 from chanaxes_pl.core.gaussian import CEILING, MAX_CORRELATION, Association
 from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.core.moments import Moments
-from chanaxes_pl.network.upstream import Routes, direct_producers, find_routes, input_spread
+from chanaxes_pl.network.upstream import Upstream, direct_producers, find_upstream, input_spread
 from chanaxes_pl.plots import plot_structure
 from tests.helpers.networks import CLASSES, IMAGES, Net, block, build, head, pooled
 
@@ -188,18 +188,18 @@ def test_networkx_is_imported_when_it_is_used():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-# ---------------------------------------------------------------- routes
+# ---------------------------------------------------------------- upstream
 
 
 #: Networks in which a channel stays itself between two layers: no LayerNorm in between.
 PLAIN = ("resnet18", "grouped", "concatenating", "flattening", "squeezing", "inverted")
 
 
-def routes_of(net: nn.Module, kinds=(nn.Conv2d, nn.Linear)) -> tuple[dict[str, Routes], dict[str, nn.Module]]:
+def routes_of(net: nn.Module, kinds=(nn.Conv2d, nn.Linear)) -> tuple[dict[str, Upstream], dict[str, nn.Module]]:
     layers = {name: module for name, module in net.named_modules() if isinstance(module, kinds)}
     with torch.no_grad(), input_spread(layers) as spread:
         net(IMAGES)
-    return find_routes(net, layers, spread, IMAGES[:1]), layers
+    return find_upstream(net, layers, spread, IMAGES[:1]), layers
 
 
 @torch.no_grad()
@@ -225,9 +225,9 @@ def inputs_changed(net: nn.Module, layers: dict[str, nn.Module], reader: str, gi
 @pytest.mark.parametrize("name", PLAIN)
 def test_inputs_read_the_channels_that_change_them(name):
     net = build(name)
-    routes, layers = routes_of(net)
+    upstream, layers = routes_of(net)
     followed = 0
-    for reader, route in routes.items():
+    for reader, route in upstream.items():
         for giver, channels in route.channels.items():
             for channel in {0, int(channels.max())}:
                 wanted = np.flatnonzero(channels == channel).tolist()
@@ -249,21 +249,21 @@ def test_producers_are_those_with_nothing_between():
 
 
 def test_what_cannot_be_routed_says_why():
-    routes, _ = routes_of(build("inverted"))
-    assert routes["stem.0"].reason == "it reads the images"
-    assert routes["deep.0"].reason.startswith("depthwise: each channel reads one input alone")
-    assert routes["project.0"].reason == ""
-    routes, _ = routes_of(build("flattening"), nn.Linear)
-    assert routes["hidden"].reason == "it reads 'body.2.0', which is not among the layers"
+    upstream, _ = routes_of(build("inverted"))
+    assert upstream["stem.0"].reason == "it reads the images"
+    assert upstream["deep.0"].reason.startswith("depthwise: each channel reads one input alone")
+    assert upstream["project.0"].reason == ""
+    upstream, _ = routes_of(build("flattening"), nn.Linear)
+    assert upstream["hidden"].reason == "it reads 'body.2.0', which is not among the layers"
     whole = nn.Sequential(nn.Conv2d(3, 6, 3), nn.GroupNorm(2, 6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten())
     net = nn.Sequential(*whole, nn.Linear(4 * 28 * 28, CLASSES))
-    routes, _ = routes_of(net, nn.Conv2d)
+    upstream, _ = routes_of(net, nn.Conv2d)
     assert (
-        routes["3"].reason
+        upstream["3"].reason
         == "6 of its 6 inputs cannot be followed to a channel: it passes GroupNorm, which mixes channels"
     )
-    routes, _ = routes_of(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), pooling()))
-    assert "has no channels that can be removed" in routes["0"].reason
+    upstream, _ = routes_of(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), pooling()))
+    assert "has no channels that can be removed" in upstream["0"].reason
 
 
 def pooling() -> nn.Module:
@@ -272,10 +272,10 @@ def pooling() -> nn.Module:
 
 def test_routed_agrees_with_a_loop():
     net = build("grouped")
-    routes, layers = routes_of(net)
+    upstream, layers = routes_of(net)
     rng = np.random.default_rng(0)
     for name in ("mix.0", "up.0", "head"):
-        route = routes[name]
+        route = upstream[name]
         given = {giver: rng.normal(size=layers[giver].out_channels) for giver in route.channels}
         weight = layers[name].weight.detach().double()
         weight = weight.reshape(*weight.shape[:2], -1)
@@ -290,17 +290,17 @@ def test_routed_agrees_with_a_loop():
                 share = float(taps.norm()) * route.spread[j]
                 total, worth = total + share, worth + share * np.mean(scores)
             wanted.append(worth / total)
-        assert_allclose(route.routed(given), wanted, rtol=1e-5)
-    assert len(routes["head"].channels) == 2  # the head reads a sum
-    assert routes["mix.0"].norms.shape == (12, 4)
+        assert_allclose(route.from_upstream(given), wanted, rtol=1e-5)
+    assert len(upstream["head"].channels) == 2  # the head reads a sum
+    assert upstream["mix.0"].norms.shape == (12, 4)
 
 
 def test_undefined_givers_are_left_out():
-    route = Routes("b", {"a": np.arange(3)}, np.ones((2, 3)), np.ones(3), "")
-    assert_allclose(route.routed({"a": np.array([1.0, np.nan, 3.0])}), [0.0, 0.0])
-    assert np.isnan(route.routed({"a": np.full(3, np.nan)})).all()
-    silent = Routes("b", {"a": np.arange(3)}, np.array([[0.0, 0, 0], [0, 0, 2]]), np.ones(3), "")
-    assert_allclose(silent.routed({"a": np.array([1.0, 2.0, 3.0])}), [np.nan, math.sqrt(1.5)])
+    route = Upstream("b", {"a": np.arange(3)}, np.ones((2, 3)), np.ones(3), "")
+    assert_allclose(route.from_upstream({"a": np.array([1.0, np.nan, 3.0])}), [0.0, 0.0])
+    assert np.isnan(route.from_upstream({"a": np.full(3, np.nan)})).all()
+    silent = Upstream("b", {"a": np.arange(3)}, np.array([[0.0, 0, 0], [0, 0, 2]]), np.ones(3), "")
+    assert_allclose(silent.from_upstream({"a": np.array([1.0, 2.0, 3.0])}), [np.nan, math.sqrt(1.5)])
 
 
 def test_input_spread_is_the_standard_deviation_of_all_batches():
@@ -355,7 +355,7 @@ def test_metrics_that_have_nothing_to_do_with_weights_scatter_as_their_null_says
     rng = np.random.default_rng(0)
     gaps, spreads = [], []
     for _ in range(25):
-        route = Routes("b", {"a": np.arange(40)}, rng.random((40, 40)) ** 4, rng.random(40), "")
+        route = Upstream("b", {"a": np.arange(40)}, rng.random((40, 40)) ** 4, rng.random(40), "")
         row = _propagation(route, {name: {m: rng.normal(size=40) for m in METRICS} for name in "ab"}, 40, rng)
         for metric in METRICS:
             spreads.append(row[f"routed_{metric}_null_sd"])

@@ -75,7 +75,7 @@ def compare(name: str, device: str, batch: int, repeats: int) -> tuple[float, fl
                     return model(images)
 
             def fast(change: Intervention = change) -> Tensor:
-                return change.replayed(model, forward)
+                return change.rerun(model, forward)
 
             pairs = [(seconds(whole, device), seconds(fast, device)) for _ in range(repeats + 1)][1:]
             torch.testing.assert_close(pairs[0][0][1], pairs[0][1][1], rtol=1e-4, atol=1e-4)

@@ -9,16 +9,15 @@ import pytest
 from torch import nn
 
 from chanaxes_pl.core.files import replacing
-from chanaxes_pl.pruning.plan_json import Plan
-from chanaxes_pl.pruning.plans import load_slim, save_slim
-from tests.test_plans import Grouped, Tied, halved, logits, trained
+from chanaxes_pl.pruning.slim_file import Plan, load_slim, save_slim
+from tests.pruning.test_slim_file import Grouped, Tied, halved, logits, trained
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[Path, nn.Module, Plan]:
     slim, plan = halved(trained(Grouped()), biases=("stem",))
-    save_slim(tmp_path / "pair" / "slim", slim, plan)
-    return tmp_path / "pair" / "slim", slim, plan
+    save_slim(tmp_path / "saved" / "slim", slim, plan)
+    return tmp_path / "saved" / "slim", slim, plan
 
 
 def listed(folder: Path) -> list[str]:
@@ -60,16 +59,22 @@ class WithState(Grouped):
 @pytest.mark.parametrize(
     ("model", "match"),
     [
-        (Grouped, "another network than this Grouped: stem.bias is in one of them only"),
-        (Tied, "another network than this Tied: body.0.bias, body.0.weight, body.2.bias are in one of them only"),
-        (WithState, "WithState's state dict holds '_extra_state', which is no tensor"),
-        (partial(Grouped, bias=True), "has the shapes of the dense network, but the plan removes units"),
+        (
+            Grouped,
+            "removes 2 of 4 units of 'stem', but stem.weight has 8 of 8 channels left in Grouped; pass",
+        ),
+        (
+            Tied,
+            r"'scale' is missing in Tied, and \[\] in the plan's dense network: expected the plan and",
+        ),
+        (WithState, "WithState's state dict holds '_extra_state', which is no parameter or buffer"),
+        (partial(Grouped, bias=True), "has 8 of 8 channels left in Grouped; pass the pruned model with its own plan"),
     ],
 )
 def test_a_model_that_is_not_the_plans_is_not_saved(saved, tmp_path, model, match):
     with pytest.raises(ValueError, match=match):
         save_slim(tmp_path / "new", model(), saved[2])
-    assert listed(tmp_path) == ["pair"]
+    assert listed(tmp_path) == ["saved"]
 
 
 @pytest.mark.parametrize("notes", [{"loss": float("nan")}, {"model": Grouped}])
@@ -84,27 +89,15 @@ def fail(*args, **kwargs):
     raise OSError(28, "No space left on device")
 
 
-STEPS = ["pathlib.Path.write_text", "pathlib.Path.write_bytes", "os.fsync", "pathlib.Path.replace"]
+STEPS = ["pathlib.Path.write_bytes", "os.fsync", "pathlib.Path.replace"]
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_a_save_that_fails_leaves_the_old_pair(saved, monkeypatch, step):
+def test_a_save_that_fails_leaves_the_old_file(saved, monkeypatch, step):
     path, slim, _ = saved
     with monkeypatch.context() as patch:
         patch.setattr(step, fail)
         with pytest.raises(OSError, match="No space left"):
             save_slim(path, *halved(trained(Grouped())))
-    assert listed(path.parent) == ["slim.json", "slim.safetensors"]
+    assert listed(path.parent) == ["slim.safetensors"]
     assert logits(load_slim(path, Grouped())).equal(logits(slim))
-
-
-def test_a_crash_between_the_two_files_never_loads_a_mixed_pair(saved, monkeypatch):
-    path = saved[0]
-    replace = Path.replace
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", lambda draft, to: (fail if to.suffix == ".json" else replace)(draft, to))
-        with pytest.raises(OSError, match="No space left"):
-            save_slim(path, *halved(trained(Grouped()), biases=("stem",)))
-    with pytest.raises(ValueError, match="of different saves"):
-        load_slim(path, Grouped())
-    assert listed(path.parent) == ["slim.json", "slim.safetensors"]

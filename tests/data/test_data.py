@@ -2,13 +2,20 @@
 
 import os
 import pickle
+import re
+import struct
 import tempfile
+import zlib
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 from torchvision.transforms import v2
@@ -20,10 +27,12 @@ from chanaxes_pl.data import (
     DigitsDataModule,
     ImageNet100DataModule,
     InMemoryDataModule,
+    PhotosDataModule,
     TinyImageNetDataModule,
 )
 from chanaxes_pl.data.augment import random_crop_flip
-from chanaxes_pl.data.files import TensorImages, decode, list_classes, list_images, load
+from chanaxes_pl.data.files import TensorImages, decode, list_classes, list_images, load, read_image
+from chanaxes_pl.data.photos import PHOTOS, photo_files
 from chanaxes_pl.data.splits import EpochSampler, balanced_order, held_out_count, seeded_generator, stratified_split
 
 # Lightning 2.6 asks torch 2.15 for a class that torch has since deprecated.
@@ -324,7 +333,9 @@ def test_a_resumed_run_sees_the_batches_it_would_have_seen(tmp_path: Path) -> No
     def run(epochs: int, resume: str | None = None) -> tuple[L.Trainer, list[Tensor]]:
         L.seed_everything(1, verbose=False)
         model, trainer = Recorder(3 * 8 * 8), quiet_trainer(max_epochs=epochs)
-        trainer.fit(model, datamodule=DigitsDataModule(512, image_size=8), ckpt_path=resume, weights_only=True)
+        trainer.fit(
+            model, datamodule=DigitsDataModule(batch_size=512, image_size=8), ckpt_path=resume, weights_only=True
+        )
         return trainer, model.seen["training"]
 
     _, whole = run(3)
@@ -337,7 +348,7 @@ def test_a_resumed_run_sees_the_batches_it_would_have_seen(tmp_path: Path) -> No
 
 
 def test_training_without_held_out_images() -> None:
-    module = DigitsDataModule(512, val_size=0, image_size=8)
+    module = DigitsDataModule(batch_size=512, val_size=0, image_size=8)
     assert len(module.val_dataloader()) == 0
     with pytest.warns(UserWarning, match="Total length of `DataLoader` across ranks is zero"):
         quiet_trainer(max_epochs=1).fit(Recorder(3 * 8 * 8), datamodule=module)
@@ -365,10 +376,33 @@ def test_two_distributed_shards_cover_the_training_set(digits: DigitsDataModule)
 
 def test_a_batch_larger_than_the_training_set() -> None:
     with pytest.raises(ValueError, match="batch_size=2000: there are only 1293 training images"):
-        DigitsDataModule(2000).train_dataloader()
+        DigitsDataModule(batch_size=2000).train_dataloader()
 
 
-@pytest.mark.parametrize("cls", [DigitsDataModule, CIFAR100DataModule, TinyImageNetDataModule, ImageNet100DataModule])
+COMMAND_LINE = [
+    DigitsDataModule,
+    PhotosDataModule,
+    CIFAR100DataModule,
+    TinyImageNetDataModule,
+    ImageNet100DataModule,
+]
+
+
+@pytest.mark.parametrize("cls", COMMAND_LINE)
+def test_help_shows_the_options_that_all_share_with_type_and_text(cls: type[L.LightningDataModule]) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, "data")
+    text = " ".join(parser.format_help().split())
+    for flag, words in [
+        ("--data.batch_size BATCH_SIZE", r"images a batch, on each device\. \(type: int, default: 128\)"),
+        ("--data.val_size VAL_SIZE", r"[^-]*\(type: int \| float, default: (0\.1|5000)\)"),
+        ("--data.seed SEED", r"fixes the held-out images and the probe\. \(type: int, default: 0\)"),
+        (r"--data.augment \{true,false\}", r"[^(]*at random[^(]*\(type: bool, default: True\)"),
+    ]:
+        assert re.search(f"{flag} {words}", text), (flag, text)
+
+
+@pytest.mark.parametrize("cls", COMMAND_LINE)
 def test_arguments_are_known_to_the_command_line(cls: type[L.LightningDataModule]) -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(cls, "data")
@@ -471,6 +505,39 @@ def test_a_bad_image_is_named(cifar: Path, content: bytes | None, message: str) 
         CIFAR10DataModule(cifar).setup("fit")
 
 
+def test_hidden_files_are_no_images(cifar: Path) -> None:
+    (cifar / "cifar10/train/class3/._class3_1.png").write_bytes(b"written by macOS")
+    CIFAR10DataModule(cifar, val_size=10).setup("fit")
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_link_that_leads_nowhere_is_named(cifar: Path, split: str) -> None:
+    (cifar / "cifar10" / split / "class3/lost.png").symlink_to(cifar / "elsewhere.png")
+    with pytest.raises(FileNotFoundError, match=r"lost.png: expected an image file: it is a link to .*elsewhere.png"):
+        CIFAR10DataModule(cifar, val_size=10).setup()
+
+
+def test_a_folder_named_like_an_image_is_named(cifar: Path) -> None:
+    (cifar / "cifar10/train/class3/more.png").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"more.png: expected an image file\."):
+        CIFAR10DataModule(cifar, val_size=10).setup("fit")
+
+
+def test_grey_of_16_bits_keeps_its_range(tmp_path: Path) -> None:
+    grey = np.array([[0, 255, 256], [4660, 32768, 65535]], np.uint16)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    assert read_image(tmp_path / "grey.png").tolist() == [[[0, 0, 1], [18, 128, 255]]] * 3
+
+
+def test_an_image_of_too_many_pixels_is_named(tmp_path: Path) -> None:
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)  # 60,000 x 60,000, and no pixel in it
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    body = [struct.pack(">I", len(c)) + kind + c + struct.pack(">I", zlib.crc32(kind + c)) for kind, c in chunks]
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(body))
+    with pytest.raises(ValueError, match=r"bomb.png: not a readable image \(.*decompression bomb"):
+        read_image(tmp_path / "bomb.png")
+
+
 # ------------------------------------------------------------------------------------------------- cache
 
 
@@ -519,6 +586,92 @@ def test_a_cache_that_cannot_be_written_leaves_nothing(cifar: Path, monkeypatch:
     assert list((cifar / "cache").iterdir()) == []
 
 
+# ------------------------------------------------------------------------------------------------ photos
+
+
+@pytest.fixture
+def coordinates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """In place of the photographs, pictures whose pixels say where they are: red is x, green is y, blue the picture."""
+    for number, (package, file) in enumerate(PHOTOS.values()):
+        path = tmp_path / package / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows, columns = torch.meshgrid(torch.arange(128), torch.arange(128 + number), indexing="ij")
+        pixels = torch.stack([columns, rows, torch.full_like(rows, number)]).to(torch.uint8)
+        to_pil_image(pixels).save(path, "PNG")  # also under a name that ends in .jpg: nothing is lost
+
+    def found(name: str) -> ModuleSpec:
+        spec = ModuleSpec(name, None, is_package=True)
+        spec.submodule_search_locations = [str(tmp_path / name)]
+        return spec
+
+    monkeypatch.setattr("importlib.util.find_spec", found)
+    return tmp_path
+
+
+def test_crops_of_each_part_lie_within_it_and_cover_it(coordinates: Path) -> None:
+    module = PhotosDataModule(crops=200, test_crops=50, val_size=0.2)
+    training = module._split_training()
+    parts = {
+        "train": (training.data.images[training.kept], training.data.labels[training.kept]),
+        "val": everything(module.val_dataloader()),
+        "test": everything(module.test_dataloader()),
+    }
+    for name, (images, labels) in parts.items():
+        assert images[:, 2].float().mean((1, 2)).equal(labels.float())
+        assert torch.bincount(labels).tolist() == [{"train": 160, "val": 40, "test": 50}[name]] * 15
+        for label in range(15):
+            border = round(0.7 * (128 + label))
+            x, y = images[labels == label, 0].int(), images[labels == label, 1].int()
+            assert (x[:, 0, -1] - x[:, 0, 0]).eq(31).all()
+            assert (y[:, -1, 0] - y[:, 0, 0]).eq(31).all()
+            left, right = (0, border - 1) if name == "train" else (border, 127 + label)
+            top, bottom = {"train": (0, 127), "val": (0, 63), "test": (64, 127)}[name]
+            assert left <= x.min() <= left + 2
+            assert right - 2 <= x.max() <= right
+            assert top <= y.min() <= top + 5
+            assert bottom - 5 <= y.max() <= bottom
+
+
+def test_crops_follow_the_seed_and_test_crops_do_not(coordinates: Path) -> None:
+    def crops(seed: int) -> list[Tensor]:
+        module = PhotosDataModule(crops=4, test_crops=2, val_size=15, seed=seed)
+        return [module._split_training().data.images, everything(module.test_dataloader())[0]]
+
+    first, again, other = crops(0), crops(0), crops(1)
+    assert first[0].equal(again[0])
+    assert not first[0].equal(other[0])
+    assert first[1].equal(other[1])
+
+
+def test_a_missing_photograph_is_named(coordinates: Path) -> None:
+    (coordinates / "skimage/data/retina.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r'retina.jpg: no such photograph\. pip install "scikit-image'):
+        PhotosDataModule().setup("fit")
+
+
+def test_without_scikit_image_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "skimage" else find_spec(name))
+    with pytest.raises(FileNotFoundError, match=r'package skimage.* is missing\. pip install "scikit-image'):
+        PhotosDataModule().setup("fit")
+
+
+@pytest.mark.parametrize("kwargs", [{"crops": 0}, {"test_crops": 0}])
+def test_photos_need_crops(kwargs: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"crops=\d+, test_crops=\d+: expected at least 1"):
+        PhotosDataModule(**kwargs)
+
+
+def test_real_photographs() -> None:
+    if find_spec("skimage") is None:
+        pytest.skip('needs scikit-image: pip install "chanaxes_pl[demo]"')
+    assert [path.stem for path in photo_files()] == list(PHOTOS)
+    module = PhotosDataModule(crops=60, test_crops=2)
+    images, labels = everything(module.probe_dataloader())
+    assert torch.bincount(labels).tolist() == [54] * 15
+    assert images.mean((0, 2, 3)).abs().max() < 0.1
+    assert (images.std((0, 2, 3)) - 1).abs().max() < 0.1
+
+
 # ----------------------------------------------------------------------------------------- Tiny-ImageNet
 
 
@@ -558,6 +711,17 @@ def test_tiny_imagenet_unreadable_annotations(tiny: Path) -> None:
         TinyImageNetDataModule(tiny).setup("test")
 
 
+def test_tiny_imagenet_lists_may_begin_with_a_mark_and_end_in_blank_lines(tiny: Path) -> None:
+    tree = tiny / "tiny-imagenet-200"
+    expected = everything(TinyImageNetDataModule(tiny).test_dataloader())
+    names = TinyImageNetDataModule(tiny).class_names
+    for name in ("val/val_annotations.txt", "wnids.txt", "words.txt"):
+        (tree / name).write_text("\ufeff" + (tree / name).read_text() + "\n \n", encoding="utf-8")
+    module = TinyImageNetDataModule(tiny)
+    assert [part.tolist() for part in everything(module.test_dataloader())] == [part.tolist() for part in expected]
+    assert (module.num_classes, module.class_names) == (3, names)
+
+
 def test_tiny_imagenet_empty_class_list(tiny: Path) -> None:
     (tiny / "tiny-imagenet-200/wnids.txt").write_text("\n")
     with pytest.raises(ValueError, match=r"wnids.txt: lists no class"):
@@ -568,7 +732,7 @@ def test_tiny_imagenet_empty_class_list(tiny: Path) -> None:
 
 
 def test_imagenet_streams_through_workers(imagenet: Path) -> None:
-    module = ImageNet100DataModule(imagenet, 4, val_size=3, num_workers=1, image_size=56, num_classes=3)
+    module = ImageNet100DataModule(imagenet, batch_size=4, val_size=3, num_workers=1, image_size=56, num_classes=3)
     module.setup()
     loader = module.train_dataloader()
     (images, labels), *rest = loader
@@ -598,7 +762,7 @@ def test_imagenet_streams_through_workers(imagenet: Path) -> None:
 
 
 def test_workers_are_sent_images_and_transforms_only(imagenet: Path) -> None:
-    module = ImageNet100DataModule(imagenet, 4, val_size=3, num_workers=1, num_classes=3)
+    module = ImageNet100DataModule(imagenet, batch_size=4, val_size=3, num_workers=1, num_classes=3)
     for loader in (module.train_dataloader(), module.val_dataloader(), module.probe_dataloader()):
         assert b"DataModule" not in pickle.dumps(loader.dataset)
 
@@ -606,7 +770,9 @@ def test_workers_are_sent_images_and_transforms_only(imagenet: Path) -> None:
 def test_imagenet_class_list_selects(imagenet: Path) -> None:
     listed = imagenet / "classes.txt"
     listed.write_text("n03\nn01\n\n")
-    module = ImageNet100DataModule(imagenet, 2, 0.25, num_workers=0, num_classes=2, class_list=listed, augment=False)
+    module = ImageNet100DataModule(
+        imagenet, batch_size=2, val_size=0.25, num_workers=0, num_classes=2, class_list=listed, augment=False
+    )
     assert module.class_names == ["n01", "n03"]
     assert len(everything(module.val_dataloader())[1]) == 2
     with pytest.raises(ValueError, match=r"classes.txt: 2 classes, expected num_classes=100"):

@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from chanaxes_pl import LesionExperiment
 from chanaxes_pl.lesions.damage_table import join_shares, lesion_table
 from chanaxes_pl.lesions.interventions import OPERATIONS, lesion
-from chanaxes_pl.lesions.replacements import as_filter
 from chanaxes_pl.models import BACKBONES
 from chanaxes_pl.network.groups import find_units
 from chanaxes_pl.network.hooks import observed
@@ -24,6 +23,7 @@ from chanaxes_pl.network.removal import remove
 from tests.helpers import cases as zoo
 from tests.helpers import reference
 from tests.helpers import training as small
+from tests.helpers.filters import as_filter
 from tests.lesions.test_replacements import assert_unchanged, loader, replacements_of, snapshot
 from tests.network.test_tracing import Branching, backbone, batch, build
 
@@ -260,7 +260,9 @@ def test_the_model_and_the_random_stream_are_left_as_they_were():
     assert not network.frozen.training
 
 
-def test_the_bar_counts_lesions(capsys, monkeypatch):
+def test_the_bar_counts_lesions_on_a_terminal_only(capsys, monkeypatch):
+    table(channels=1, operations=["mean"], progress=True)
+    assert capsys.readouterr().err == ""
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     table(channels=1, operations=["mean"], progress=True)
     assert "6/6" in capsys.readouterr().err  # two layers on three batches

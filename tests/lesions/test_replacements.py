@@ -8,12 +8,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from chanaxes_pl.core.moments import Moments
 from chanaxes_pl.lesions.interventions import lesion
-from chanaxes_pl.lesions.replacements import REPLACEMENTS, Replacement, as_filter, measure_replacements
+from chanaxes_pl.lesions.replacements import REPLACEMENTS, Replacement, measure_replacements
 from chanaxes_pl.network.hooks import observed
 from chanaxes_pl.network.probe import Placement, Probe
 from chanaxes_pl.network.recording import Settings
 from tests.helpers import cases as zoo
 from tests.helpers import reference
+from tests.helpers.filters import as_filter
 
 
 def loader(n=24, side=8, size=10, seed=2) -> DataLoader:

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from chanaxes_pl.models import BACKBONES, Classifier
 from chanaxes_pl.network.macs import count_macs
-from chanaxes_pl.pruning.plans import apply_plan, load_slim
 from chanaxes_pl.pruning.pruner import prune
+from chanaxes_pl.pruning.slim_file import fill, load_slim
 from tests.helpers.networks import build
 from tests.helpers.training import QUIET, trainer
 
@@ -128,7 +128,7 @@ def test_too_narrow_for_channels_last_is_laid_out_contiguously(tmp_path):
     loaded, planned = (Classifier("resnet18", 7, width=0.5, channels_last=True) for _ in range(2))
     slim.save(tmp_path / "narrow")
     load_slim(tmp_path / "narrow", loaded)
-    apply_plan(planned, slim.plan)
+    fill(planned, slim.plan, slim.model.state_dict())
     for model in (slim.model, loaded, planned):
         assert model.memory_format is torch.contiguous_format
         assert all(p.is_contiguous() for p in model.parameters())

@@ -1,0 +1,514 @@
+"""A pruned network on disk: one safetensors file that holds its tensors, with the plan in its metadata.
+
+The network itself comes from code: either this package's backbones, or a class of the user's. It is built dense, and
+takes on the shapes of the tensors in the file. Nothing is unpickled, and nothing in the file is trusted: the plan is
+checked against the shapes in the file's header before anything is built, the network is built without memory (on
+PyTorch's meta device), and the only memory that is taken is that of the tensors in the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from chanaxes_pl.core.errors import InputError, naming, nearest, short
+from chanaxes_pl.core.files import replacing
+from chanaxes_pl.network.layers import CONVOLUTIONS
+from chanaxes_pl.network.removal import Group, avoid_crash
+
+#: Of the plan; a reader refuses any other.
+VERSION = 1
+#: Largest header of a file, in bytes. ResNet-18's, with its plan, has 40 kB.
+HEADER = 2**24
+
+
+_Shapes = Mapping[str, Sequence[int]]
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm)
+# What building a network from arguments of the wrong kind or size may raise.
+_FAILURES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What turned a dense network into a pruned one, and what became of it.
+
+    Attributes:
+        kept: group name → the units that stay, ascending; groups that stay whole may be left out.
+        sizes: group name → U, the number of units before pruning.
+        input_shape: ``[C, H, W]`` of one image.
+        shapes: of the dense network's parameters and buffers, by name.
+        norms: name of a norm without weights → its features after pruning, which no tensor tells.
+        backbone: arguments of ``build_backbone`` or ``Classifier``; ``None`` where the dense network came from neither.
+        macs: multiply–accumulates of one image after pruning.
+        dense_macs: the same before.
+        notes: anything that JSON can hold: budget, score, allocation, …
+    """
+
+    kept: dict[str, tuple[int, ...]]
+    sizes: dict[str, int]
+    input_shape: tuple[int, ...]
+    shapes: dict[str, tuple[int, ...]]
+    norms: dict[str, int] = field(default_factory=dict)
+    backbone: dict[str, Any] | None = None
+    macs: int
+    dense_macs: int
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        dense: nn.Module,
+        slim: nn.Module,
+        groups: Iterable[Group],
+        kept: Mapping[str, Tensor],
+        *,
+        input_shape: Sequence[int],
+        macs: int,
+        dense_macs: int,
+        notes: Mapping[str, Any] | None = None,
+    ) -> Plan:
+        """The plan by which :func:`remove` pruned a network.
+
+        Args:
+            dense: the network before pruning; its ``backbone_arguments`` go into the plan if they still make it.
+            slim: the network after pruning.
+            groups: of the dense network.
+            kept: group name → ``[r]``, the units that stay.
+            input_shape: ``[C, H, W]`` of one image.
+            macs: multiply–accumulates of one image after pruning.
+            dense_macs: the same before.
+            notes: anything that JSON can hold.
+        """
+        return cls(
+            kept={name: tuple(sorted(units.tolist())) for name, units in kept.items()},
+            sizes={group.name: group.size for group in groups},
+            input_shape=tuple(input_shape),
+            shapes=_shapes(_tensors(dense)),
+            norms={name: _features(module) for name, module in slim.named_modules() if _is_bare_norm(module)},
+            backbone=_backbone_of(dense),
+            macs=macs,
+            dense_macs=dense_macs,
+            notes=dict(notes or {}),
+        )
+
+    def to_json(self) -> str:
+        """The plan as JSON text.
+
+        Raises:
+            ValueError: if ``notes`` or ``backbone`` hold what JSON cannot.
+        """
+        try:
+            return _text({"version": VERSION, **asdict(self)})
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"the plan holds what JSON cannot ({error}); see its notes") from error
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan back from what :meth:`to_json` gave; tuples in ``notes`` have become lists.
+
+        Args:
+            text: JSON.
+
+        Raises:
+            ValueError: for anything that :meth:`to_json` does not write: other JSON, an entry that is missing or of
+                another kind, and units that are out of range, repeated, not ascending or none at all.
+        """
+        try:
+            values = json.loads(text)
+            # Repeated keys, NaN and numbers beyond a float's range do not come out as they went in.
+            as_written = _text(values) == text
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InputError(f"the plan is not JSON ({_line(error)}); {_ADVICE}") from error
+        if not isinstance(values, dict) or "version" not in values:
+            raise InputError(f"the plan is {short(values)}: expected version, {', '.join(_KINDS)}; {_ADVICE}")
+        version = values.pop("version")
+        if type(version) is not int or version != VERSION:
+            raise InputError(
+                f"the plan has version {short(version)}, but this release of chanaxes_pl reads version "
+                f"{VERSION}; load it with the release that wrote it"
+            )
+        if odd := sorted({*values} ^ {*_KINDS}):
+            verb = "lacks" if odd[0] in _KINDS else "has an unknown entry"
+            raise InputError(f"the plan {verb} {short(odd[0])}; {_ADVICE}")
+        for name, (fits, kind) in _KINDS.items():
+            if not fits(values[name]):
+                raise InputError(f"{name} is {short(values[name])}: expected {kind}; {_ADVICE}")
+        if not as_written:
+            raise InputError(f"the plan is not laid out as save_slim writes it; {_ADVICE}")
+        tuples = {name: {key: tuple(held) for key, held in values[name].items()} for name in ("kept", "shapes")}
+        arguments: dict[str, Any] = {**values, **tuples, "input_shape": tuple(values["input_shape"])}
+        plan = cls(**arguments)
+        _check_kept(plan)
+        return plan
+
+
+_ADVICE = "the file was changed after it was saved: save the network again"
+
+
+def _text(values: Any) -> str:
+    return json.dumps(values, allow_nan=False)
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0  # True is no number here
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_count, value))
+
+
+def _is_dict(value: Any, of: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(map(of, value.values()))
+
+
+#: What every entry of a plan looks like in JSON.
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "kept": (lambda value: _is_dict(value, _are_counts), "{group: [unit, …]}"),
+    "sizes": (lambda value: _is_dict(value, _is_count), "{group: units}"),
+    "input_shape": (lambda value: _are_counts(value) and 0 not in value, "[C, H, W]"),
+    "shapes": (lambda value: _is_dict(value, _are_counts), "{tensor: [size, …]}"),
+    "norms": (lambda value: _is_dict(value, _is_count), "{norm: features}"),
+    "backbone": (lambda value: value is None or isinstance(value, dict), "{argument: value} or null"),
+    "macs": (_is_count, "a count"),
+    "dense_macs": (_is_count, "a count"),
+    "notes": (lambda value: isinstance(value, dict), "{…}"),
+}
+
+
+def _check_kept(plan: Plan) -> None:
+    """Raise ValueError for a plan that contradicts itself."""
+    for name, units in plan.kept.items():
+        if name not in plan.sizes:
+            raise InputError(f"kept names {short(name)}, which is not in sizes; {nearest(name, plan.sizes)}")
+        kept, last = f"kept[{short(name)}]", plan.sizes[name] - 1
+        if not units:
+            raise InputError(f"{kept} is empty: expected at least one unit of 0 to {short(last)}")
+        if not 0 <= min(units) <= max(units) <= last:
+            odd = next(unit for unit in units if not 0 <= unit <= last)
+            raise InputError(f"{kept} holds unit {short(odd)}: expected units from 0 to {short(last)}")
+        for before, after in pairwise(units):
+            if before >= after:
+                raise InputError(f"{kept} holds {before} before {after}: expected ascending units, each once")
+
+
+def _backbone_of(dense: nn.Module) -> dict[str, Any] | None:
+    """The arguments that build a network again, if they still do: it may have got another head or activation."""
+    arguments = getattr(dense, "backbone_arguments", None)
+    if arguments is None:
+        return None
+    fresh = _build(arguments)
+    same = (
+        type(fresh) is type(dense)
+        and repr(fresh) == repr(dense)
+        and _shapes(fresh.state_dict()) == _shapes(dense.state_dict())
+    )
+    return dict(arguments) if same else None
+
+
+def _build(arguments: Mapping[str, Any]) -> nn.Module:
+    """A backbone or Classifier without memory for its tensors."""
+    from chanaxes_pl.models import Classifier, build_backbone  # torchvision and Lightning, only for who needs them
+
+    with torch.device("meta"):
+        return (Classifier if "backbone" in arguments else build_backbone)(**arguments)
+
+
+def save_slim(path: str | Path, model: nn.Module, plan: Plan) -> None:
+    """Write a pruned network and its plan in one file, whole or not at all.
+
+    A tensor that goes by several names is written under each of them.
+
+    Args:
+        path: with or without ``.safetensors``; its folder is made when missing.
+        model: after pruning; left as it is.
+        plan: by which it was pruned.
+
+    Raises:
+        ValueError: if the plan is not this model's, or either holds what the file cannot.
+        OSError: if the file cannot be written.
+    """
+    with naming(f"save_slim({str(path)!r})"):
+        found = _tensors(model)
+        _check_kept(plan)
+        _check_shapes(plan, _shapes(found), type(model).__name__)
+        tensors = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in found.items()
+        }
+        try:
+            text = plan.to_json()
+        except ValueError as error:
+            raise InputError(f"{error}") from error
+        try:
+            data = safetensors.torch.save(tensors, {"plan": text, "sha256": _digest(text, tensors)})
+        except KeyError as error:
+            raise InputError(f"safetensors cannot hold tensors of {error}; convert them before") from error
+        if (header := int.from_bytes(data[:8], "little")) > HEADER:
+            raise InputError(f"the plan and the names take {header} bytes: expected at most {HEADER}; cut notes")
+        with replacing(_file(path)) as draft:
+            draft.write_bytes(data)
+
+
+def _file(path: str | Path) -> Path:
+    path = Path(path)
+    return path if path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, the very objects."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    tensors = model.state_dict(keep_vars=True)
+    for name, value in tensors.items():
+        home, _, leaf = name.rpartition(".")
+        if not isinstance(value, Tensor) or getattr(modules.get(home), leaf, None) is not value:
+            raise InputError(
+                f"{type(model).__name__}'s state dict holds {name!r}, which is no parameter or buffer; a "
+                "pruned network is saved as tensors only: keep such state in attributes that the constructor sets"
+            )
+    return tensors
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """Of a plan and of its tensors' names, dtypes, shapes and bits."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name!r} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(_bits(tensor).numpy().data)
+    return digest.hexdigest()
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().flatten().view(torch.uint8)
+
+
+def _check_shapes(plan: Plan, shapes: _Shapes, there: str) -> None:
+    """Refuse a plan that cannot have made tensors of these shapes."""
+    for name in {**plan.shapes, **shapes}:
+        dense, slim = plan.shapes.get(name), shapes.get(name)
+        if not _is_part(slim, dense) and not (dense is None and _is_bias(name, shapes)):
+            raise InputError(
+                f"{short(name)} is {_size(slim)} in {there}, and {_size(dense)} in the plan's dense network: "
+                "expected the plan and the pruned network of one prune"
+            )
+    for name, size in plan.sizes.items():
+        weight = f"{name}.weight"
+        if not plan.shapes.get(weight):
+            layers = [other.removesuffix(".weight") for other in plan.shapes if other.endswith(".weight")]
+            raise InputError(f"sizes names {short(name)}, which is no layer; {nearest(name, layers)}")
+        channels, left = plan.shapes[weight][0], shapes[weight][0]
+        removed = size - len(plan.kept[name]) if name in plan.kept else 0
+        if not 0 < size <= channels or removed > channels - left:
+            raise InputError(
+                f"the plan removes {short(removed)} of {short(size)} units of {name!r}, but {weight} has "
+                f"{left} of {short(channels)} channels left in {there}; pass the pruned model with its own plan"
+            )
+
+
+def _is_part(slim: Sequence[int] | None, dense: Sequence[int] | None) -> bool:
+    if slim is None or dense is None or len(slim) != len(dense):
+        return False
+    return all(0 < part <= whole or part == whole for part, whole in zip(slim, dense, strict=True))
+
+
+def _is_bias(name: str, shapes: _Shapes) -> bool:
+    """Whether a tensor that the dense network lacks may be a bias, as compensation adds some."""
+    weight = shapes.get(f"{name.removesuffix('bias')}weight") if name.endswith(".bias") else None
+    return bool(weight) and [*shapes[name]] == [*weight[:1]]
+
+
+def _size(shape: Sequence[int] | None) -> str:
+    return "missing" if shape is None else short(list(shape))
+
+
+def load_slim(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """A pruned network back from its file, in eval mode: every bit of its tensors, in the dtypes that they had.
+
+    Args:
+        path: with or without ``.safetensors``.
+        model: a freshly built dense network of the same class and settings, on any device; it takes on the file's
+            tensors, keeps its device and memory format, and is returned. It is unchanged after an error. Tensors that
+            it shares stay shared where they were saved alike. Without it, the network is built by
+            :func:`build_backbone` or as a ``Classifier`` on the CPU, if it came from there.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged or changed, or does not fit the model.
+    """
+    with naming(str(_file(path))):
+        file = _file(path)
+        if not file.is_file():
+            raise FileNotFoundError(f"load_slim({str(path)!r}): there is no {file}; expected what save_slim wrote")
+        with file.open("rb") as stream:
+            header = int.from_bytes(stream.read(8), "little")
+        try:
+            if header > HEADER:
+                raise SafetensorError(f"its header has {header} bytes: expected at most {HEADER}")
+            content = safe_open(file, "pt")
+        except SafetensorError as error:
+            raise InputError(
+                f"no whole safetensors file ({_line(error)}); it was cut off or is of another kind. Pickles, "
+                "such as torch.save writes, are never opened here"
+            ) from error
+        with content:
+            metadata = content.metadata() or {}
+            if not {"plan", "sha256"} <= {*metadata}:
+                raise InputError("its metadata holds no plan; expected a file that save_slim wrote")
+            plan = Plan.from_json(metadata["plan"])
+            shapes = {name: content.get_slice(name).get_shape() for name in content.keys()}  # noqa: SIM118
+            _check_shapes(plan, shapes, file.name)
+            dense = _built(plan) if model is None else model
+            _check_model(dense, plan, shapes)
+            tensors = {name: content.get_tensor(name) for name in shapes}
+            if _digest(metadata["plan"], tensors) != metadata["sha256"]:
+                raise InputError(f"its tensors or its plan are not those of its sha256; {_ADVICE}")
+            fill(dense, plan, tensors)
+        if model is None:
+            _take_memory(dense)
+        return dense.eval()
+
+
+def _built(plan: Plan) -> nn.Module:
+    if plan.backbone is None:
+        raise InputError(
+            "the plan does not say how to build the network, which did not come from build_backbone; pass a "
+            "freshly built model: load_slim(path, MyNet())"
+        )
+    try:
+        return _build(plan.backbone)
+    except _FAILURES as error:
+        raise InputError(
+            f"backbone is {short(plan.backbone)}, which cannot be built ({_line(error)}); {_ADVICE}"
+        ) from error
+
+
+def _check_model(model: nn.Module, plan: Plan, shapes: _Shapes) -> None:
+    """Refuse a model that is not the dense network of a plan."""
+    kind, own = type(model).__name__, _shapes(_tensors(model))
+    names = [name for name in {**plan.shapes, **own} if own.get(name) != plan.shapes.get(name)]
+    if names:
+        parts = [
+            f"{short(name)} is {_size(own.get(name))} in {kind} and {_size(plan.shapes.get(name))} in the plan"
+            for name in names[:3]
+        ]
+        more = [f"and {len(names) - 3} more"] if len(names) > 3 else []
+        raise InputError(
+            f"the plan is for another network than this {kind}: {', '.join(parts + more)}; pass a model "
+            "built with the settings of the one that was pruned, before any pruning"
+        )
+    modules = dict(model.named_modules())
+    for name in shapes:
+        layer = modules.get(name.removesuffix(".bias"))
+        if name not in own and not (isinstance(layer, (*CONVOLUTIONS, nn.Linear)) and layer.bias is None):
+            raise InputError(f"{short(name)} is no bias that a layer of {kind} could get; {_ADVICE}")
+    for name, features in plan.norms.items():
+        norm = modules.get(name)
+        if not _is_bare_norm(norm) or not 0 < features <= _features(norm):
+            raise InputError(
+                f"norms gives {short(name)} {short(features)} features; expected a norm of {kind} without "
+                f"weights, and at most as many features as it has; {_ADVICE}"
+            )
+
+
+def fill(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
+    """Turn a freshly built dense network into a pruned one, in place.
+
+    Args:
+        model: of the class and settings that the plan was made from; unchanged after an error.
+        plan: by which the network was pruned.
+        tensors: the pruned network's parameters and buffers by name; they are copied.
+
+    Raises:
+        ValueError: if the plan, the tensors and the model do not belong together.
+    """
+    shapes = _shapes(tensors)
+    _check_shapes(plan, shapes, "the pruned network")
+    _check_model(model, plan, shapes)
+    own, modules = _tensors(model), dict(model.named_modules(remove_duplicate=False))
+    for name, old in own.items():
+        dtypes = (old.dtype, tensors[name].dtype)
+        if len({*dtypes}) > 1 and not (old.is_floating_point() and tensors[name].is_floating_point()):
+            raise InputError(
+                f"{name!r} is {dtypes[1]}, but {dtypes[0]} in {type(model).__name__}: expected the same "
+                "dtype, or another floating-point one"
+            )
+    first: dict[int, str] = {}  # the name that a shared tensor goes by first
+    for name, value in tensors.items():
+        home, _, leaf = name.rpartition(".")
+        old = own.get(name)
+        shared = name if old is None else first.setdefault(id(old), name)
+        if shared != name and _alike(tensors[shared], value):
+            new = model.get_parameter(shared) if isinstance(old, nn.Parameter) else model.get_buffer(shared)
+        else:
+            like = own[f"{home}.weight"] if old is None else old
+            new = value.detach().to("cpu" if like.is_meta else like.device, copy=True)
+            new = new.contiguous(memory_format=_memory_format(like) if old is not None else torch.contiguous_format)
+            if old is None or isinstance(old, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=old is None or old.requires_grad)
+        setattr(modules[home], leaf, new)
+    for name, module in model.named_modules():
+        _resize(module, plan.norms.get(name))
+    avoid_crash(model)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and _bits(a).equal(_bits(b))
+
+
+def _memory_format(tensor: Tensor) -> torch.memory_format:
+    nhwc = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if nhwc and not tensor.is_contiguous() else torch.contiguous_format
+
+
+def _resize(module: nn.Module, features: int | None) -> None:
+    """Make the sizes that a module holds those of its tensors, or of a norm without weights ``features``."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, CONVOLUTIONS):
+        if module.groups == module.in_channels == module.out_channels:  # depthwise: one group a channel
+            module.groups = len(module.weight)
+        module.out_channels, module.in_channels = len(module.weight), module.weight.shape[1] * module.groups
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(module.weight)
+    elif isinstance(module, _NORMS):
+        size = module.weight.shape if module.weight is not None else None
+        if isinstance(module, nn.LayerNorm):
+            whole = module.normalized_shape
+            module.normalized_shape = tuple(size) if size else (*whole[:-1], features or whole[-1])
+        else:
+            module.num_features = size[0] if size else features or module.num_features
+
+
+def _is_bare_norm(module: nn.Module | None) -> bool:
+    return isinstance(module, _NORMS) and module.weight is None
+
+
+def _features(norm: Any) -> int:
+    return norm.normalized_shape[-1] if isinstance(norm, nn.LayerNorm) else norm.num_features
+
+
+def _take_memory(model: nn.Module) -> None:
+    """Give a network that was built on the meta device, and then filled, the rest of its state."""
+    from chanaxes_pl.models import Classifier, ImageClassifier
+
+    if isinstance(model, Classifier):  # its metrics hold tensors that are in no state dict
+        fresh = ImageClassifier(nn.Identity(), model.hparams["num_classes"])
+        for name in ("train_top1", "val_accuracy", "test_accuracy"):
+            setattr(model, name, getattr(fresh, name))
+    model.to("cpu")  # which Lightning notes down
