@@ -12,6 +12,8 @@ from chanaxes_pl.core.errors import ArgumentError
 
 #: The folder of a tracker that was given no name.
 DEFAULT_TRACKER = "axis"
+#: In a tracker's folder: data set, seed, epochs and versions, as JSON.
+ABOUT = "about.json"
 _TABLES = "step-*.parquet"
 
 
@@ -40,6 +42,7 @@ class RunFolder:
     """One run's folder.
 
         RUN/axis/step-….parquet             tables of channels; AxisTracker(name="axis") writes them
+        RUN/axis/about.json                 data set, seed, epochs and versions of that training
         RUN/axis-1/step-….parquet           those of a second training that went into the same folder
         RUN/checkpoints/last.ckpt
         RUN/config.yaml, hparams.yaml       settings, by `chanaxes fit` and by a Lightning logger

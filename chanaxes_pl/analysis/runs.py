@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 
 from chanaxes_pl.analysis.correlations import NETWORK, axis_correlations, main_correlation
 from chanaxes_pl.analysis.damage import score_damage_correlation
 from chanaxes_pl.core.metrics import METRICS
-from chanaxes_pl.core.statistics import mean_over_runs
-from chanaxes_pl.run_folder import RunFolder, table_paths
+from chanaxes_pl.core.statistics import MIN_CHANNELS, mean_over_runs
+from chanaxes_pl.run_folder import ABOUT, RunFolder, table_paths
 from chanaxes_pl.tables import read_channels, read_grid, read_lesions
 
 #: Columns of damage, in the order in which one is chosen.
@@ -39,6 +41,7 @@ class Run:
         lesions: tables of lesions, by the folder they are in, relative to the run's.
         pruning: pruning grids, by the same.
         notes: what could not be read, and why.
+        about: data set, seed, epochs and versions as the tracker wrote them; empty for runs of older versions.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Run:
     lesions: dict[str, pd.DataFrame]
     pruning: dict[str, pd.DataFrame]
     notes: tuple[str, ...] = ()
+    about: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def steps(self) -> list[int]:
@@ -120,9 +124,12 @@ class Runs:
 
     @cached_property
     def damage(self) -> Damage | None:
-        """What lesions cost, by the first operation that all tables of lesions have; ``None`` without lesions."""
+        """What lesions cost, by the first operation that all tables of lesions have.
+
+        ``None`` without lesions, or where some table has too few channels for a rank correlation.
+        """
         found = [(run.name, place, table) for run in self.each for place, table in run.lesions.items()]
-        columns = [name for name in DAMAGES if all(name in table for _, _, table in found)]
+        columns = [name for name in DAMAGES if all(_can_be_ranked(table, name) for _, _, table in found)]
         if not found or not columns:
             return None
         column, metrics = columns[0], [*METRICS, "peer_r2"]
@@ -168,6 +175,14 @@ class Runs:
         main = main_correlation(rows).set_index("run")["rho"]
         gaps = rows.assign(gap=rows["rho"] - rows["run"].map(main))[["run", *_PAIR, "gap"]]
         return mean_over_runs(gaps, "gap", self.resamples)
+
+
+def _can_be_ranked(lesions: pd.DataFrame, damage: str) -> bool:
+    """Whether some layer has enough channels whose damage is defined."""
+    if damage not in lesions:
+        return False
+    defined = lesions[np.isfinite(lesions[damage].to_numpy(float))]
+    return len(defined) > 0 and bool(defined["layer"].value_counts().max() >= MIN_CHANNELS)
 
 
 def read_runs(folders: Sequence[str | Path], resamples: int = 1000) -> Runs:
@@ -220,7 +235,8 @@ def _read(run: RunFolder, tracker: Path, newest: str, name: str) -> Run:
         {place: table.assign(run=name) for place, table in found.items() if table is not None}
         for found in (lesions, pruning)
     )
-    return Run(name, run.path, tracker.name, table, config, scalars, lesions, pruning, tuple(notes))
+    about = ((tracker / ABOUT).is_file() and _noted(_read_json, tracker / ABOUT, notes)) or {}
+    return Run(name, run.path, tracker.name, table, config, scalars, lesions, pruning, tuple(notes), about)
 
 
 def _tables(tracker: Path, notes: list[str]) -> pd.DataFrame:
@@ -272,6 +288,16 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return read or {}
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        read = json.loads(path.read_text())
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(read, dict):
+        raise ValueError(f"expected facts by name, it holds a {type(read).__name__}")
+    return read
+
+
 def _scalars(run: RunFolder, notes: list[str]) -> pd.DataFrame:
     """What was logged before each interruption, up to where the run went on, then the rest, and then the test."""
     whole = pd.DataFrame()
@@ -294,7 +320,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
     missing = [name for name in ("epoch", "step") if name not in scalars]
     if missing:
         raise ValueError(f"it lacks the columns {', '.join(missing)}, which a CSVLogger writes")
-    text = [name for name in scalars if not pd.api.types.is_numeric_dtype(scalars[name])]
+    text = [name for name in scalars if len(scalars) and not pd.api.types.is_numeric_dtype(scalars[name])]
     if text:
         raise ValueError(f"the column {text[0]} holds text, expected numbers")
     return scalars

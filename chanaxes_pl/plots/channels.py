@@ -8,7 +8,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from chanaxes_pl.plots.style import WIDTH, layer_bar, styled, words
+from chanaxes_pl.plots.style import DEPTH, WIDTH, canvas, layer_bar, words
 
 #: Metrics that are set against each other, each a row of panels.
 PAIRS = (("input_capture", "task_information"), ("peer_overlap", "target_excess"))
@@ -49,9 +49,9 @@ def plot_channels(panels: list[pd.DataFrame], layers: list[str], title: str = ""
     lines = len(PAIRS)
     columns = len(panels) // lines
     depth = {name: place for place, name in enumerate(layers)}
-    with styled():
-        figure = Figure(figsize=(WIDTH, 0.5 + WIDTH / max(columns, 2) * lines * 0.85), layout="constrained")
-        grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    with canvas(
+        lines, columns, (WIDTH, 0.5 + WIDTH / max(columns, 2) * lines * 0.85), title, sharex=True, sharey=True
+    ) as (figure, grid):
         dots = None
         for axes, points in zip(grid.flat, panels, strict=True):
             dots = axes.scatter(
@@ -60,7 +60,7 @@ def plot_channels(panels: list[pd.DataFrame], layers: list[str], title: str = ""
                 c=points["layer"].map(depth),
                 vmin=0,
                 vmax=max(len(layers) - 1, 1),
-                cmap="viridis",
+                cmap=DEPTH,
                 s=7,
                 linewidths=0,
                 alpha=0.6,
@@ -76,5 +76,4 @@ def plot_channels(panels: list[pd.DataFrame], layers: list[str], title: str = ""
             axes.set_ylabel("")
         if dots is not None:
             layer_bar(figure, dots, grid, layers)
-        figure.suptitle(title)
     return figure

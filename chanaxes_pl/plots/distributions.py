@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from chanaxes_pl.core.metrics import METRICS
-from chanaxes_pl.plots.correlations import label_checkpoints
-from chanaxes_pl.plots.style import COLOURS, WIDTH, styled, words
+from chanaxes_pl.plots.correlations import time_axis
+from chanaxes_pl.plots.style import COLOURS, WIDTH, canvas, words
 
 #: Shares of the channels that lie below the edges of the bands and the line in their middle.
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -40,23 +40,21 @@ def plot_distributions(quantiles: pd.DataFrame, title: str = "") -> Figure:
     Returns:
         A figure; ``figure.savefig(path)`` writes it.
     """
-    with styled():
-        figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
-        panels = figure.subplots(2, 2, sharex=True)
+    with canvas(2, 2, (WIDTH, 4.6), title, sharex=True) as (figure, panels):
         for axes, metric in zip(panels.flat, METRICS, strict=True):
             _draw_bands(axes, quantiles[quantiles["metric"] == metric], metric)
         for axes in panels[0]:
             axes.set_xlabel("")
-        figure.suptitle(title)
     return figure
 
 
 def _draw_bands(axes: Axes, quantiles: pd.DataFrame, metric: str) -> None:
-    edges = quantiles.pivot_table(index="step", columns="quantile", values="nats", dropna=False).to_numpy()
-    at = np.arange(len(edges))
+    edges = quantiles.pivot_table(index="step", columns="quantile", values="nats", dropna=False)
+    at = edges.index
+    edges = edges.to_numpy()
     for low, high, alpha in ((0, 4, 0.18), (1, 3, 0.35)):
         axes.fill_between(at, edges[:, low], edges[:, high], color=COLOURS[metric], alpha=alpha, linewidth=0)
     axes.plot(at, edges[:, 2], color=COLOURS[metric], marker="o", markersize=3)
     axes.set(title=words(metric), ylabel="nats")
-    label_checkpoints(axes, quantiles.drop_duplicates("step"))
+    time_axis(axes, quantiles)
     sns.despine(ax=axes)

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from chanaxes_pl.core.statistics import mean_over_runs
-from chanaxes_pl.plots.style import COLOURS, GREY, RHO, short, styled
+from chanaxes_pl.plots.style import COLOURS, GREY, RHO, canvas, short
 
 #: Range over hidden layers of a layer's mean |cos(Σw, g)|, ResNet-18 trained on CIFAR-100 (arXiv 2605.07086).
 PUBLISHED = (0.05, 0.18)
@@ -46,10 +46,9 @@ def plot_alignment(table: pd.DataFrame, published: bool = False, title: str = ""
     names = list(dict.fromkeys(table["layer"]))
     rows = _at_checkpoints(table.assign(angle=table["alignment"].abs()))
     moments = list(dict.fromkeys(rows["moment"]))
-    with styled():
-        width, height = 1.2 + len(names) * (0.16 + 0.14 * len(moments)), 3.0 + 0.06 * max(map(len, names))
-        figure = Figure(figsize=(max(4.5, width), height), layout="constrained")
-        axes = figure.subplots()
+    width, height = 1.2 + len(names) * (0.16 + 0.14 * len(moments)), 3.0 + 0.06 * max(map(len, names))
+    with canvas(1, 1, (max(4.5, width), height), title) as (figure, grid):
+        axes = grid[0, 0]
         colours = sns.light_palette(COLOURS["alignment"], len(moments) + 1)[1:]
         for place, (moment, colour) in enumerate(zip(moments, colours, strict=True)):
             by_layer = rows[rows["moment"] == moment].groupby("layer")["angle"]
@@ -64,7 +63,6 @@ def plot_alignment(table: pd.DataFrame, published: bool = False, title: str = ""
             handles, labels = axes.get_legend_handles_labels()
             shown = slice(None) if len(moments) > 1 else slice(-1, None)
             figure.legend(handles[shown], labels[shown], loc="outside lower center", ncols=5, frameon=False)
-        figure.suptitle(title)
     return figure
 
 
@@ -123,9 +121,8 @@ def plot_simulation(start: pd.DataFrame, flows: pd.DataFrame, title: str = "") -
     Returns:
         A figure of 11 × 4 inches; ``figure.savefig(path)`` writes it. Bands are 95 % intervals over seeds.
     """
-    with styled():
-        figure = Figure(figsize=(11, 4), layout="constrained")
-        initial, coupling, angle = figure.subplots(1, 3)
+    with canvas(1, 3, (11, 4), title) as (figure, grid):
+        initial, coupling, angle = grid.flat
         _draw_band(initial, mean_over_runs(start, by=["share"]), "share", "black", "")
         share = flows["share"].iloc[0]
         initial.axvline(share, color=GREY, linestyle=":")
@@ -147,7 +144,6 @@ def plot_simulation(start: pd.DataFrame, flows: pd.DataFrame, title: str = "") -
             frameon=False,
             title="flow ascends",
         )
-        figure.suptitle(title)
         for axes in (initial, coupling, angle):
             sns.despine(ax=axes)
     return figure

@@ -8,7 +8,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from chanaxes_pl.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, WIDTH, short, styled
+from chanaxes_pl.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, WIDTH, canvas, short
 
 _LOOKS = {
     "ari": ("local and target axis", GREEN, "o"),
@@ -27,24 +27,21 @@ def plot_groupings(groups: pd.DataFrame, title: str = "") -> Figure:
     Returns:
         A figure; ``figure.savefig(path)`` writes it.
     """
-    panels = list(dict.fromkeys(groups["when"]))
+    moments = list(dict.fromkeys(groups["when"]))
     layers = list(dict.fromkeys(groups["layer"]))
-    with styled():
-        figure = Figure(figsize=(WIDTH, 1.2 + 2.1 * len(panels)), layout="constrained")
-        grid = figure.subplots(len(panels), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-        for axes, when in zip(grid, panels, strict=True):
+    with canvas(len(moments), 1, (WIDTH, 1.2 + 2.1 * len(moments)), title, sharex=True, sharey=True) as (figure, grid):
+        for axes, when in zip(grid.flat, moments, strict=True):
             means = groups[groups["when"] == when].groupby("layer", sort=False)[list(_LOOKS)].mean().reindex(layers)
             for column, (label, colour, marker) in _LOOKS.items():
-                axes.plot(range(len(layers)), means[column], color=colour, marker=marker, label=label, linewidth=1)
+                axes.plot(range(len(layers)), means[column], marker, color=colour, label=label, alpha=0.8)
             axes.axhline(0, color="black", linewidth=0.6)
             axes.set_title(when)
             axes.set_ylabel("adjusted\nRand index")
             sns.despine(ax=axes)
-        _name_layers(grid[-1], layers)
+        _name_layers(grid[-1, 0], layers)
         figure.legend(
-            *grid[0].get_legend_handles_labels(), loc="outside lower left", ncols=3, frameon=False, fontsize=8
+            *grid[0, 0].get_legend_handles_labels(), loc="outside lower left", ncols=3, frameon=False, fontsize=8
         )
-        figure.suptitle(title)
     return figure
 
 
@@ -62,11 +59,10 @@ def plot_peer_support(support: pd.DataFrame, title: str = "") -> Figure:
     layers = list(dict.fromkeys(support["layer"]))
     means = support.groupby("layer", sort=False).mean(numeric_only=True).reindex(layers)
     at = np.arange(len(layers))
-    with styled():
-        figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
-        upper, lower = figure.subplots(2, 1, sharex=True)
-        upper.fill_between(at, means["peer_r2_low"], means["peer_r2_high"], color=PURPLE, alpha=0.25, linewidth=0)
-        upper.plot(at, means["peer_r2"], color=PURPLE, marker="o", markersize=4)
+    with canvas(2, 1, (WIDTH, 4.4), title, sharex=True) as (figure, grid):
+        upper, lower = grid.flat
+        upper.vlines(at, means["peer_r2_low"], means["peer_r2_high"], color=PURPLE, alpha=0.5)
+        upper.plot(at, means["peer_r2"], "o", color=PURPLE, markersize=4)
         upper.set(ylabel="peer R²\n(median, quartiles)", ylim=(0, 1.03))
         lower.bar(at, means["nonreplaceable"], color=ORANGE, label="only the channel's own")
         lower.bar(at, means["duplicate"], bottom=means["nonreplaceable"], color=GREY, label="duplicated by peers")
@@ -75,7 +71,6 @@ def plot_peer_support(support: pd.DataFrame, title: str = "") -> Figure:
             sns.despine(ax=axes)
         _name_layers(lower, layers)
         figure.legend(*lower.get_legend_handles_labels(), loc="outside lower left", ncols=2, frameon=False, fontsize=8)
-        figure.suptitle(title)
     return figure
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from chanaxes_pl.analysis.correlations import AXES, NETWORK
-from chanaxes_pl.plots.correlations import label_checkpoints
-from chanaxes_pl.plots.style import COLOURS, WIDTH, styled, words
+from chanaxes_pl.plots.correlations import time_axis
+from chanaxes_pl.plots.style import COLOURS, WIDTH, canvas, words
 
 _TITLES = {"damage": "final damage", "order": "final pruning order"}
 
@@ -26,9 +25,8 @@ def plot_early_prediction(result: pd.DataFrame, title: str = "") -> Figure:
         A figure of 7.2 × 4 inches; ``figure.savefig(path)`` writes it.
     """
     mean = result[result["layer"] == NETWORK]
-    with styled():
-        figure = Figure(figsize=(WIDTH, 4.0), layout="constrained")
-        panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    with canvas(1, 2, (WIDTH, 4.0), title, sharex=True, sharey=True) as (figure, grid):
+        panels = grid.ravel()
         for axes, (target, name) in zip(panels, _TITLES.items(), strict=True):
             _draw(axes, mean[mean["target"] == target])
             axes.set_title(f"{name} ({result.attrs[target]})" if target in result.attrs else name)
@@ -36,14 +34,13 @@ def plot_early_prediction(result: pd.DataFrame, title: str = "") -> Figure:
         figure.legend(
             *panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8
         )
-        figure.suptitle(title)
     return figure
 
 
 def _draw(axes: Axes, rows: pd.DataFrame) -> None:
     """One target's lines; its reason where it has none."""
     for metric, line in rows.groupby("metric", sort=False):
-        at, colour = np.arange(len(line)), COLOURS[str(metric)]
+        at, colour = line["step"], COLOURS[str(metric)]
         dashes, marker = ("--", "s") if metric in AXES else ("-", "o")
         axes.plot(
             at, line["rho"], dashes, color=colour, marker=marker, markersize=3, linewidth=1.2, label=words(str(metric))
@@ -53,5 +50,5 @@ def _draw(axes: Axes, rows: pd.DataFrame) -> None:
         reason = rows["reason"].iloc[0].replace(": ", ":\n")
         axes.text(0.5, 0.5, reason, transform=axes.transAxes, ha="center", va="center", wrap=True)
     axes.axhline(0, color="black", linewidth=0.6)
-    label_checkpoints(axes, rows.drop_duplicates("step"))
+    time_axis(axes, rows)
     sns.despine(ax=axes)

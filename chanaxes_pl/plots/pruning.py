@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from chanaxes_pl.analysis.correlations import NETWORK
-from chanaxes_pl.plots.style import COLOURS, DASHES, MARKERS, WIDTH, layer_bar, styled, words
+from chanaxes_pl.plots.style import COLOURS, DASHES, DEPTH, MARKERS, WIDTH, canvas, layer_bar, words
 
 #: More bands than this hide each other.
 _BANDS = 8
@@ -18,6 +18,8 @@ _BANDS = 8
 
 def plot_pruning(grid: pd.DataFrame, title: str = "") -> Figure:
     """Accuracy over remaining MACs: a column an allocation, a row a kind of compensation, a line a score.
+
+    Each row has a scale of its own: compensated networks differ by a few percent, uncompensated ones by dozens.
 
     Args:
         grid: from ``pruning_grid``. Of several runs, and of several random draws, the mean is drawn; with the range, if
@@ -32,9 +34,9 @@ def plot_pruning(grid: pd.DataFrame, title: str = "") -> Figure:
     pruned = pruned.assign(score=pruned["score"].str.replace(r"^random_\d+$", "random", regex=True))
     columns, rows = list(dict.fromkeys(pruned["allocation"])), list(dict.fromkeys(pruned["compensate"]))
     styles = _styles(pruned)
-    with styled():
-        figure = Figure(figsize=(2.2 + 3.6 * len(columns), 0.8 + 3.0 * len(rows)), layout="constrained")
-        panels = figure.subplots(len(rows), len(columns), sharex=True, sharey=True, squeeze=False)
+    with canvas(
+        len(rows), len(columns), (2.2 + 3.6 * len(columns), 0.8 + 3.0 * len(rows)), title, sharex=True, sharey="row"
+    ) as (figure, panels):
         for (row, strength), (column, allocation) in ((r, c) for r in enumerate(rows) for c in enumerate(columns)):
             axes = panels[row, column]
             panel = pruned[(pruned["compensate"] == strength) & (pruned["allocation"] == allocation)]
@@ -45,7 +47,6 @@ def plot_pruning(grid: pd.DataFrame, title: str = "") -> Figure:
             axes.set(xlabel="MACs left (%)" if row == len(rows) - 1 else "", ylabel="" if column else "accuracy (%)")
             sns.despine(ax=axes)
         figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
-        figure.suptitle(title)
     return figure
 
 
@@ -86,14 +87,12 @@ def plot_lesions(table: pd.DataFrame, correlations: pd.DataFrame, damage: str = 
     depth = table["layer"].map({name: place for place, name in enumerate(layers)})
     columns = min(3, len(mean))
     lines = -(-len(mean) // columns)
-    with styled():
-        figure = Figure(figsize=(WIDTH, 0.4 + 2.2 * lines), layout="constrained")
-        panels = figure.subplots(lines, columns, sharey=True, squeeze=False)
+    with canvas(lines, columns, (WIDTH, 0.4 + 2.2 * lines), title, sharey=True) as (figure, panels):
         dots = None
         for place, row in enumerate(mean.to_dict("records")):
             axes = panels.flat[place]
             ranks = table.groupby("layer")[row["score"]].rank(pct=True)
-            dots = axes.scatter(100 * ranks, table[damage], c=depth, cmap="viridis", s=8, linewidths=0, alpha=0.7)
+            dots = axes.scatter(100 * ranks, table[damage], c=depth, cmap=DEPTH, s=8, linewidths=0, alpha=0.7)
             axes.set_title(
                 f"{words(row['score'])}\nρ = {row['rho']:.2f} [{row['low']:.2f}, {row['high']:.2f}]", fontsize=8
             )
@@ -107,5 +106,4 @@ def plot_lesions(table: pd.DataFrame, correlations: pd.DataFrame, damage: str = 
             axes.set_ylabel(f"damage, {damage} (nats)", fontsize=8)
         if dots is not None:
             layer_bar(figure, dots, panels, layers)
-        figure.suptitle(title)
     return figure

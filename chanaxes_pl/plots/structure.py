@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from chanaxes_pl.core.metrics import METRICS
-from chanaxes_pl.plots.style import BLUE, COLOURS, GREEN, GREY, RED, short, styled, words
+from chanaxes_pl.plots.style import BLUE, COLOURS, GREEN, GREY, RED, canvas, short, words
 
 #: Layers whose names fit below a panel.
 _NAMED = 26
@@ -19,16 +19,15 @@ def plot_structure(structure: pd.DataFrame, title: str = "") -> Figure:
     """Modularity of the channels' graphs, excess of pairs and triplets, and propagation, over the depth of a network.
 
     Args:
-        structure: from ``layer_structure``, one row a layer; nulls are drawn as bands of ± 2 standard deviations.
+        structure: from ``layer_structure``, one row a layer; nulls are drawn as bars of ± 2 standard deviations.
         title: above the figure.
 
     Returns:
         A figure of 7 × 8.6 inches; ``figure.savefig(path)`` writes it.
     """
     names = structure["layer"].tolist()
-    with styled():
-        figure = Figure(figsize=(7, 8.6), layout="constrained")
-        modularity, excess, routed = figure.subplots(3, 1, sharex=True)
+    with canvas(3, 1, (7, 8.6), title, sharex=True) as (figure, grid):
+        modularity, excess, routed = grid.flat
         for graph, colour in (("overlap", BLUE), ("excess", RED)):
             _draw_band(modularity, structure[f"{graph}_null"], structure[f"{graph}_null_sd"], colour)
             _draw_line(modularity, structure[f"{graph}_modularity"], colour, f"{graph} graph")
@@ -51,15 +50,14 @@ def plot_structure(structure: pd.DataFrame, title: str = "") -> Figure:
         for axes in (modularity, excess, routed):
             axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
             sns.despine(ax=axes)
-        figure.suptitle(title)
     return figure
 
 
 def _draw_line(axes: Axes, values: pd.Series, colour: tuple, label: str, null: bool = False) -> None:
-    look = ":" if null else "-"
-    axes.plot(np.arange(len(values)), values, look, color=colour, marker="" if null else "o", markersize=3, label=label)
+    look = {"marker": "_", "markersize": 8} if null else {"marker": "o", "markersize": 3.5}
+    axes.plot(np.arange(len(values)), values, color=colour, linestyle="none", label=label, **look)
 
 
 def _draw_band(axes: Axes, mean: pd.Series, spread: pd.Series, colour: tuple, label: str = "_") -> None:
     at = np.arange(len(mean))
-    axes.fill_between(at, mean - 2 * spread, mean + 2 * spread, color=colour, alpha=0.15, linewidth=0, label=label)
+    axes.bar(at, 4 * spread, 0.8, mean - 2 * spread, color=colour, alpha=0.2, linewidth=0, label=label)

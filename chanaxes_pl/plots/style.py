@@ -6,7 +6,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import matplotlib as mpl
+import numpy as np
 import seaborn as sns
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from chanaxes_pl.analysis.correlations import MAIN_PAIR
@@ -33,6 +36,8 @@ COLOURS = {
     "both": GREEN,
     "baseline": GREY,
 }
+#: Depth from the first layer to the last; without the yellow end, which is invisible on white.
+DEPTH = ListedColormap(mpl.colormaps["plasma"](np.linspace(0, 0.78, 256)))
 #: Marks of lines of one colour.
 DASHES = ("-", "--", ":", "-.")
 MARKERS = "osD^v<>PX*"
@@ -43,6 +48,28 @@ def styled() -> Iterator[None]:
     """The look that all figures are drawn in."""
     with sns.axes_style("ticks"), sns.plotting_context("paper", font_scale=1.1):
         yield
+
+
+@contextmanager
+def canvas(
+    rows: int, columns: int, size: tuple[float, float], title: str = "", **options: Any
+) -> Iterator[tuple[Figure, np.ndarray]]:
+    """A styled figure to draw in, with its title.
+
+    Args:
+        rows: of panels.
+        columns: of panels.
+        size: width and height in inches.
+        title: above the figure.
+        options: of ``Figure.subplots``.
+
+    Yields:
+        The figure, and ``[rows, columns]`` axes.
+    """
+    with styled():
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure, figure.subplots(rows, columns, squeeze=False, **options)
+        figure.suptitle(title)
 
 
 def words(name: str) -> str:

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from chanaxes_pl.plots.style import BLUE, GREEN, GREY, ORANGE, WIDTH, styled
+from chanaxes_pl.plots.style import BLUE, GREEN, GREY, ORANGE, WIDTH, canvas
 
 #: How a split is drawn; the same split of several runs is drawn alike.
 SPLITS = {"train": (GREY, "--", ""), "val": (BLUE, "-", "o"), "test": (GREEN, "none", "D")}
@@ -24,9 +24,8 @@ def plot_accuracy(accuracies: pd.DataFrame, title: str = "") -> Figure:
     Returns:
         A figure; ``figure.savefig(path)`` writes it.
     """
-    with styled():
-        figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
-        axes = figure.subplots()
+    with canvas(1, 1, (WIDTH, 3.0), title) as (figure, grid):
+        axes = grid[0, 0]
         for split, (colour, line, marker) in SPLITS.items():
             rows = accuracies[accuracies["split"] == split]
             for number, (_, run) in enumerate(rows.groupby("run", sort=False)):
@@ -37,7 +36,6 @@ def plot_accuracy(accuracies: pd.DataFrame, title: str = "") -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         sns.despine(ax=axes)
-        figure.suptitle(title)
     return figure
 
 
@@ -51,16 +49,14 @@ def plot_cost(costs: pd.DataFrame, title: str = "") -> Figure:
     Returns:
         A figure; ``figure.savefig(path)`` writes it.
     """
-    with styled():
-        figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
-        left, right = figure.subplots(1, 2)
+    with canvas(1, 2, (WIDTH, 2.6), title) as (figure, grid):
+        left, right = grid.flat
         for _, run in costs.groupby("run", sort=False):
             places = range(len(run))
             left.plot(places, run["seconds"], color=BLUE, marker=".", linewidth=1)
             right.plot(places, 100 * run["time_share"], color=ORANGE, marker=".", linewidth=1)
         _finish(left, "seconds a checkpoint", left.get_ylim()[1])
         _finish(right, "share of the run so far (%)", right.get_ylim()[1])
-        figure.suptitle(title)
     return figure
 
 

@@ -30,7 +30,7 @@ def lesions(runs: Runs) -> Section:
             "`chanaxes lesion --config CONFIG --ckpt_path RUN/checkpoints/last.ckpt`."
         )
         if any(run.lesions for run in runs.each):
-            reason = "The runs' tables of lesions have no operation in common."
+            reason = "The tables of lesions have no operation in common, or no layer with 3 channels to correlate."
         return Section("Lesions", about, [Missing(reason)])
     blocks: list[Any] = []
     tables = list(damage.tables.groupby(["run", "place"], sort=False))
@@ -104,7 +104,7 @@ def pruning(runs: Runs, against: str = "l1") -> Section:
         grid = pd.concat(grids, ignore_index=True)
         title = "" if place == "." else place
         spread = f"Mean of {len(grids)} runs; a band, where there is one, is their range. " if len(grids) > 1 else ""
-        caption = f"{spread}The horizontal line is the dense network."
+        caption = f"{spread}The horizontal line is the dense network. Each row of panels has its own scale."
         name = f"pruning-{nth}" if len(places) > 1 else "pruning"
         blocks += [Picture(name, plot_pruning(grid, title), grid, caption), *_accuracies(grid, title, runs.resamples)]
         if len(grids) > 1:

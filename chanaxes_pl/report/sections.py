@@ -47,7 +47,10 @@ _SHOWN = {
 
 def configuration(runs: Runs) -> Section:
     """What was run, and what of it could not be read."""
-    shown = {name: [_setting(run.config, key) for run in runs.each] for name, key in _SHOWN.items()}
+    shown = {name: [_fact(run, name, key) for run in runs.each] for name, key in _SHOWN.items()}
+    versions = [run.about.get("versions") for run in runs.each]
+    texts = [", ".join(f"{k} {v}" for k, v in each.items()) if isinstance(each, dict) else "" for each in versions]
+    shown["versions"] = texts
     shown = {name: cells for name, cells in shown.items() if any(cells)}
     rows = [
         [run.name, *(cells[place] or "–" for cells in shown.values()), f"{len(run.steps)}, to step {run.steps[-1]}"]
@@ -234,7 +237,7 @@ def cost(runs: Runs) -> Section:
     frames = []
     for run in runs.each:
         tracker = next((c.removesuffix("/seconds") for c in map(str, run.scalars) if c.endswith("/seconds")), None)
-        if tracker is not None:
+        if tracker is not None and f"{tracker}/time_share" in run.scalars:
             rows = run.scalars.dropna(subset=[f"{tracker}/seconds"])
             taken = {name: rows[f"{tracker}/{name}"] for name in ("seconds", "time_share")}
             frames.append(pd.DataFrame({"run": run.name, "epoch": rows["epoch"], "step": rows["step"], **taken}))
@@ -242,6 +245,12 @@ def cost(runs: Runs) -> Section:
         return Section("Cost", about, [Missing("metrics.csv in the run folder holds no …/seconds: no CSVLogger ran.")])
     table = pd.concat(frames, ignore_index=True)
     return Section("Cost", about, [Picture("cost", plot_cost(table), table, "Wall-clock time, a line a run.")])
+
+
+def _fact(run: Run, name: str, key: str) -> str:
+    """One fact about a run, from its configuration, else from what its tracker noted."""
+    noted = run.about.get(name)
+    return _setting(run.config, key) or ("" if noted is None else str(noted))
 
 
 def _setting(config: dict[str, Any], key: str) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 
-from chanaxes_pl.run_folder import RunFolder, checkpoint_path, table_paths
+from chanaxes_pl.core.files import replacing
+from chanaxes_pl.run_folder import ABOUT, RunFolder, checkpoint_path, table_paths
 from chanaxes_pl.tables import read_parquet, write_parquet
 
 
@@ -54,10 +57,16 @@ class History:
                 warnings.warn(f"the table of step {step} is lost, training goes on: {path}: {error}", stacklevel=2)
         return keyed
 
-    def open(self, root: RunFolder, name: str, run: str) -> None:
+    def open(self, root: RunFolder, name: str, run: str, about: Mapping[str, Any] | None = None) -> None:
         """Choose the folder ``root/name``, see that it can be written, and bring a resumed run's tables into it.
 
         A run never writes among another one's tables: it takes ``name-1``, ``name-2``, … instead.
+
+        Args:
+            root: the run folder.
+            name: of the tracker.
+            run: the run's name.
+            about: what else to keep of this training, as JSON.
 
         Raises:
             OSError: if the folder cannot be written.
@@ -71,8 +80,8 @@ class History:
                 folder.mkdir(parents=True, exist_ok=True)
             else:
                 folder = root.create_tracker(name)
-            (folder / ".writable").touch()
-            (folder / ".writable").unlink()
+            with replacing(folder / ABOUT) as draft:
+                draft.write_text(json.dumps(about or {}))
         except OSError as error:
             raise OSError(
                 f"AxisTracker cannot write its tables to {folder} ({error.strerror or error}): "

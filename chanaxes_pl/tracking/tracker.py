@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +173,7 @@ class AxisTracker(L.Callback):
         self._probe = Probe(find_probe(self._given, trainer), size)
         if self._save and trainer.is_global_zero and not fast:
             root, run = RunFolder.of_trainer(trainer)
-            self._history.open(root, self.name, run)
+            self._history.open(root, self.name, run, _about(trainer))
         self._started, self._spent = time.perf_counter(), 0.0
 
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: float) -> None:
@@ -228,6 +230,18 @@ def _as_validation(trainer: L.Trainer) -> Iterator[None]:
         yield
     finally:
         trainer.state.stage = stage
+
+
+def _about(trainer: L.Trainer) -> dict[str, Any]:
+    """What a reader of the tables wants to know of their training."""
+    datamodule = getattr(trainer, "datamodule", None)
+    return {
+        "data": type(datamodule or getattr(trainer.train_dataloader, "dataset", None)).__name__,
+        "seed": os.environ.get("PL_GLOBAL_SEED"),
+        "epochs": trainer.max_epochs,
+        "precision": str(trainer.precision),
+        "versions": {name: version(name) for name in ("chanaxes_pl", "torch", "lightning")},
+    }
 
 
 def _other_layers(before: dict[str, int], now: dict[str, int]) -> str:

@@ -365,14 +365,14 @@ def test_the_workspace_is_written_without_a_login_or_a_network(tmp_path, monkeyp
 def test_a_missing_extra_is_named(tmp_path, monkeypatch):
     for module in ("wandb_workspaces", "wandb_workspaces.reports.v2", "wandb_workspaces.workspaces"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(SystemExit, match=r'needs pip install "chanaxes_pl\[dashboard\]"'):
+    with pytest.raises(ValueError, match=r'needs pip install "chanaxes_pl\[dashboard\]"'):
         dashboard(str(tmp_path / "page.json"))
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("push", ["", "team", "team/", "/project", "a/b/c", "my team/project", "https://wandb.ai/a/b"])
 def test_a_destination_that_is_none_is_quoted_and_nothing_is_written(tmp_path, push):
-    with pytest.raises(SystemExit, match=rf"--push {re.escape(repr(push))}: expected ENTITY/PROJECT"):
+    with pytest.raises(ValueError, match=rf"--push {re.escape(repr(push))}: expected ENTITY/PROJECT"):
         dashboard(str(tmp_path / "page.json"), push=push)
     assert not list(tmp_path.iterdir())
 
@@ -432,7 +432,7 @@ def test_a_pushed_workspace_is_the_written_one(server, tmp_path, capsys):
 
 
 def refused(tmp_path, message):
-    with pytest.raises(SystemExit, match=rf"(?s)error: .*page.json is written, but cannot be sent to a/b: {message}"):
+    with pytest.raises(ValueError, match=rf"(?s).*page.json is written, but cannot be sent to a/b: {message}"):
         dashboard(str(tmp_path / "page.json"), push="a/b")
     assert (tmp_path / "page.json").exists()
 
