@@ -230,7 +230,7 @@ def read_channels(path: Path) -> pd.DataFrame:
     table = read_parquet(path, (*KEYS, "layer", "channel", *_columns(), "dead"), ALIGNMENT)
     twice = table.duplicated(["step", "layer", "channel"])
     if twice.any():
-        layer, channel = table.loc[twice.idxmax(), ["layer", "channel"]]
+        layer, channel = table.loc[twice, ["layer", "channel"]].iloc[0]
         raise ValueError(f"{path}: channel {channel} of {layer} has two rows, expected one")
     return table
 
