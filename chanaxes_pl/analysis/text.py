@@ -53,6 +53,11 @@ def interval(row: pd.Series, digits: int = 2, sign: bool = False, spread: bool =
     return f"{text} [{low},\N{NO-BREAK SPACE}{high}]"
 
 
+def plain(text: str) -> str:
+    """Text for a terminal, from which numbers can be copied: ASCII minus signs and spaces."""
+    return text.replace("−", "-").replace("\N{NO-BREAK SPACE}", " ")
+
+
 def intervals(
     means: pd.DataFrame,
     index: str | list[str],
@@ -141,7 +146,7 @@ def describe_grids(grid: pd.DataFrame, value: str = "accuracy", against: str = "
         for _, row in pairs.iterrows():
             pair = f"{row['scores']} less {row['against']}"
             lines.append(f"  {pair:40}{interval(row, 1, spread=False, scale=scale):>19}")
-    return "\n".join(lines)
+    return plain("\n".join(lines))
 
 
 def variant(allocation: str, compensate: str) -> str:

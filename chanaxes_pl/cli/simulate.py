@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from chanaxes_pl.analysis.text import interval
+from chanaxes_pl.analysis.text import interval, plain
 from chanaxes_pl.core.statistics import bounds, mean_over_runs, resampled
 from chanaxes_pl.plots import plot_simulation
 from chanaxes_pl.plots.style import RHO
@@ -140,7 +140,7 @@ def _half_time(times: np.ndarray, end: float) -> str:
 
 
 def _cell(row: pd.Series) -> str:
-    return interval(row, spread=False)
+    return plain(interval(row, spread=False))
 
 
 def _runs(count: int) -> str:

@@ -73,9 +73,11 @@ def test_quick_verbs_parse_their_functions_flags(chanaxes, monkeypatch, capsys, 
 
 @pytest.mark.parametrize("error", [ValueError("out of range"), FileNotFoundError("no such folder")])
 def test_errors_of_a_verb_are_one_message_and_status_2(chanaxes, monkeypatch, capsys, tmp_path, error):
-    (tmp_path / "failing_verb.py").write_text(f"def fail():\n    raise {type(error).__name__}({str(error)!r})\n")
+    (tmp_path / f"failing_{type(error).__name__}.py").write_text(
+        f"def fail():\n    raise {type(error).__name__}({str(error)!r})\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(cli.VERBS, "fail", cli.Verb("failing_verb:fail", "fail"))
+    monkeypatch.setitem(cli.VERBS, "fail", cli.Verb(f"failing_{type(error).__name__}:fail", "fail"))
     with pytest.raises(SystemExit) as exit:
         chanaxes("fail")
     assert exit.value.code == 2
