@@ -136,4 +136,4 @@ trainer.test(tuned, data, verbose=False)
 
 # %% [markdown]
 # `results/README.md` shows these comparisons on CIFAR-100, with the commands that repeat them: `chanaxes lesion`,
-# `chanaxes prune` and `chanaxes report --text true`.
+# `chanaxes prune` and `chanaxes report --text`.

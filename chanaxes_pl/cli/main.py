@@ -9,7 +9,9 @@ from importlib import import_module
 from itertools import takewhile
 from typing import NamedTuple
 
-TRAINER_VERBS = {
+TRAINER_#: Flags of these verbs that need no value.
+SWITCHES = ("--text", "--all_checkpoints")
+VERBS = {
     "fit": "train a network and track its axes; every Trainer flag, --config, --print_config",
     "validate": "evaluate a checkpoint on the validation split",
     "test": "evaluate a checkpoint on the test split",
@@ -69,12 +71,22 @@ def _run() -> None:
         from jsonargparse import auto_cli
 
         module, function = VERBS[verb].target.split(":")
-        arguments = _listed(sys.argv[2:]) if VERBS[verb].many else sys.argv[2:]
+        arguments = _switched(sys.argv[2:])
+        arguments = _listed(arguments) if VERBS[verb].many else arguments
         auto_cli(getattr(import_module(module), function), args=arguments, prog=f"chanaxes {verb}")
     else:
         (nearest,) = get_close_matches(verb, _summaries(), n=1, cutoff=0)
         print(f"error: unknown verb {verb!r}; did you mean {nearest!r}?\n\n{_overview()}", file=sys.stderr)
         raise SystemExit(2)
+
+
+def _switched(arguments: list[str]) -> list[str]:
+    """``--text`` and ``--all_checkpoints`` on their own mean true; the parser wants that said."""
+    following = [*arguments[1:], "--"]
+    return [
+        f"{argument}=true" if argument in SWITCHES and after.startswith("--") else argument
+        for argument, after in zip(arguments, following, strict=True)
+    ]
 
 
 def _listed(arguments: list[str]) -> list[str]:

@@ -198,3 +198,22 @@ def test_fabric_run_trains_one_model_on_two_processes(tmp_path):
     assert "MEMBER: 2/2" in done.stderr
     assert [path.name for path in tmp_path.rglob("version_*")] == ["version_0"]
     assert [path.name for path in tmp_path.rglob("last.ckpt")] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        (["--text"], ["--text=true"]),
+        (["--text", "--against", "l2"], ["--text=true", "--against", "l2"]),
+        (["--text", "false", "--all_checkpoints"], ["--text", "false", "--all_checkpoints=true"]),
+        (["--out", "--text=true"], ["--out", "--text=true"]),
+    ],
+)
+def test_a_switch_needs_no_value(given, read):
+    assert cli._switched(given) == read
+
+
+def test_text_of_what_is_no_run_is_one_line(chanaxes, capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        chanaxes("report", str(tmp_path / "none"), "--text")
+    assert capsys.readouterr().err.startswith("error: ")
