@@ -9,9 +9,7 @@ from importlib import import_module
 from itertools import takewhile
 from typing import NamedTuple
 
-TRAINER_#: Flags of these verbs that need no value.
-SWITCHES = ("--text", "--all_checkpoints")
-VERBS = {
+TRAINER_VERBS = {
     "fit": "train a network and track its axes; every Trainer flag, --config, --print_config",
     "validate": "evaluate a checkpoint on the validation split",
     "test": "evaluate a checkpoint on the test split",
@@ -28,6 +26,8 @@ class Verb(NamedTuple):
     many: bool = False  # its first parameter takes all arguments before the first flag, as a list
 
 
+#: Flags of these verbs that need no value.
+SWITCHES = ("--text", "--all_checkpoints")
 VERBS = {
     "demo": Verb(
         "chanaxes_pl.cli.demo:demo", "train on photographs, track, lesion, prune and report, in three minutes"
