@@ -129,8 +129,13 @@ def describe_grids(grid: pd.DataFrame, value: str = "accuracy", against: str = "
     for (allocation, strength), part in grid[grid["score"] != DENSE].groupby(["allocation", "compensate"], sort=False):
         means = mean_over_runs(part[["run", *VARIANT, value]], value)
         cells = intervals(means, "score", "budget", digits=1, spread=False, scale=scale).fillna("–")
-        cells = cells[sorted(cells, reverse=True)]
-        lines += ["", variant(allocation, strength), f"{'':26}" + "".join(f"{f'{100 * b:g} %':>19}" for b in cells)]
+        budgets = sorted(part["budget"].unique(), reverse=True)
+        cells = cells[budgets]
+        lines += [
+            "",
+            variant(str(allocation), str(strength)),
+            f"{'':26}" + "".join(f"{f'{100 * b:g} %':>19}" for b in budgets),
+        ]
         lines += [
             f"{score:26}" + "".join(f"{cell:>19}" for cell in row)
             for score, row in zip(cells.index, cells.to_numpy(), strict=True)

@@ -42,7 +42,7 @@ def _coupling(runs: Runs) -> Iterator[str]:
         rows = main_correlation(runs.correlations).rename(columns={"rho": "mean"}).set_index("step")
     else:
         rows = main_correlation(runs.mean()).set_index("step")
-    first, last = (rows.loc[runs.steps[place]] for place in (0, -1))
+    first, last = (rows.loc[[runs.steps[place]]].iloc[0] for place in (0, -1))
     if first["mean"] != first["mean"]:
         return
     epoch = number(runs.table["epoch"].min(), 1) if runs.table["epoch"].min() else ""
@@ -98,7 +98,7 @@ def _damage(runs: Runs) -> Iterator[str]:
     text = f"{_OPERATION[damage.column]} one channel raises the test loss by {_cell(cost, 4)} nats on average"
     strongest = damage.over_runs.dropna(subset=["mean"])
     if len(strongest):
-        row = strongest.loc[strongest["mean"].abs().idxmax()]
+        row = strongest.iloc[int(strongest["mean"].abs().to_numpy().argmax())]
         text += f"; within layers this damage correlates most with {words(row['score'])} (ρ = {_cell(row)})"
     yield text + "."
 
@@ -144,7 +144,7 @@ def _pruning(runs: Runs) -> Iterator[str]:
     if not kinds:
         return
     bare = means.xs(kinds[0], level="compensate")
-    score, allocation = bare.idxmax()
+    score, allocation = list(bare.index)[int(bare.to_numpy().argmax())]
     dense = 100 * grid.loc[grid["score"] == DENSE, "accuracy"].mean()
     text = f"With {100 * budget:g} % of the multiply–accumulates left, accuracy falls from {number(dense, 1)} % to "
     text += f"{number(100 * bare.max(), 1)} % under the best score, {score} ({allocation} allocation"
