@@ -4,7 +4,7 @@ BIN := .venv/bin
 # One thread a process: with two processes on two cores, two threads each can be 20 times slower.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench figures clean
 
 demo: .venv/.ready
 	OMP_NUM_THREADS=2 $(BIN)/chanaxes demo
@@ -22,6 +22,10 @@ bench: .venv/.ready
 	$(BIN)/python -m tests.benchmarks.reconstruction
 	$(BIN)/python -m tests.benchmarks.lesions
 	$(BIN)/python -m tests.benchmarks.pruning
+
+# The pictures of the README, from the tables in notebooks/results.
+figures: .venv/.ready
+	$(BIN)/python notebooks/figures/make.py
 
 clean:
 	rm -rf .venv

@@ -59,7 +59,7 @@ _HOMES = {
     "simulate": "simulation",
 }
 __version__ = version("chanaxes_pl")
-__all__ = list(_HOMES)
+__all__ = list(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> object:

@@ -103,12 +103,14 @@ class PruneModule(ImageClassifier):
 
     def on_test_epoch_end(self) -> None:
         """Run the experiment, and write what it found."""
-        if self.experiment is None:
+        experiment = self.experiment
+        if experiment is None:
             return
         # Pruning traces the network by its gradients; under inference mode there are none.
         with torch.inference_mode(False), torch.enable_grad(), naming("PruneModule"):
-            run = self._prune if isinstance(self.experiment, PruningExperiment) else self._lesion
-            self.table = join_shares(_gathered(run(self.experiment), self.trainer))
+            prunes = isinstance(experiment, PruningExperiment)
+            share = self._prune(experiment) if prunes else self._lesion(experiment)
+            self.table = join_shares(_gathered(share, self.trainer))
         if self.trainer.is_global_zero and not getattr(self.trainer, "fast_dev_run", False):
             self._write()
 

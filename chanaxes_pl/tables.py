@@ -230,8 +230,8 @@ def read_channels(path: Path) -> pd.DataFrame:
     table = read_parquet(path, (*KEYS, "layer", "channel", *_columns(), "dead"), ALIGNMENT)
     twice = table.duplicated(["step", "layer", "channel"])
     if twice.any():
-        row = table[twice].iloc[0]
-        raise ValueError(f"{path}: channel {row['channel']} of {row['layer']} has two rows, expected one")
+        layer, channel = table.loc[twice, ["layer", "channel"]].iloc[0]
+        raise ValueError(f"{path}: channel {channel} of {layer} has two rows, expected one")
     return table
 
 

@@ -15,12 +15,12 @@
 #
 # At the end you will know
 #
-# - how to attach `AxisTracker` to a Trainer, and what it needs of your model and your data;
-# - where its tables, scalars and figures are, and what is in them;
-# - how to look at a model without any Trainer;
-# - how to track a model whose batches or outputs are not the usual ones.
+# - how to attach `AxisTracker` to a Trainer, and what your model and your data must provide;
+# - where its tables and scalars are, and what they contain;
+# - how to measure a model without a Trainer;
+# - how to track a model with unusual batches or outputs.
 #
-# Everything here runs in about fifteen seconds on one CPU core, on the handwritten digits that scikit-learn ships.
+# The notebook takes about fifteen seconds on one CPU core. It uses the handwritten digits that scikit-learn ships.
 
 # %%
 # %matplotlib inline
@@ -34,8 +34,8 @@ import torch
 import torchvision
 from lightning.pytorch.loggers import CSVLogger
 
-from chanaxes_pl import AxisTracker, compute_axes, read_run
-from chanaxes_pl.analysis.correlations import axis_correlations, main_correlation
+from chanaxes_pl import AxisTracker, axis_correlations, compute_axes, read_run
+from chanaxes_pl.analysis.correlations import main_correlation
 from chanaxes_pl.data import DigitsDataModule
 from chanaxes_pl.models import Classifier
 from chanaxes_pl.plots import plot_correlations
@@ -48,10 +48,9 @@ folder = Path(tempfile.mkdtemp())
 # %% [markdown]
 # ## One callback
 #
-# Any LightningModule will do whose batches are `(images, labels)` and whose `forward(images)` gives logits: put yours
-# in place of `Classifier`. The probe, the fixed labelled images that every checkpoint is measured on, comes from the
-# datamodule's `probe_dataloader()` if it has one, else from the validation loader, or is given as
-# `AxisTracker(probe=…)`.
+# Any LightningModule works if its batches are `(images, labels)` and its `forward(images)` gives logits: put yours in
+# place of `Classifier`. Every measurement uses the same labelled images, the *probe set*. The tracker takes it from
+# `AxisTracker(probe=…)`, else from the `probe_dataloader()` of the datamodule, else from the validation loader.
 
 # %%
 L.seed_everything(0, verbose=False)
@@ -71,12 +70,14 @@ trainer = L.Trainer(
 trainer.fit(model, data)
 
 # %% [markdown]
-# `schedule="log"` measured random initialisation, then after steps 1, 2, 4, 8, … of the first epoch, where most of it
-# happens, and then every epoch. Training itself went on bit for bit as it would have without the tracker.
+# `schedule="log"` measures at random initialisation, after steps 1, 2, 4, 8, … of the first epoch, where most of the
+# change happens, and then after every epoch. The trained weights are bit for bit those of a training without the
+# tracker.
 #
-# ## What it leaves
+# ## What it writes
 #
-# One Parquet file a checkpoint, in the run folder. `read_run` puts them together: a row a channel and checkpoint.
+# Every measurement writes one Parquet file to the run folder. `read_run` joins them into one table with a row for each
+# channel and measurement.
 
 # %%
 print(tracker.folder.relative_to(folder), [path.name for path in sorted(tracker.folder.iterdir())][:3], "…")
@@ -86,9 +87,9 @@ table[
 ].tail()
 
 # %% [markdown]
-# The headline is ρ(input capture, task information): Spearman's rank correlation over a layer's channels, and its
-# mean over layers. It comes with what is needed to judge it: the split-half reliability of both metrics, the ceiling
-# that follows from them, and the same correlation with a target that knows nothing.
+# The main result is ρ(input capture, task information): Spearman's rank correlation over the channels of a layer, and
+# its mean over layers. Three numbers help to judge it: the split-half reliability of both metrics, the highest ρ that
+# these reliabilities allow (the ceiling), and the same correlation with a random target (the null).
 
 # %%
 correlations = axis_correlations(table, resamples=200)
@@ -100,8 +101,8 @@ main_correlation(correlations)[
 plot_correlations(correlations, title="ResNet-18 at an eighth of its width, digits")
 
 # %% [markdown]
-# The same numbers went to every logger of the Trainer as scalars under `axis/…`, and to `trainer.callback_metrics`,
-# so that `ModelCheckpoint(monitor="axis/rho")` or `EarlyStopping` can use them.
+# The tracker also logs these numbers to every logger of the Trainer under `axis/…`, and to `trainer.callback_metrics`.
+# `ModelCheckpoint(monitor="axis/rho")` and `EarlyStopping` can use them.
 
 # %%
 {key: round(float(value), 3) for key, value in trainer.callback_metrics.items() if key.count("/") == 1}
@@ -109,8 +110,8 @@ plot_correlations(correlations, title="ResNet-18 at an eighth of its width, digi
 # %% [markdown]
 # ## Without a Trainer
 #
-# `compute_axes` measures a model as it stands, here one of torchvision's that was never trained. `layers` takes
-# `"conv"`, `"conv+linear"`, or globs over the model's own layer names.
+# `compute_axes` measures any model once, here an untrained one of torchvision. `layers` takes `"conv"`,
+# `"conv+linear"`, or globs over the names of the model's layers.
 
 # %%
 torch.manual_seed(0)
@@ -123,9 +124,9 @@ main_correlation(axes.correlations)[["local", "target", "rho", "low", "high", "n
 # %% [markdown]
 # ## Other batches, other targets
 #
-# Where a batch is something else, or the model gives more than logits, one function says how to get there: `(module,
-# batch) → (logits, labels)`. `target` chooses the task variable: the logit margin (default), the log-probability of
-# the correct class, the label itself, or a function of logits and labels.
+# If a batch is not `(images, labels)`, or the model returns more than logits, pass `step=`, a function `(module, batch)
+# → (logits, labels)`. `target` chooses the task variable: the logit margin (default), the log-probability of the
+# correct class, the label itself, or a function of logits and labels.
 
 # %%
 confident = compute_axes(
@@ -138,5 +139,6 @@ confident = compute_axes(
 main_correlation(confident.correlations)[["rho", "low", "high"]].round(2)
 
 # %% [markdown]
-# On the command line the same is `chanaxes fit --config configs/digits/resnet18.yaml`, and `chanaxes report
-# RUN_FOLDER` makes a page of a run. What the columns mean is the next notebook, `02_read_the_axes`.
+# `chanaxes fit --config configs/digits/resnet18.yaml` runs a tracked training from the command line, and `chanaxes
+# report RUN_FOLDER` writes a page about it. For several processes add `--trainer.strategy ddp --trainer.devices 2`. The
+# next notebook, `02_read_the_axes`, explains the columns of the table.

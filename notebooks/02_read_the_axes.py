@@ -16,14 +16,14 @@
 # At the end you will know
 #
 # - what each metric of the table says about a channel, and what it does not say;
-# - how to tell whether an axis correlation means something: interval, reliability, ceiling and null;
-# - whether the two axes sort a layer's channels into the same groups;
-# - how to set several seeds against each other, paired;
-# - how the axes come apart on CIFAR-100, how early they tell which channels will matter, and what a layer's channels
-#   form beyond pairs.
+# - how to judge an axis correlation by its interval, reliability, ceiling and null;
+# - whether the two axes sort the channels of a layer into the same groups;
+# - how to compare several seeds, paired;
+# - how the axes come apart on CIFAR-100, how early they predict which channels will matter, and which structure the
+#   channels of a layer have beyond pairs.
 #
-# The first parts run in about half a minute on one CPU core, on the handwritten digits that scikit-learn ships. The
-# last reads the results of the CIFAR-100 runs, which are kept beside the notebooks.
+# The first parts take about half a minute on one CPU core and use the handwritten digits that scikit-learn ships. The
+# last part reads the results of the CIFAR-100 runs in `results/`.
 
 # %%
 # %matplotlib inline
@@ -37,10 +37,9 @@ import pandas as pd
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from chanaxes_pl import AxisTracker
+from chanaxes_pl import AxisTracker, read_runs
 from chanaxes_pl.analysis.correlations import main_correlation, reliabilities
 from chanaxes_pl.analysis.groupings import groupings
-from chanaxes_pl.analysis.runs import read_runs
 from chanaxes_pl.core.statistics import mean_over_runs
 from chanaxes_pl.data import DigitsDataModule
 from chanaxes_pl.models import Classifier
@@ -83,21 +82,22 @@ table = runs.each[0].table
 # %% [markdown]
 # ## What a row says
 #
-# The **local axis** looks at a channel's output y and that of its peers, position by position, and never at a label:
+# The **local axis** uses the output y of a channel and of its peers at single positions. It never uses a label.
 #
-# - `input_capture`, ½ ln(1 + Var y / σ₀²), σ₀² the layer's median variance: how loud the channel is beside its layer. A
-#   channel exactly as loud as the median has ½ ln 2 = 0.35 nats, whatever the network.
-# - `peer_overlap`: the mean over peers of the information that both share. High where peers do much the same.
-# - `peer_r2`: the share of its variance that *all* peers together explain. It can be near 1 where no single peer
-#   resembles the channel: a sum of many small overlaps.
+# - `input_capture` is ½ ln(1 + Var y / σ₀²), where σ₀² is the median variance of the layer. It measures how strong the
+#   channel is within its layer. A channel with the median variance has ½ ln 2 = 0.35 nats in every network.
+# - `peer_overlap` is the mean over peers of the information that the channel shares with each of them. It is high if
+#   peers do much the same.
+# - `peer_r2` is the share of the channel's variance that *all* peers together explain. It can be near 1 although no
+#   single peer resembles the channel, because many small overlaps add up.
 #
-# The **target axis** looks at image means and the task variable (by default the logit margin):
+# The **target axis** uses image means and the task variable (by default the logit margin).
 #
-# - `task_information`: what the channel alone says about it.
-# - `target_excess`: what the best pairs with peers say beyond their better half; a channel can be uninformative and
-#   complete others.
+# - `task_information` is what the channel alone says about the task variable.
+# - `target_excess` is what the best pairs with peers say beyond the better channel of the pair. A channel without task
+#   information of its own can still add to that of others.
 #
-# All five are Gaussian: they see linear relations. `dead` channels have NaN, with the reason beside it.
+# All five measure Gaussian information, that is, linear relations. `dead` channels have NaN and a reason.
 
 # %%
 columns = ["layer", "channel", "input_capture", "peer_overlap", "peer_r2", "task_information", "target_excess", "dead"]
@@ -112,15 +112,15 @@ plot_distributions(distributions(runs.table))
 # %% [markdown]
 # ## Is a correlation real?
 #
-# ρ is Spearman's, over the channels of a layer; `network` is the mean over layers. Four numbers stand beside it:
+# ρ is Spearman's rank correlation over the channels of a layer; `network` is the mean over layers. The table adds:
 #
-# - `low`, `high`: 95 % bootstrap over channels;
-# - `reliability_local`, `reliability_target`: how far the metric, measured on one half of the probe, ranks channels as
-#   the other half does. An unreliable metric correlates with nothing, so ρ near 0 would prove nothing;
-# - `disattenuated`: ρ over the highest ρ that these reliabilities allow;
-# - `null`: ρ with a target that knows nothing. At initialisation it need not be near 0: a layer's channels then share a
-#   few strong directions, and a chance correlation with one of them moves them all. It shows how far a single target
-#   can carry them.
+# - `low`, `high`: a 95 % bootstrap interval over channels;
+# - `reliability_local`, `reliability_target`: how well both halves of the probe set agree in ranking the channels by
+#   the metric. An unreliable metric correlates with nothing, so that ρ near 0 would prove nothing;
+# - `disattenuated`: ρ divided by the highest ρ that these reliabilities allow;
+# - `null`: ρ with a random target. It can be far from 0 at initialisation: the channels of a layer then share a few
+#   strong directions, and a chance correlation with one of them moves all channels. It shows how large ρ can get by
+#   chance.
 
 # %%
 columns = ["run", "step", "rho", "low", "high", "null", "reliability_local", "reliability_target", "disattenuated"]
@@ -131,8 +131,8 @@ reliable = reliabilities(runs.table)
 reliable[reliable["layer"] == "network"].pivot_table(index="metric", columns="step", values="reliability").round(2)
 
 # %% [markdown]
-# The same as points: ranks within the layer at the first and at the last checkpoint. Coupled axes would lie along the
-# diagonal.
+# The next figure shows every channel as a point: its ranks within the layer at the first and at the last measurement.
+# Channels of coupled axes lie along the diagonal.
 
 # %%
 steps = {"initialisation": runs.steps[0], "end": runs.steps[-1]}
@@ -141,9 +141,9 @@ plot_channels(channel_panels(runs.table, steps), list(runs.each[0].widths))
 # %% [markdown]
 # ## Do the axes sort channels alike?
 #
-# A correlation sees only what is monotonic. k-means groups channels by both local metrics, and again by both target
-# metrics; the adjusted Rand index says how far the groupings agree, beside the agreement of each axis with itself on
-# the other half of the probe, which is all that could be asked of it.
+# A rank correlation sees only monotonic relations. k-means groups channels by both local metrics, and again by both
+# target metrics. The adjusted Rand index measures how well the two groupings agree. The figure also shows how well each
+# axis agrees with itself on the other half of the probe set, which is the most that the two axes could reach.
 
 # %%
 last = runs.table[runs.table["step"] == runs.steps[-1]]
@@ -152,9 +152,9 @@ plot_groupings(groupings(last).assign(when="end of training"))
 # %% [markdown]
 # ## Several seeds
 #
-# `read_runs` puts run folders side by side. `mean` is over runs, with their standard deviation and a bootstrap over
-# runs; `change` pairs two checkpoints of the same run, so that what seeds differ in from the start drops out. On the
-# command line, `chanaxes report RUN RUN …` makes a page of all this.
+# `read_runs` reads several run folders. `mean` is the mean over runs, with their standard deviation and a bootstrap
+# over runs. `change` pairs two measurements of the same run, so that differences between seeds at the start drop out.
+# On the command line, `chanaxes report RUN RUN …` writes a page about several runs.
 
 # %%
 pair = {"layer": "network", "local": "input_capture", "target": "task_information"}
@@ -167,8 +167,8 @@ change[(change[list(pair)] == pair).all(axis=1)].round(2)
 # %% [markdown]
 # ## CIFAR-100
 #
-# What follows was measured on ResNet-18 at a quarter of its width, three seeds, 14 epochs, 62 % test accuracy. The
-# numbers in `results/` are what `chanaxes report` wrote of these runs:
+# The rest shows ResNet-18 at a quarter of its width, three seeds, 14 epochs, 62 % test accuracy. `chanaxes report`
+# wrote the numbers in `results/`:
 #
 # ```bash
 # CONFIG="--config configs/cifar100/resnet18_quarter.yaml --data.root DIR"
@@ -178,7 +178,7 @@ change[(change[list(pair)] == pair).all(axis=1)].round(2)
 # chanaxes report RUN RUN RUN --out results
 # ```
 #
-# `correlations.csv` is cut down to the headline pair, and to the means over layers of the other pairs.
+# `correlations.csv` holds the main pair of metrics for every layer, and only the means over layers of the other pairs.
 
 # %%
 correlations = pd.read_csv("results/correlations.csv")
@@ -189,11 +189,12 @@ trajectory = mean_over_runs(main_correlation(correlations))
 trajectory[["epoch", "step", "mean", "std", "low", "high", "runs"]].iloc[::3].round(2)
 
 # %% [markdown]
-# Coupled at random initialisation, more so in the first steps, and apart within an epoch or two, at full reliability.
+# The axes are coupled at random initialisation and more strongly in the first steps. They come apart within an epoch or
+# two, while both metrics stay reliable.
 #
-# How early do the metrics know the end? Left, their rank correlation with the damage that removing a channel of the
-# trained network does; right, with the order in which input capture would prune it. At initialisation nothing is known
-# yet: which channels will matter is decided in training. Bands are bootstraps over the three runs.
+# How early do the metrics predict the trained network? The left panel shows their rank correlation with the damage of
+# removing a channel of the trained network. The right panel shows that with the order in which input capture would
+# prune it. No metric predicts either at initialisation. Bands are bootstraps over the three runs.
 
 # %%
 early = mean_over_runs(pd.read_csv("results/early.csv")).rename(columns={"mean": "rho"})
@@ -202,10 +203,10 @@ plot_early_prediction(early)
 # %% [markdown]
 # ## Structure within a layer
 #
-# `layer_structure(model, loader)` looks at a layer as a graph of channels, joined by overlap
-# or by excess, and asks a community detection how far it falls into groups, beside the same weights dealt at random; at
-# what triplets know beyond their best pair; and at whether a channel that reads channels high in a metric is high in it
-# too. Means of the three trained networks:
+# `layer_structure(model, probe)` asks three questions about a layer. Do its channels form groups? It joins channels by
+# overlap or by excess and compares the communities with those of the same weights in random places. What do triplets
+# know beyond their best pair? Does a channel have much of a metric if the channels that it reads have much of it? The
+# figure shows means of the three trained networks.
 
 # %%
 structure = pd.read_csv("results/structure.csv").groupby("layer", sort=False).mean(numeric_only=True).reset_index()

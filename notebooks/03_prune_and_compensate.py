@@ -15,12 +15,12 @@
 #
 # At the end you will know
 #
-# - what it costs a trained network to lose a channel, and how much of that its peers can make up for;
-# - how to get a network with half the multiply–accumulates in one call, with nothing retrained;
-# - how scores, allocations and budgets are set against each other, at matched cost;
-# - how to keep a pruned network, and how to fine-tune it.
+# - how much damage the removal of a channel does, and how much of it the peers of the channel can repair;
+# - how to get a network with half the multiply–accumulates in one call, without retraining;
+# - how to compare scores, allocations and budgets at matched cost;
+# - how to save a pruned network, and how to fine-tune it.
 #
-# It runs in about half a minute on one CPU core, on the handwritten digits that scikit-learn ships.
+# The notebook takes about half a minute on one CPU core. It uses the handwritten digits that scikit-learn ships.
 
 # %%
 # %matplotlib inline
@@ -32,7 +32,7 @@ from pathlib import Path
 import lightning.pytorch as L
 import torch
 
-from chanaxes_pl import PruneModule, load_slim, prune
+from chanaxes_pl import LesionExperiment, PruneModule, PruningExperiment, load_slim, prune
 from chanaxes_pl.analysis.damage import score_damage_correlation
 from chanaxes_pl.analysis.text import describe_lesions, describe_pruning
 from chanaxes_pl.data import DigitsDataModule
@@ -47,7 +47,7 @@ folder = Path(tempfile.mkdtemp())
 # %% [markdown]
 # ## A trained network
 #
-# A narrow ResNet-18 that reads most digits right after four epochs.
+# A narrow ResNet-18 recognises most digits after four epochs.
 
 # %%
 L.seed_everything(0, verbose=False)
@@ -59,14 +59,16 @@ trainer.fit(model, data)
 trainer.test(model, data, verbose=False)
 
 # %% [markdown]
-# ## Lesions: what is a channel worth?
+# ## Lesions: how much does a channel matter?
 #
-# Damage is the change of the mean cross-entropy on test images, in nats. `zero` removes the channel's *unit* (all
-# channels that residual sums and depthwise layers tie to it), `mean` sets its output to its mean, and `peer` replaces
-# it by the best linear combination of the other channels of its layer, which is what peer R² measures.
+# Damage is the change of the mean cross-entropy on test images, in nats. `zero` removes the *unit* of the channel, that
+# is, all channels that residual sums and depthwise layers tie to it. `mean` sets the output of the channel to its mean.
+# `peer` replaces the output by the best linear combination of the other channels of the layer; peer R² measures how
+# good this combination is.
 
 # %%
-lesions = PruneModule(model, "lesion", operations=("zero", "mean", "peer"), channels=3, scores=("l1",), out=folder)
+experiment = LesionExperiment(operations=("zero", "mean", "peer"), channels=3, scores=("l1",))
+lesions = PruneModule(model, experiment, out=folder)
 trainer.test(lesions, data, verbose=False)
 print(describe_lesions(lesions.table))
 
@@ -77,9 +79,9 @@ plot_lesions(lesions.table, score_damage_correlation(lesions.table, local, resam
 # %% [markdown]
 # ## Half the network, in one call
 #
-# `prune` takes the network, unlabelled training images, and a budget: the share of multiply–accumulates that may
-# stay. Channels go by L1 norm unless told otherwise. What stays is then refitted, layer by layer, to what the dense
-# network did on those images (`compensate=True`); no label is looked at and nothing is trained.
+# `prune` takes the network, training images, and a budget: the share of multiply–accumulates that remains. By default
+# it removes the channels with the lowest L1 norm. It then refits the remaining weights, layer by layer, to the outputs
+# of the dense network on these images (`compensate=True`). It uses no labels and trains nothing.
 
 # %%
 slim = prune(model, data.probe_dataloader(), budget=0.5)
@@ -90,7 +92,7 @@ for name, network in {"not compensated": bare, "refitted": slim}.items():
     print(f"{name:16}", {key: round(value, 3) for key, value in result.items()})
 
 # %% [markdown]
-# A pruned network is kept in one file: its tensors, with the plan as JSON in the metadata. No pickle is involved.
+# `save` writes one safetensors file, with the plan of the removal in its metadata. Loading it needs no pickle.
 
 # %%
 slim.save(folder / "half")
@@ -102,20 +104,19 @@ print("same logits:", torch.equal(again.eval()(images), slim.model.eval()(images
 # %% [markdown]
 # ## The grid: scores at matched cost
 #
-# `PruneModule(model)` prunes by every score, under every allocation, to every budget, and evaluates each result on
-# the test images. Scores are compared under `uniform` (every layer loses the same share) or `shared` (all scores get
-# the widths that one reference would choose), so that only the ranking of channels differs.
+# `PruneModule(model, PruningExperiment(…))` prunes by every score, under every allocation, to every budget, and
+# evaluates each network on the test images. Compare scores under `uniform` (every layer loses the same share) or
+# `shared` (all scores get the widths that one reference score chooses): then only the ranking of channels differs.
 
 # %%
-grid = PruneModule(
-    model,
+experiment = PruningExperiment(
     budgets=(0.8, 0.6, 0.4, 0.2),
     scores=("input_capture", "task_information", "l1", "random"),
     allocations=("uniform",),
     compensate=(False, "refit"),
     probe_size=300,
-    out=folder,
 )
+grid = PruneModule(model, experiment, out=folder)
 trainer.test(grid, data, verbose=False)
 print(describe_pruning(grid.table))
 
@@ -125,7 +126,8 @@ plot_pruning(grid.table)
 # %% [markdown]
 # ## Fine-tuning
 #
-# `trainer.fit(PruneModule(slim), …)` trains what is left with one fixed recipe; its checkpoints hold the plan too.
+# `trainer.fit(PruneModule(slim), …)` trains the pruned network with one fixed recipe. Its checkpoints hold the plan
+# too.
 
 # %%
 tuned = PruneModule(slim)
@@ -133,5 +135,5 @@ L.Trainer(max_epochs=1, accelerator="cpu", default_root_dir=folder, **quiet).fit
 trainer.test(tuned, data, verbose=False)
 
 # %% [markdown]
-# On CIFAR-100, what these comparisons come to is in RESULTS.md, with the commands that repeat it: `chanaxes lesion`,
+# `results/README.md` shows these comparisons on CIFAR-100, with the commands that repeat them: `chanaxes lesion`,
 # `chanaxes prune` and `chanaxes report --text true`.

@@ -16,18 +16,17 @@
 # At the end you will know
 #
 # - which of the paper's claims ([arXiv 2605.07086](https://arxiv.org/abs/2605.07086)) hold in networks small enough to
-#   be trained on a CPU: what was measured, with intervals, beside what was published;
-# - which do not, and which cannot be told at this scale;
-# - where every number comes from, and how to make it again.
+#   be trained on a CPU, with measured values, intervals and published values;
+# - which claims do not hold, and which cannot be decided at this scale;
+# - where every number comes from, and how to repeat it.
 #
 # ResNet-18, VGG-16 and MobileNetV2 at a quarter of their width, three seeds each, were trained on all 50,000 training
-# images for one cycle of 10, 12 and 4 epochs; then a sample of every layer's channels was lesioned, the same in every
-# seed, and every network was pruned by every score. `make study STUDY_DATA=DIR JOBS=2` repeats it;
-# `configs/study/study.mk` says what that runs and how long it takes. It leaves the tables in `results/study`, which are
-# all that is read here.
+# images for one cycle of 10, 12 and 4 epochs. A sample of the channels of every layer was then lesioned, the same in
+# every seed, and every network was pruned by every score. `make study STUDY_DATA=DIR JOBS=2` repeats the study;
+# `configs/study/study.mk` lists its steps and their times. This notebook reads only the tables in `results/study`.
 #
-# A cell like 0.20 ± 0.05 [0.15, 0.25] is mean, standard deviation and 95 % bootstrap over seeds; of three seeds, the
-# interval is little more than the range.
+# A cell like 0.20 ± 0.05 [0.15, 0.25] gives mean, standard deviation and 95 % bootstrap over seeds. With three seeds,
+# the interval is little more than the range.
 
 # %%
 # %matplotlib inline
@@ -55,8 +54,8 @@ accuracy, correlations, groups, angles = (
 # ## What was trained
 #
 # Top-1 accuracy on the 10,000 test images. The published networks have four times the width and were trained for 200
-# epochs (ResNet-18: 76.6 %). MobileNetV2, whose step takes a CPU four times as long as ResNet-18's, is far from done:
-# read its column as that of a network early in training.
+# epochs (ResNet-18: 76.6 %). A training step of MobileNetV2 takes four times as long on a CPU as one of ResNet-18, so
+# its training is far from complete: read its column as that of a network early in training.
 
 # %%
 reached = mean_over_runs(accuracy[accuracy["split"] == "test"], "accuracy", by=["network", "split"])
@@ -65,9 +64,9 @@ intervals(reached, "network", "split", digits=3)
 # %% [markdown]
 # ## (a) After training the axes are weakly aligned
 #
-# Spearman's ρ of input capture and task information within layers, mean over layers, at the last checkpoint. Beside it:
-# what a target that knows nothing gives (`null`), how far each metric agrees with itself from one half of the probe to
-# the other, and ρ with that unreliability taken out. Published for ResNet-18: 0.22.
+# The table shows Spearman's ρ of input capture and task information within layers, mean over layers, at the last
+# measurement. It also shows ρ with a random target (`null`), how well each metric agrees between the halves of the
+# probe set, and ρ corrected for that reliability. The paper reports 0.22 for ResNet-18.
 
 # %%
 last = correlations["step"] == correlations.groupby("network")["step"].transform("max")
@@ -76,9 +75,9 @@ values = ["rho", "null", "reliability_local", "reliability_target", "disattenuat
 intervals(mean_over_runs(main_correlation(trained), values, by=["network"]), "network", "value")
 
 # %% [markdown]
-# **Holds.** Both metrics rank channels reliably, and yet ρ is within 0.1 of 0, hardly beyond what a target that knows
-# nothing gives; the published 0.22 is more. It holds less for the rest of the local axis: peer overlap keeps a ρ of
-# 0.16 to 0.18 with task information, and the composite axes are at 0.11 to 0.25.
+# **Holds.** Both metrics rank channels reliably, but ρ is within 0.1 of 0, hardly more than a random target gives. The
+# published 0.22 is larger. The claim holds less for the rest of the local axis: peer overlap keeps a ρ of 0.16 to 0.18
+# with task information, and the composite axes have 0.11 to 0.25.
 
 # %%
 intervals(mean_over_runs(trained, by=["network", "local", "target"]), ["local", "target"], "network")
@@ -86,9 +85,9 @@ intervals(mean_over_runs(trained, by=["network", "local", "target"]), ["local", 
 # %% [markdown]
 # ## (b) The axes group channels differently
 #
-# k-means (k = 4) of a layer's channels by both local metrics, and by both target metrics: adjusted Rand index of the
-# two groupings at the last checkpoint, mean over layers, and that of each axis with itself on the two halves of the
-# probe, the most that could be asked for.
+# k-means (k = 4) groups the channels of a layer by both local metrics, and again by both target metrics. The table
+# shows the adjusted Rand index of the two groupings at the last measurement, mean over layers. It also shows the index
+# of each axis with itself on the two halves of the probe set, which is the highest value to expect.
 
 # %%
 groups = groups[groups["when"].str.startswith("last")]
@@ -97,9 +96,9 @@ by_run = groups.groupby(["network", "run"], sort=False)[indices].mean().reset_in
 intervals(mean_over_runs(by_run, indices, by=["network"]), "network", "value")
 
 # %% [markdown]
-# **Holds.** The groupings have next to nothing in common. But only the local axis has groups to speak of: by the target
-# metrics, one half of the probe groups channels differently from the other (0.26 to 0.35), so that no grouping could
-# agree with it well.
+# **Holds.** The groupings have almost nothing in common. However, only the local axis has stable groups. By the target
+# metrics, the two halves of the probe set already group channels differently (0.26 to 0.35), so no grouping could agree
+# with them well.
 
 # %%
 plot_groupings(groups[groups["network"] == "ResNet-18"], title="ResNet-18")
@@ -107,8 +106,8 @@ plot_groupings(groups[groups["network"] == "ResNet-18"], title="ResNet-18")
 # %% [markdown]
 # ## (c) They start coupled, and come apart fast
 #
-# ρ at random initialisation, and after 1, 16, 128 (a third of an epoch), 390 (one epoch) and 780 steps, with the
-# reliability of task information. Published for ResNet-18: 0.71 at initialisation.
+# The tables show ρ and the reliability of task information at random initialisation and after 1, 16, 128 (a third of an
+# epoch), 390 (one epoch) and 780 steps. The paper reports 0.71 at initialisation for ResNet-18.
 
 # %%
 early = main_correlation(correlations)
@@ -119,8 +118,8 @@ intervals(mean_over_runs(early, by=["network", "step"]), "step", "network")
 intervals(mean_over_runs(early, "reliability_target", by=["network", "step"]), "step", "network")
 
 # %% [markdown]
-# ρ of each run at initialisation (`first`), at its highest and at the end; `step` and `epoch` are those of the first
-# checkpoint after the highest at which half of it is gone.
+# The next table shows ρ of each run at initialisation (`first`), at its highest and at the end. `step` and `epoch` are
+# those of the first measurement after the highest at which ρ has lost half of it.
 
 # %%
 apart = pd.concat(
@@ -130,10 +129,10 @@ apart = pd.concat(
 apart[["network", "run", "first", "highest", "step_highest", "step", "epoch", "last"]].round(2)
 
 # %% [markdown]
-# **Holds**, if more weakly: coupled at initialisation in every network and seed, though below the published 0.71, and
-# apart after an epoch or two. The way there is not straight. ρ dips within the first steps and comes back before it
-# goes. Some of the dip is noise rather than decoupling: after one step of MobileNetV2 the halves of the probe hardly
-# agree on task information, and no metric could correlate with it. That is what the reliabilities are for.
+# **Holds, more weakly.** The axes are coupled at initialisation in every network and seed, but below the published
+# 0.71, and they are apart after an epoch or two. ρ does not fall steadily: it dips within the first steps and rises
+# again before it falls for good. Part of the dip is noise and not decoupling. After one step of MobileNetV2 the halves
+# of the probe set hardly agree on task information, so no metric could correlate with it. The reliabilities show this.
 
 # %%
 plot_correlations(correlations[correlations["network"] == "ResNet-18"], title="ResNet-18")
@@ -147,8 +146,8 @@ plot_correlations(correlations[correlations["network"] == "MobileNetV2"], title=
 # %% [markdown]
 # ## (d) In hidden layers the two gradients point in different directions
 #
-# |cos(Σw, g)|, mean over a layer's channels. Published for ResNet-18: 0.05 to 0.18 in hidden layers, about 0.56 in the
-# first; for VGG-16: 0.16 to 0.33 in the middle layers.
+# The table shows |cos(Σw, g)|, mean over the channels of a layer. The paper reports 0.05 to 0.18 in hidden layers and
+# about 0.56 in the first layer of ResNet-18, and 0.16 to 0.33 in the middle layers of VGG-16.
 
 # %%
 place = angles["layer"].map({layer: i for i, layer in enumerate(angles["layer"].unique())})
@@ -159,9 +158,10 @@ by_run = angles.groupby(["network", "run", "where", "when"], sort=False)["angle"
 intervals(mean_over_runs(by_run, "angle", by=["network", "where", "when"]), ["network", "where"], "when")
 
 # %% [markdown]
-# **Holds** in ResNet-18 and VGG-16, in MobileNetV2 in part: the angle opens in hidden layers and hardly in the first
-# one, at the published values for ResNet-18 (0.14 and 0.66) and, in VGG-16's third to fifth convolutions, 0.18 to 0.23.
-# MobileNetV2 is half way there after four epochs. The trained layers' means over seeds:
+# **Holds** in ResNet-18 and VGG-16, and in part in MobileNetV2. The angle opens in hidden layers and hardly in the
+# first layer. ResNet-18 has 0.14 and 0.66, close to the published values. The third to fifth convolutions of VGG-16
+# have 0.18 to 0.23. MobileNetV2 is half way there after four epochs. The next table summarises the means of the trained
+# layers:
 
 # %%
 by_layer = mean_over_runs(angles[angles["when"] == "trained"], "angle", by=["network", "where", "layer"])
@@ -172,9 +172,9 @@ by_layer.groupby(["network", "where"], sort=False)["mean"].describe()[
 # %% [markdown]
 # ## (e) Peer support refines removability
 #
-# Damage is what removing a channel adds to the cross-entropy. Its ranks within layers are regressed on those of input
-# capture and task information (`r2_base`, adjusted); `increase` is what peer R² adds, in the direction of `slope`
-# (negative where peers make a channel easier to remove).
+# Damage is the increase of the cross-entropy when a channel is removed. Its ranks within layers are regressed on those
+# of input capture and task information (`r2_base`, adjusted). `increase` is the R² that peer R² adds, and `slope` is
+# its coefficient (negative if peers make a channel easier to remove).
 
 # %%
 lesions = {
@@ -188,9 +188,10 @@ regressed = pd.concat(
 intervals(mean_over_runs(regressed, ["r2_base", "increase", "slope"], by=["network"]), "network", "value", digits=3)
 
 # %% [markdown]
-# **Holds in part**, on VGG-16 only. There peer R² adds a third to what little is explained, in the claimed direction,
-# in every seed. In the other two it adds nothing. Pairs of channels alike in task information, one with much and one
-# with little peer support: difference of the ranks of their damage within the layer, from 0 to 1.
+# **Holds in part**, on VGG-16 only. There peer R² adds a third to the small share that is explained, in the claimed
+# direction, in every seed. In the other two networks it adds nothing. The next table compares pairs of channels with
+# similar task information, one with much and one with little peer support. It shows the difference of the ranks of
+# their damage within the layer, from 0 to 1.
 
 # %%
 matched = pd.concat(
@@ -200,9 +201,11 @@ matched = mean_over_runs(matched[matched["scale"] == "rank"], ["difference", "pa
 intervals(matched, "network", "value")
 
 # %% [markdown]
-# Here much support does not come with less damage in any of the three; in ResNet-18 and MobileNetV2 it comes with more.
+# In none of the three networks does high peer support come with less damage. In ResNet-18 and MobileNetV2 it comes with
+# more.
 #
-# How the damage of removal goes with each metric, and with the L1 norm (Spearman's ρ within layers):
+# The next table shows how the damage of removal correlates with each metric and with the L1 norm (Spearman's ρ within
+# layers):
 
 # %%
 metrics = ["input_capture", "peer_overlap", "peer_r2", "task_information", "target_excess", "score_l1"]
@@ -213,8 +216,9 @@ damage = pd.concat(
 intervals(mean_over_runs(damage[damage["layer"] == "network"], by=["network", "score"]), "score", "network")
 
 # %% [markdown]
-# What the paper builds on does hold: damage goes with input capture, and not with task information. The L1 norm does as
-# well. What a channel costs that is removed, set to its mean, or rebuilt from its peers, in nats:
+# All three networks reproduce the observation on which the paper builds: damage correlates with input capture and not
+# with task information. The L1 norm predicts damage about as well. The next table shows the mean damage, in nats, of
+# removing a channel, of setting it to its mean, and of rebuilding it from its peers:
 
 # %%
 kinds = ["zero_loss", "mean_loss", "peer_loss"]
@@ -225,9 +229,10 @@ intervals(mean_over_runs(costs, kinds, by=["network"]), "network", "value", digi
 # %% [markdown]
 # ## (f) Scores from the local axis are more reliable than scores from the target axis
 #
-# Every network pruned to 90, 80, 70 and 50 % of its MACs, nothing retrained or compensated: area under accuracy over
-# MACs, in points of accuracy, on the same networks. Local axis: mean of input capture, peer overlap, peer R² and their
-# composite; target axis: mean of task information, target-excess and their composite.
+# Every network was pruned to 90, 80, 70 and 50 % of its MACs, without retraining or compensation. The table compares
+# areas under accuracy over MACs, in points of accuracy, on the same networks. The local axis is the mean of the scores
+# from input capture, peer overlap, peer R² and `keep_local`; the target axis is the mean of those from task
+# information, target-excess and `keep_target`.
 
 # %%
 grids = {title: read_grids(str(FOLDER / key / "seed_*/protocol/pruning.parquet")) for key, title in NETWORKS.items()}
@@ -251,11 +256,11 @@ differences = pd.concat(
 intervals(differences, ["scores", "network"], "allocation", digits=1)
 
 # %% [markdown]
-# **Holds in part.** Where every layer loses the same share, scores from the local axis win on all three networks. But
-# it is input capture that wins: peer overlap and peer R² alone do no better than random channels, nor do the scores
-# from the target axis (task information on MobileNetV2: a point better). Adding the target axis to input capture gains
-# nothing that three seeds could tell. On VGG-16 the lead is gone once widths are given (`shared`), and under its own
-# threshold (`own`) input capture does worse than random there.
+# **Holds in part.** When every layer loses the same share, scores from the local axis win on all three networks. Input
+# capture alone causes this lead. Peer overlap and peer R² alone do no better than random channels, and neither do
+# scores from the target axis (task information is a point better on MobileNetV2). Adding the target axis to input
+# capture gains nothing that three seeds could show. On VGG-16 the lead disappears under given widths (`shared`), and
+# under its own threshold (`own`) input capture does worse than random.
 
 # %%
 plot_pruning(grids["ResNet-18"], title="ResNet-18")
@@ -263,7 +268,7 @@ plot_pruning(grids["ResNet-18"], title="ResNet-18")
 # %% [markdown]
 # ## (g) Norms are competitive on VGG-16
 #
-# The same areas: each norm less input capture, and less the composite of both axes.
+# The table shows the same areas for each norm minus input capture, and minus `keep_both`.
 
 # %%
 norms = pd.concat(
@@ -275,8 +280,9 @@ norms = pd.concat(
 intervals(norms, ["network", "scores"], "allocation", digits=1)
 
 # %% [markdown]
-# **Holds.** On VGG-16 norms are level with our scores or ahead of them, most of all LAMP under its own allocation (11
-# points); only FPGM falls behind once (`keep_both`, `own`). They are competitive on ResNet-18 and MobileNetV2 too.
+# **Holds.** On VGG-16, norms are level with our scores or ahead of them. The largest lead is that of LAMP under its own
+# allocation (11 points). Only FPGM falls behind once (`keep_both`, `own`). Norms are also competitive on ResNet-18 and
+# MobileNetV2. `fpgm` was measured here with distances between squared weights, not between weights as in its paper.
 
 # %%
 plot_pruning(grids["VGG-16"], title="VGG-16")
@@ -284,8 +290,8 @@ plot_pruning(grids["VGG-16"], title="VGG-16")
 # %% [markdown]
 # ## (h) What compensation adds
 #
-# Our own step further: the weights that stay are refitted, layer by layer, to what the dense network did on 2,000
-# unlabelled images. Test accuracy (%) by share of the MACs left, uniform allocation:
+# This claim is ours. The remaining weights are refitted, layer by layer, to the outputs of the dense network on 2,000
+# unlabelled images. The table shows test accuracy (%) by the share of MACs that remains, under the uniform allocation:
 
 # %%
 refits = {
@@ -297,7 +303,7 @@ kept = kept[kept["score"].isin(["dense", "l1", "input_capture", "task_informatio
 intervals(kept, ["network", "score", "compensate"], "budget", digits=1)
 
 # %% [markdown]
-# The area that refitting adds on the same networks, by score:
+# The next table shows the area that refitting adds on the same networks, by score:
 
 # %%
 gains = pd.concat(area_under_curve(grid).assign(network=title) for title, grid in refits.items())
@@ -306,9 +312,10 @@ gains = (100 * (gains["refit"] - gains["none"])).rename("gain").reset_index()
 intervals(mean_over_runs(gains, "gain", by=["network", "score"]), "score", "network", digits=1)
 
 # %% [markdown]
-# **It adds more than any choice of score does.** At half the MACs the bare networks are hardly above chance; refitted,
-# those pruned by L1 keep 90, 87 and 77 % of the dense accuracy, without a label. What is left of the choice of score: 2
-# to 4 points between L1 and random at half the MACs, and still no advantage of task information over random.
+# **It adds more than any choice of score.** At half the MACs, networks without compensation are hardly above chance.
+# After refitting, those pruned by L1 keep 90, 87 and 77 % of the dense accuracy, without a label. The choice of score
+# then matters less: L1 leads random by 2 to 4 points at half the MACs, and task information has no advantage over
+# random.
 
 # %%
 plot_pruning(refits["ResNet-18"], title="ResNet-18")
@@ -316,9 +323,10 @@ plot_pruning(refits["ResNet-18"], title="ResNet-18")
 # %% [markdown]
 # ## A harder task, and a network of another kind
 #
-# The same ResNet-18 on 20 classes of Tiny-ImageNet (64×64, 10,000 training images, 52.9 % after 12 epochs), and 312
-# steps of ConvNeXt-T on them (21.3 %), one seed each: ρ at the first and at the last checkpoint. Coupled at first,
-# apart in the end, in both; the pilot of ConvNeXt-T is there to show that the path works.
+# The table shows ρ at the first and at the last measurement for the same ResNet-18 on 20 classes of Tiny-ImageNet
+# (64×64, 10,000 training images, 52.9 % after 12 epochs), and for 312 steps of ConvNeXt-T on the same images (21.3 %),
+# one seed each. In both, the axes are coupled at first and apart in the end. The ConvNeXt-T run is a pilot that only
+# shows that the method works there.
 
 # %%
 others = {"tiny_resnet18": "ResNet-18, Tiny-ImageNet", "tiny_convnext": "ConvNeXt-T, 312 steps"}

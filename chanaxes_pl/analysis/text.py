@@ -126,15 +126,15 @@ def describe_grids(grid: pd.DataFrame, value: str = "accuracy", against: str = "
         "mean [95 % over runs]"
     ]
     differences = score_differences(grid, value, against)
-    for (allocation, strength), part in grid[grid["score"] != DENSE].groupby(["allocation", "compensate"], sort=False):
+    for keys, part in grid[grid["score"] != DENSE].groupby(["allocation", "compensate"], sort=False):
+        allocation, strength = map(str, keys)
         means = mean_over_runs(part[["run", *VARIANT, value]], value)
         cells = intervals(means, "score", "budget", digits=1, spread=False, scale=scale).fillna("–")
-        budgets = sorted(part["budget"].unique(), reverse=True)
-        cells = cells[budgets]
+        cells = cells[sorted(cells.columns, reverse=True)]
         lines += [
             "",
-            variant(str(allocation), str(strength)),
-            f"{'':26}" + "".join(f"{f'{100 * b:g} %':>19}" for b in budgets),
+            variant(allocation, strength),
+            f"{'':26}" + "".join(f"{f'{100 * float(b):g} %':>19}" for b in cells.columns),
         ]
         lines += [
             f"{score:26}" + "".join(f"{cell:>19}" for cell in row)

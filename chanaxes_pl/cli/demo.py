@@ -119,7 +119,7 @@ def tell_axes(rows: pd.DataFrame) -> str:
         rows: of :func:`main_correlation`, of one run.
     """
     first, last = rows.iloc[0], rows.iloc[-1]
-    highest = rows.loc[rows["rho"].idxmax()]
+    highest = rows.iloc[int(rows["rho"].to_numpy().argmax())]
     coupled = highest["low"] > 0
     peak = "the two are coupled" if coupled else "even there the two are not coupled"
     if coupled and last["rho"] < highest["rho"] / 2:

@@ -323,7 +323,7 @@ def _group(found: tp.dependency.Group, names: dict, parameters: dict, order: dic
         indices = torch.tensor(idxs)[by_unit].reshape(size, -1)
         path = parameters[module] if isinstance(module, nn.Parameter) else names[module]
         dimension = dep.target.pruning_dim if isinstance(module, nn.Parameter) else None
-        cuts.append(Cut(path, _CUTS.get(handler, handler), dimension, indices))
+        cuts.append(Cut(path, _CUTS.get(handler) or handler, dimension, indices))
         if handler in _PRODUCES:
             members["producers"][path] = indices
         elif handler in _CONSUMES:

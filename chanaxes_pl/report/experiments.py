@@ -117,7 +117,8 @@ def _accuracies(grid: pd.DataFrame, title: str, resamples: int) -> list[Table]:
     pruned = grid[grid["score"] != DENSE]
     pruned = pruned.assign(accuracy=100 * pruned["accuracy"])
     tables = []
-    for (allocation, strength), part in pruned.groupby(["allocation", "compensate"], sort=False):
+    for keys, part in pruned.groupby(["allocation", "compensate"], sort=False):
+        allocation, strength = map(str, keys)
         means = mean_over_runs(part[["run", *VARIANT, "accuracy"]], "accuracy", resamples)
         budgets = sorted(part["budget"].unique(), reverse=True)
         cells = intervals(means, "score", "budget", digits=1).fillna("–")

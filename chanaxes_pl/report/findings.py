@@ -42,7 +42,7 @@ def _coupling(runs: Runs) -> Iterator[str]:
         rows = main_correlation(runs.correlations).rename(columns={"rho": "mean"}).set_index("step")
     else:
         rows = main_correlation(runs.mean()).set_index("step")
-    first, last = (rows.loc[[runs.steps[place]]].iloc[0] for place in (0, -1))
+    first, last = (rows[rows.index == runs.steps[place]].iloc[0] for place in (0, -1))
     if first["mean"] != first["mean"]:
         return
     epoch = number(runs.table["epoch"].min(), 1) if runs.table["epoch"].min() else ""
@@ -144,7 +144,7 @@ def _pruning(runs: Runs) -> Iterator[str]:
     if not kinds:
         return
     bare = means.xs(kinds[0], level="compensate")
-    score, allocation = list(bare.index)[int(bare.to_numpy().argmax())]
+    score, allocation = bare.index[int(bare.to_numpy().argmax())]
     dense = 100 * grid.loc[grid["score"] == DENSE, "accuracy"].mean()
     text = f"With {100 * budget:g} % of the multiply–accumulates left, accuracy falls from {number(dense, 1)} % to "
     text += f"{number(100 * bare.max(), 1)} % under the best score, {score} ({allocation} allocation"

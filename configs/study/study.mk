@@ -121,7 +121,7 @@ $(STUDY_SEEDED:%=$(STUDY)/%/compensation.done): %/compensation.done: %/fit.done
 		$(STUDY_PRUNE_$(study_name)) --out $(study_run)/compensation)
 
 # One report a network, over its seeds; the tables behind the study's claims are kept, the rest can be made again.
-# `chanaxes compare` reads the grids where they are kept: "$(STUDY_TABLES)/NETWORK/seed_*/protocol/pruning.parquet"
+# Notebook 05 reads the grids in $(STUDY_TABLES)/NETWORK/seed_*/protocol/pruning.parquet.
 study_tables = $(STUDY_TABLES)/$(notdir $(@D))
 study_runs = $(patsubst %/test.done,%,$(filter %/test.done,$^))
 
