@@ -123,7 +123,7 @@ def _accuracies(grid: pd.DataFrame, title: str, resamples: int) -> list[Table]:
         budgets = sorted(part["budget"].unique(), reverse=True)
         cells = intervals(means, "score", "budget", digits=1).fillna("–")
         rows = [[score, *cells.loc[score, budgets]] for score in part["score"].unique()]
-        kind = f"{title + ': ' if title else ''}{variant(allocation, strength)}"
+        kind = f"{title + ': ' if title else ''}{variant(str(allocation), str(strength))}"
         tables.append(
             Table(f"{kind}. Accuracy in %.", ["score", *(f"{100 * budget:g} % of MACs" for budget in budgets)], rows)
         )

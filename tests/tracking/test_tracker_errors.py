@@ -203,6 +203,7 @@ def test_a_disk_that_fills_up_costs_one_table(tmp_path, monkeypatch):
         train(tmp_path, tracker, *acts)
     assert read_run(tracker.folder)["step"].unique().tolist() == [0, 2 * STEPS]
     assert sorted(path.name for path in tracker.folder.iterdir()) == [
+        "about.json",
         "step-000000000.parquet",
         "step-000000008.parquet",
     ]
