@@ -164,13 +164,15 @@ class AxisTracker(L.Callback):
             self._measure(trainer, pl_module, 0.0)
 
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        widths = {name: channel_count(layer) for name, layer in select_layers(pl_module, self.settings.layers).items()}
+        fast = bool(getattr(trainer, "fast_dev_run", False))  # the Trainer sets it without declaring it
+        size = min(self.settings.probe_size, _FAST_IMAGES) if fast else self.settings.probe_size
+        with naming(type(self).__name__):
+            layers = select_layers(pl_module, self.settings.layers)
+            self._probe = Probe(find_probe(self._given, trainer), size)
+        widths = {name: channel_count(layer) for name, layer in layers.items()}
         if self._widths and self._widths != widths:
             raise ValueError(_other_layers(self._widths, widths))
         self._widths = widths
-        fast = bool(getattr(trainer, "fast_dev_run", False))  # the Trainer sets it without declaring it
-        size = min(self.settings.probe_size, _FAST_IMAGES) if fast else self.settings.probe_size
-        self._probe = Probe(find_probe(self._given, trainer), size)
         if self._save and trainer.is_global_zero and not fast:
             root, run = RunFolder.of_trainer(trainer)
             self._history.open(root, self.name, run, _about(trainer))
@@ -181,7 +183,7 @@ class AxisTracker(L.Callback):
             return
         begin = time.perf_counter()
         assert self._probe is not None
-        with _as_validation(trainer):
+        with _as_validation(trainer), naming(type(self).__name__):
             table = measure_axes(
                 pl_module,
                 self._probe,

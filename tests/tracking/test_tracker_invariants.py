@@ -308,7 +308,7 @@ def fit_alike_batches(root: Path, resume: Path | None = None, pause: float = 0.0
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 def test_a_killed_training_resumes_to_the_table_of_an_uninterrupted_one(tmp_path):
-    code = "import sys, pathlib; from tests.test_tracker_invariants import fit_alike_batches as fit; "
+    code = "import sys, pathlib; from tests.tracking.test_tracker_invariants import fit_alike_batches as fit; "
     child = subprocess.Popen(
         [sys.executable, "-c", f"{code} fit(pathlib.Path(sys.argv[1]), pause=0.3)", tmp_path], cwd=ROOT
     )
