@@ -604,7 +604,7 @@ def coordinates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         spec.submodule_search_locations = [str(tmp_path / name)]
         return spec
 
-    monkeypatch.setattr("importlib.util.find_spec", found)
+    monkeypatch.setattr("chanaxes_pl.data.photos.find_spec", found)
     return tmp_path
 
 
@@ -650,7 +650,9 @@ def test_a_missing_photograph_is_named(coordinates: Path) -> None:
 
 
 def test_without_scikit_image_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "skimage" else find_spec(name))
+    monkeypatch.setattr(
+        "chanaxes_pl.data.photos.find_spec", lambda name: None if name == "skimage" else find_spec(name)
+    )
     with pytest.raises(FileNotFoundError, match=r'package skimage.* is missing\. pip install "scikit-image'):
         PhotosDataModule().setup("fit")
 

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as torch_prune
 
 from chanaxes_pl import compute_axes
+from chanaxes_pl.core.errors import naming
 from chanaxes_pl.core.targets import scrambled
 from chanaxes_pl.network.hooks import same_outputs
 from chanaxes_pl.network.layers import (
@@ -92,8 +93,8 @@ def test_a_whole_compiled_model_shows_its_own_names():
     ],
 )
 def test_a_selection_of_nothing_names_what_there_is(layers, message):
-    with pytest.raises(ValueError, match=message):
-        select_layers(network(), layers, "compute_axes")
+    with pytest.raises(ValueError, match=message), naming("compute_axes"):
+        select_layers(network(), layers)
 
 
 def test_a_model_without_affine_layers_says_so():

@@ -195,6 +195,6 @@ def test_a_budget_below_what_is_protected_names_the_least():
     cost = Cost(model, groups, ONE)
     least = cost.macs(np.array([group.size - 1 for group in groups])) / cost.dense
     assert 0.3 < least < 0.9
-    with pytest.raises(ValueError, match=rf"budget=0\.2\): {least:.4f} of the MACs remain .* expected a budget from"):
+    with pytest.raises(ValueError, match=rf"budget=0\.2: {least:.4f} of the MACs remain .* expected a budget from"):
         fit_budget(cost, uniform_order(groups), 0.2)
     assert fit_budget(cost, uniform_order(groups), 1.0).sum() == 0

@@ -119,8 +119,8 @@ def test_bn_scale_is_that_of_the_norm_right_behind():
 
 
 def test_bn_scale_is_refused_where_a_layer_has_no_norm():
-    with pytest.raises(ValueError, match=r"grid\(score='bn_scale'\): no BatchNorm .* right after 0, 2; .*l2, taylor"):
-        scored(grouped(), "bn_scale", caller="grid")
+    with pytest.raises(ValueError, match=r"score='bn_scale': no BatchNorm .* right after 0, 2; .*l2, taylor"):
+        scored(grouped(), "bn_scale")
 
 
 def test_taylor_is_weight_times_gradient_of_the_mean_cross_entropy():
@@ -139,7 +139,7 @@ def test_taylor_is_weight_times_gradient_of_the_mean_cross_entropy():
 def test_taylor_names_a_loss_that_is_not_finite():
     case = model, *_ = residual()
     nn.init.constant_(model.head.bias, torch.nan)
-    with pytest.raises(ValueError, match=r"channel_scores\(score='taylor'\): the cross-entropy over the probe is nan"):
+    with pytest.raises(ValueError, match=r"score='taylor': the cross-entropy over the probe is nan"):
         scored(case, "taylor")
 
 
@@ -220,7 +220,7 @@ def test_a_target_that_does_not_vary_is_named_where_it_matters():
     case = model, *_ = residual()
     for parameter in model.head.parameters():
         nn.init.zeros_(parameter)
-    with pytest.raises(ValueError, match=r"\(score='keep_both'\): undefined on this probe, target does not vary"):
+    with pytest.raises(ValueError, match=r"score='keep_both': undefined on this probe, target does not vary"):
         scored(case, "l1", "keep_both")
     assert scored(case, "input_capture", "activation_rms")["input_capture"]["inner"].isfinite().all()
 

@@ -67,7 +67,9 @@ def test_a_misspelt_kind_of_layers_is_answered_with_the_right_one(tmp_path):
 @pytest.mark.parametrize("epochs", [0, 1])
 def test_without_a_probe_the_three_ways_to_give_one_are_named(tmp_path, epochs):
     fitter = trainer(tmp_path, AxisTracker(), max_epochs=epochs)
-    with pytest.raises(ValueError, match=r"AxisTracker: found no probe images: pass probe=.*probe_dataloader\(\).*validation loader"):
+    with pytest.raises(
+        ValueError, match=r"AxisTracker: found no probe images: pass probe=.*probe_dataloader\(\).*validation loader"
+    ):
         fitter.fit(build(), loaders()["train_dataloaders"])
 
 
