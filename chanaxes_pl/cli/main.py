@@ -6,7 +6,7 @@ import json
 import sys
 from difflib import get_close_matches
 from importlib import import_module
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from typing import NamedTuple
 
 TRAINER_VERBS = {
@@ -82,10 +82,9 @@ def _run() -> None:
 
 def _switched(arguments: list[str]) -> list[str]:
     """``--text`` and ``--all_checkpoints`` on their own mean true; the parser wants that said."""
-    following = [*arguments[1:], "--"]
     return [
         f"{argument}=true" if argument in SWITCHES and after.startswith("--") else argument
-        for argument, after in zip(arguments, following, strict=True)
+        for argument, after in pairwise([*arguments, "--"])
     ]
 
 

@@ -203,6 +203,7 @@ def test_fabric_run_trains_one_model_on_two_processes(tmp_path):
 @pytest.mark.parametrize(
     ("given", "read"),
     [
+        ([], []),
         (["--text"], ["--text=true"]),
         (["--text", "--against", "l2"], ["--text=true", "--against", "l2"]),
         (["--text", "false", "--all_checkpoints"], ["--text", "false", "--all_checkpoints=true"]),
