@@ -34,7 +34,7 @@ def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         to_pil_image(noise).save(files[-1])
     monkeypatch.setattr("chanaxes_pl.data.photos.photo_files", lambda: files)
     few = partial(PhotosDataModule, crops=9)
-    monkeypatch.setattr("chanaxes_pl.data.PhotosDataModule", lambda **options: few(**options | {"test_crops": 2}))
+    monkeypatch.setattr("chanaxes_pl.cli.demo.PhotosDataModule", lambda **options: few(**options | {"test_crops": 2}))
 
 
 def test_a_short_demo_tells_the_story_and_writes_the_page(photos, tmp_path, monkeypatch, capfd):
@@ -55,7 +55,7 @@ def test_a_short_demo_tells_the_story_and_writes_the_page(photos, tmp_path, monk
 
 
 def test_without_the_photographs_it_says_how_to_get_them(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
+    monkeypatch.setattr("chanaxes_pl.data.photos.find_spec", lambda package: None)
     with pytest.raises(SystemExit) as error:
         run(monkeypatch, "--out", str(tmp_path / "runs"))
     assert error.value.code == 2
