@@ -248,7 +248,7 @@ def test_named_targets():
     assert_allclose(found["logit_margin"][:, 0], reference.margins(logits.numpy(), labels.numpy()), 1e-12)
     cross_entropy = nn.functional.cross_entropy(logits, labels, reduction="none")
     assert_allclose(found["log_probability"][:, 0], -cross_entropy, 1e-12)
-    with pytest.raises(ValueError, match=r"test\(target='cross_entropy'\): expected 'log_probability', which is minus"):
+    with pytest.raises(ValueError, match=r"target='cross_entropy': expected 'log_probability', which is minus"):
         target_function("cross_entropy")
     assert torch.equal(found["label"], torch.eye(5, dtype=torch.float64)[labels][:, :4])
 
