@@ -1,4 +1,4 @@
-"""``chanaxes demo``: train, track, lesion, prune and report, in three minutes and without a download."""
+"""``chanaxes demo``: train, track, lesion, prune and report, without a download."""
 
 from __future__ import annotations
 

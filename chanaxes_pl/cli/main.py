@@ -29,9 +29,7 @@ class Verb(NamedTuple):
 #: Flags of these verbs that need no value.
 SWITCHES = ("--text", "--all_checkpoints")
 VERBS = {
-    "demo": Verb(
-        "chanaxes_pl.cli.demo:demo", "train on photographs, track, lesion, prune and report, in three minutes"
-    ),
+    "demo": Verb("chanaxes_pl.cli.demo:demo", "train on photographs, track, lesion, prune and report"),
     "dashboard": Verb(
         "chanaxes_pl.tracking.workspace:dashboard", "a W&B page for tracked runs, as JSON or sent to W&B"
     ),
