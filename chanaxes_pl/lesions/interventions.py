@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from chanaxes_pl.core.errors import InputError, naming
+from chanaxes_pl.core.errors import InputError, naming, nearest
 from chanaxes_pl.lesions.replacements import REPLACEMENTS, Replacement, check_channels, check_operations, replacement
 from chanaxes_pl.network.groups import Units
 from chanaxes_pl.network.layers import channel_count, select_layers
@@ -103,8 +102,7 @@ def check_places(modules: Mapping[str, nn.Module], chosen: Mapping[str, Iterable
     """Raise ValueError if a layer or channel does not exist."""
     for layer, channels in chosen.items():
         if layer not in modules:
-            near = get_close_matches(layer, modules, n=2) or list(modules)[:3]
-            raise InputError(f"no layer {layer!r}; did you mean {' or '.join(map(repr, near))}?")
+            raise InputError(f"no layer {layer!r}; {nearest(layer, modules)}")
         check_channels(layer, channels, channel_count(modules[layer]))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch_pruning import ops
 
-from chanaxes_pl.core.errors import ArgumentError, InputError, naming
+from chanaxes_pl.core.errors import ArgumentError, InputError, naming, nearest
 from chanaxes_pl.core.moments import accumulation_device
 from chanaxes_pl.network.hooks import calls
 from chanaxes_pl.network.layers import CONVOLUTIONS
@@ -75,10 +74,7 @@ class Units:
         names = [name for group in self.groups.values() for name in group.producers] + list(self.fixed)
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
-                near = get_close_matches(pattern, names, n=2) or names[:3]
-                raise ArgumentError(
-                    f"protect={pattern!r}", f"matches no layer; did you mean {' or '.join(map(repr, near))}?"
-                )
+                raise ArgumentError(f"protect={pattern!r}", f"matches no layer; {nearest(pattern, names)}")
         kept, hit = {}, []
         for name, group in self.groups.items():
             if any(fnmatchcase(producer, pattern) for producer in group.producers for pattern in patterns):
