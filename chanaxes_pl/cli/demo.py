@@ -29,12 +29,12 @@ _IMAGES = 500  # of the probe, for lesions and pruning
 
 
 def demo(epochs: int = 4, out: str = "runs", seed: int = 0) -> None:
-    """Train a quarter-width ResNet-18 on crops of photographs, watch its axes come apart, then lesion and prune it.
+    """Train a quarter-width VGG-16 on crops of photographs, watch its axes come apart, then lesion and prune it.
 
     Args:
-        epochs: epochs of training, 70 steps each.
-        out: folder for the run, in a folder of its own below it.
-        seed: seed of initialisation and training.
+        epochs: number of training epochs, 70 steps each.
+        out: folder below which the run gets a folder of its own.
+        seed: random seed of initialisation and training.
 
     Raises:
         SystemExit: with status 2 if the photographs are missing.
@@ -49,7 +49,7 @@ def demo(epochs: int = 4, out: str = "runs", seed: int = 0) -> None:
         L.seed_everything(seed, verbose=False)
         classes = data.num_classes
         model = Classifier(
-            "resnet18",
+            "vgg16_bn",
             num_classes=classes,
             width=0.25,
             image_size=32,
@@ -70,8 +70,8 @@ def demo(epochs: int = 4, out: str = "runs", seed: int = 0) -> None:
         )
         trainer.fit(model, data)
         folder = Path(str(trainer.log_dir))
-        # Without the logger, for the run's own logs are of its training alone. Without Lightning's bar, for lesions
-        # and pruning have their own.
+        # No logger: the run's logs are those of its training alone. No Lightning bar: lesions and pruning draw
+        # their own.
         tester = L.Trainer(
             accelerator="cpu",
             callbacks=[TQDMProgressBar(refresh_rate=0)],
@@ -81,14 +81,14 @@ def demo(epochs: int = 4, out: str = "runs", seed: int = 0) -> None:
         )
         accuracy = tester.test(model, data, verbose=False)[0]["test/top1"]
         print(
-            f"A quarter-width ResNet-18 learned in {trainer.global_step} steps which of {classes} photographs a crop "
+            f"A quarter-width VGG-16 learned in {trainer.global_step} steps which of {classes} photographs a crop "
             f"is from.\nIts accuracy on unseen parts of the photographs is {accuracy:.1%} (chance {1 / classes:.1%}).\n"
         )
         print(tell_axes(main_correlation(read_runs([str(tracker.folder)], resamples=1000).correlations)) + "\n")
 
         lesion = LesionExperiment(
             operations=("zero", "mean", "peer"),
-            channels=3,
+            channels=6,
             scores=("l1",),
             probe_size=_IMAGES,
             evaluation_size=300,
@@ -113,25 +113,28 @@ def demo(epochs: int = 4, out: str = "runs", seed: int = 0) -> None:
 
 
 def tell_axes(rows: pd.DataFrame) -> str:
-    """How the correlation of the axes went, in three sentences.
+    """Say in three sentences how the correlation of the axes went.
 
     Args:
-        rows: of :func:`main_correlation`, of one run.
+        rows: result of :func:`main_correlation` for one run.
     """
     first, last = rows.iloc[0], rows.iloc[-1]
     highest = rows.iloc[int(rows["rho"].to_numpy().argmax())]
-    coupled = highest["low"] > 0
-    peak = "the two are coupled" if coupled else "even there the two are not coupled"
-    if coupled and last["rho"] < highest["rho"] / 2:
-        end = "the two have come apart"
-    else:
-        end = "the two are still coupled" if last["low"] > 0 else "the two are not coupled"
-    return (
-        "ρ: rank correlation between what a channel captures of its input and what it knows about the class.\n"
-        f"Before training: {_rho(first)}.\n"
-        f"It is highest after step {int(highest['step'])}, where {peak}: {_rho(highest)}.\n"
-        f"After training {end}: {_rho(last)}."
-    )
+    lines = [
+        "ρ: rank correlation between what a channel captures of its input and what it knows about the class.",
+        f"Before training the two are {_coupling(first)}: {_rho(first)}.",
+    ]
+    if highest["step"] > 0:
+        lines.append(
+            f"At their highest, after step {int(highest['step'])}, they are {_coupling(highest)}: {_rho(highest)}."
+        )
+    apart = highest["low"] > 0 and last["rho"] < highest["rho"] / 2
+    end = "have come apart" if apart else f"are {_coupling(last)}"
+    return "\n".join([*lines, f"After training the two {end}: {_rho(last)}."])
+
+
+def _coupling(row: pd.Series) -> str:
+    return "coupled" if row["low"] > 0 else "not coupled"
 
 
 def _rho(row: pd.Series) -> str:
@@ -139,10 +142,10 @@ def _rho(row: pd.Series) -> str:
 
 
 def tell_lesions(table: pd.DataFrame) -> str:
-    """What it costs to remove a channel, to set it to its mean and to rebuild it from its peers.
+    """Say what it costs to remove a channel, to set it to its mean and to rebuild it from its peers.
 
     Args:
-        table: of lesions with the operations zero, mean and peer.
+        table: lesion table with the operations zero, mean and peer.
     """
     zero, mean, peer = (table[f"{operation}_loss"].mean() for operation in ("zero", "mean", "peer"))
     return (
@@ -153,10 +156,10 @@ def tell_lesions(table: pd.DataFrame) -> str:
 
 
 def tell_pruning(grid: pd.DataFrame) -> str:
-    """What it costs to remove half of the multiply–accumulates, and what compensation gives back.
+    """Say what it costs to remove half of the multiply–accumulates, and what compensation gives back.
 
     Args:
-        grid: of pruning by input capture and at random, at a budget of 0.5, bare and refitted.
+        grid: pruning table that holds input capture and random at a budget of 0.5, bare and refitted.
     """
     half = grid[grid["budget"] == 0.5].set_index(["score", "compensate"])["accuracy"]
     dense = grid.loc[grid["score"] == DENSE, "accuracy"].mean()
