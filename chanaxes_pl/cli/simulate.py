@@ -1,8 +1,9 @@
-"""``chanaxes simulate``: Gaussian channels at initialisation and under three gradient flows, in print and drawn."""
+"""``chanaxes simulate``: Gaussian channels at initialisation and under three gradient flows, as text and figure."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,45 +20,33 @@ from chanaxes_pl.tables import write_parquet
 
 def simulation(
     out: str = "simulation.png",
-    spectrum: float | list[float] = 1.0,
-    inputs: int = 32,
-    leading: int = 1,
-    share: float = 0.9,
-    explained: float = 0.5,
     mixture: float = 0.5,
-    channels: int = 128,
-    seeds: int = 10,
     duration: float = 10.0,
     records: int = 50,
     tolerance: float = 1e-8,
+    **problem: Any,
 ) -> None:
     """Simulate channels y = wᵀx of a Gaussian input and task that ascend input capture, task information, or both.
 
     Weights start at random and stay on the unit sphere, as under normalisation: input capture would grow without bound.
 
     Args:
-        out: where to draw; the table goes beside it, as .parquet.
-        spectrum: the exponent a of the input covariance's eigenvalues ∝ k^−a, or the eigenvalues themselves.
-        inputs: how many eigenvalues a power law has.
-        leading: how many eigenvectors count as leading.
-        share: of the task covariance ‖c‖², what lies in the leading eigenvectors while the flows run.
-        explained: R², what the whole input explains of the target.
+        out: file name of the figure; the table is written beside it, as .parquet.
         mixture: weight of task information in the flow on both.
-        channels: of a run.
-        seeds: runs, each with its own weights and task.
-        duration: of the flows, in learning rate × steps.
-        records: times at which a flow is looked at.
-        tolerance: of the integration, a step.
+        duration: duration of the flows, in learning rate × steps.
+        records: number of times at which a flow is recorded.
+        tolerance: largest error of a step of the integration.
+        problem: arguments of :class:`Problem`.
     """
     path = Path(out)
-    problem = Problem(spectrum, inputs, leading, share, explained, channels, seeds)
+    channels = Problem(**problem)
     check_flow(FLOWS[0], mixture, duration, records, tolerance)
     _check_out(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    start = initial_coupling(problem)
-    print(describe_start(start, problem))
+    start = initial_coupling(channels)
+    print(describe_start(start, channels))
     try:
-        flows = pd.concat([simulate(problem, flow, mixture, duration, records, tolerance) for flow in FLOWS])
+        flows = pd.concat([simulate(channels, flow, mixture, duration, records, tolerance) for flow in FLOWS])
     except RuntimeError as error:
         raise ValueError(str(error)) from error
     print(f"\n{describe_flows(flows)}")
@@ -74,7 +63,7 @@ def _check_out(path: Path) -> None:
 
 
 def describe_start(start: pd.DataFrame, problem: Problem) -> str:
-    """Coupling at initialisation as text, a line a share."""
+    """Coupling at initialisation as text: one line for each share."""
     one = problem.leading == 1
     vectors = "leading eigenvector" if one else f"{problem.leading} leading eigenvectors"
     held = problem.eigenvalues[: problem.leading].sum() / problem.eigenvalues.sum()
@@ -94,7 +83,7 @@ def describe_start(start: pd.DataFrame, problem: Problem) -> str:
 
 
 def describe_flows(flows: pd.DataFrame) -> str:
-    """What each flow does to coupling and alignment, as text, a line a flow."""
+    """Coupling and alignment at the end of each flow as text: one line for each flow."""
     end, halves = flows["time"].max(), half_times(flows)
     lines = [
         f"gradient flows from a share of {flows['share'].iloc[0]:g}, weights of norm 1, to time {end:g} "
@@ -112,7 +101,7 @@ def describe_flows(flows: pd.DataFrame) -> str:
 
 
 def _verdict(times: pd.Series) -> str:
-    """Whether coupling at initialisation and its loss are there, from the half times under the task flow."""
+    """Whether coupling at initialisation and its loss are reproduced, from the half times under the task flow."""
     runs, coupled, lost = len(times), times.notna().sum(), np.isfinite(times).sum()
     reproduced = "reproduced" if 2 * lost > runs else "not reproduced"
     return (
@@ -122,7 +111,7 @@ def _verdict(times: pd.Series) -> str:
 
 
 def _state(rows: pd.DataFrame) -> str:
-    """One moment of a flow, a row a run."""
+    """Cells for one recorded time of a flow, from its rows, one for each run."""
     rho, angle = (_cell(mean_over_runs(rows, value, by=["flow"]).iloc[0]) for value in ("rho", "alignment"))
     spreads = {"input_capture": "capture_spread", "task_information": "task_spread"}
     known = (f"{rows[value].mean():.3f} ± {rows[spread].mean():.3f}" for value, spread in spreads.items())
@@ -130,7 +119,7 @@ def _state(rows: pd.DataFrame) -> str:
 
 
 def _half_time(times: np.ndarray, end: float) -> str:
-    """Median over runs with its 95 % bootstrap interval; a run that has not got there by the end counts as later."""
+    """Median over runs with its 95 % bootstrap interval; a run that never loses half of its ρ counts as later."""
     if not len(times):
         return "– (no run starts coupled)"
     ends = bounds(np.median(resampled(times, 1000, 0), axis=1), method="nearest")

@@ -1,4 +1,4 @@
-"""LightningDataModules, one a data set: in memory up to 64×64 pixels, streamed above."""
+"""One LightningDataModule for each data set: images up to 64×64 pixels are held in memory, larger ones streamed."""
 
 from chanaxes_pl.data.base import ImageDataModule, InMemoryDataModule
 from chanaxes_pl.data.cifar import CIFAR10DataModule, CIFAR100DataModule

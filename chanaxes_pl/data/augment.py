@@ -1,4 +1,4 @@
-"""Augmentation of whole batches on their own device, with random parameters for every image."""
+"""Augmentation of whole batches on their device, with random parameters for every image."""
 
 import torch
 import torch.nn.functional as F
@@ -6,18 +6,18 @@ from torch import Tensor
 
 
 def random_crop_flip(images: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Shift every image by up to ``padding`` pixels, filling with 0, and mirror every other one: one gather.
+    """Shift every image by up to ``padding`` pixels, filling with 0, and mirror half of them, in one gather.
 
-    Transforms of torchvision draw one crop per call, which a whole batch would share.
+    torchvision's transforms draw one crop for a whole batch; here each image has its own.
 
     Args:
         images: ``[B, C, H, W]``, any dtype and device.
         padding: the largest shift, in pixels, along both axes and in both directions.
         flip: mirror each image left-right with probability ½.
-        generator: on the CPU, so that every device sees the same parameters.
+        generator: a generator on the CPU, so that the draws are the same for every device.
 
     Returns:
-        ``[B, C, H, W]``, new memory.
+        ``[B, C, H, W]``, a copy.
     """
     batch, channels, height, width = images.shape
     draws = torch.rand((3, batch), generator=generator)

@@ -1,4 +1,4 @@
-"""What all data modules share: the splits, the loaders, the probe, and batches augmented on the device."""
+"""Splits, loaders and probe of all data modules, and batches augmented on the device."""
 
 import itertools
 import warnings
@@ -26,14 +26,15 @@ from chanaxes_pl.data.splits import (
 
 Split = Literal["train", "test"]
 Transform = Callable[[Tensor], Tensor]
+Batch = tuple[Tensor, Tensor]
 
-# One stream of random numbers for each use of a seed.
+# A separate stream of random numbers for each use of a seed.
 SPLIT_STREAM, PROBE_STREAM, LOADER_STREAM, AUGMENT_STREAM = range(4)
 
 
 @dataclass(frozen=True, eq=False)
 class _Training:
-    """The training images with the indices that are trained on and those that are held out."""
+    """The training images, and the indices of those trained on and of those held out."""
 
     data: TensorImages | FileImages
     kept: Tensor
@@ -41,12 +42,12 @@ class _Training:
 
 
 class ImageDataModule(L.LightningDataModule):
-    """Splits, loaders and probe of a labelled image set; a subclass says how it is read and transformed.
+    """Splits, loaders and probe of a labelled image set; a subclass reads and transforms its images.
 
-    ``seed`` fixes which images are held out and the probe, and nothing else does. The order of training
-    follows the global seed (``seed_everything``) and the epoch: runs that differ in the global seed differ in
-    their order but share their splits, and a resumed run goes on in the order it would have had. No loader
-    draws from the global random streams.
+    ``seed`` alone fixes the held-out images and the probe. The order of training follows the global seed
+    (``seed_everything``) and the epoch: runs with different global seeds differ in their order but share their
+    splits, and a resumed run continues in the order of an uninterrupted one. No loader draws from the global
+    random streams.
 
     Args:
         batch_size: images a batch, on each device.
@@ -57,6 +58,8 @@ class ImageDataModule(L.LightningDataModule):
         num_classes: the number of classes, known before anything is read.
         image_size: height and width of the network's input, in pixels.
         evaluation_transform: from uint8 images ``[…, 3, H, W]`` to normalised float32, with nothing random.
+        num_workers: the number of processes that read images; 0 reads in the main process.
+        collate_fn: makes a batch of what the data set returns; None stacks items.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -66,7 +69,7 @@ class ImageDataModule(L.LightningDataModule):
     image_size: int
     evaluation_transform: Transform
     num_workers: int = 0
-    collate_fn: Callable[[Any], Any] | None = None
+    collate_fn: Callable[..., Batch] | None = None
 
     def __init__(self, *, batch_size: int = 128, val_size: int | float = 0.1, seed: int = 0) -> None:
         super().__init__()
@@ -86,12 +89,12 @@ class ImageDataModule(L.LightningDataModule):
         raise NotImplementedError
 
     def loader_transform(self, training: bool) -> Transform | None:
-        """What the training or evaluation loaders apply to their images; None leaves it to the device."""
+        """The transform of the training or evaluation loaders; None if batches are transformed on the device."""
         raise NotImplementedError
 
     @property
     def class_names(self) -> list[str]:
-        """The K classes' names, in the order of their labels. Reads the training set if need be."""
+        """The names of the K classes, in the order of their labels; reads the training set if it is not read yet."""
         return self._split_training().data.class_names
 
     def setup(self, stage: str | None = None) -> None:
@@ -102,16 +105,16 @@ class ImageDataModule(L.LightningDataModule):
             self._read_test()
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled training images, in another order every epoch, without an incomplete last batch.
+        """The training images, shuffled again every epoch, without an incomplete last batch.
 
         Raises:
-            ValueError: if the batch size leaves no whole batch.
+            ValueError: if there are fewer images than one batch holds.
         """
         training = self._split_training()
         dataset = self._subset(training.data, training.kept, self.loader_transform(training=True))
         if len(training.kept) < self.batch_size:
             raise ValueError(f"batch_size={self.batch_size}: there are only {len(training.kept)} training images.")
-        # Loops with workers ask for the first batches before Lightning has announced a resumed run's epoch.
+        # Worker processes fetch the first batches before Lightning calls set_epoch for a resumed run.
         epoch = 0 if self.trainer is None else self.trainer.current_epoch
         sampler = EpochSampler(training.kept, torch.initial_seed(), epoch)
         return self._loader(dataset, sampler=sampler, drop_last=True, persistent_workers=self.num_workers > 0)
@@ -126,11 +129,11 @@ class ImageDataModule(L.LightningDataModule):
         return self._loader(replace(self._read_test(), transform=self.loader_transform(training=False)))
 
     def probe_dataloader(self) -> DataLoader:
-        """Training images to observe a network on: normalised float32 ``[B, 3, H, W]``, int64 labels ``[B]``.
+        """Training images to measure a network on: normalised float32 ``[B, 3, H, W]``, int64 labels ``[B]``.
 
-        Not augmented, not shuffled, the same on every call, ready for a network without a Trainer. In every
-        prefix, and in its even and its odd images, the classes' counts differ by one at most (until the
-        smallest class is used up), so the first N images are a probe for any N.
+        The images are not augmented and have the same order in every call. Class counts differ by at most one among
+        the first N images, for any N, and among the even and the odd ones of these (until the smallest class is
+        used up), so the first N images are a probe for any N.
         """
         training = self._split_training()
         order = balanced_order(training.data.labels[training.kept], seeded_generator(self.seed, PROBE_STREAM))
@@ -167,13 +170,13 @@ class ImageDataModule(L.LightningDataModule):
         )
 
 
-def as_is(batch: Any) -> Any:
-    """Return ``batch``: the ``collate_fn`` for a data set that slices whole batches."""
+def as_is(batch: Batch) -> Batch:
+    """Return ``batch``; the ``collate_fn`` for a data set that returns whole batches."""
     return batch
 
 
 class InMemoryDataModule(ImageDataModule):
-    """A set of small images held in memory as uint8 and loaded, augmented and normalised a batch at a time.
+    """Small images held in memory as uint8; whole batches are loaded, augmented and normalised at once.
 
     The train, validation and test loaders yield ``(images uint8 [B, 3, H, W], labels int64 [B])``; under a
     Trainer, ``on_after_batch_transfer`` turns them into normalised float32 on the device. In a plain loop,
@@ -183,7 +186,13 @@ class InMemoryDataModule(ImageDataModule):
 
     Args:
         augment: shift training images at random by up to ``padding`` pixels and, if ``flip``, mirror half of them.
-        options: those of :class:`ImageDataModule`.
+        options: arguments of :class:`ImageDataModule`.
+
+    Attributes:
+        mean: mean of each colour in the training images, from 0 to 1.
+        std: standard deviation of each colour.
+        padding: the largest random shift, in pixels.
+        flip: whether augmentation mirrors images.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -206,8 +215,8 @@ class InMemoryDataModule(ImageDataModule):
     def training_transform(self, images: Tensor) -> Tensor:
         """Augment uint8 images ``[B, 3, H, W]``, each in its own way, and normalise them to float32.
 
-        The draws are a function of the global seed, the number of batches trained so far and the rank, so
-        that a resumed run makes those it would have made; without a Trainer, of the number of calls so far.
+        The global seed, the number of batches trained so far and the rank fix the draws, so a resumed run draws
+        as an uninterrupted one; without a Trainer the number of calls takes the place of the number of batches.
         """
         if not self.augment:
             return self.evaluation_transform(images)
@@ -222,8 +231,8 @@ class InMemoryDataModule(ImageDataModule):
         """None: batches are transformed on the device."""
         return None
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Transform uint8 images on their device, augmenting in training only; leave other images alone."""
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Transform uint8 images on their device, with augmentation in training only; leave other images alone."""
         images, labels = batch
         if images.dtype is not torch.uint8:
             return batch
@@ -231,7 +240,7 @@ class InMemoryDataModule(ImageDataModule):
         if trainer is None:
             return self.evaluation_transform(images), labels
         images = self.training_transform(images) if trainer.training else self.evaluation_transform(images)
-        # Lightning casts inputs for bf16-true and the like before the transfer, when these were still uint8.
+        # Lightning casts inputs, for bf16-true and the like, before the transfer, when these were still uint8.
         return trainer.precision_plugin.convert_input(images), labels
 
     def _loader(self, dataset: Dataset, **kwargs: Any) -> DataLoader:

@@ -18,11 +18,15 @@ class CIFAR10DataModule(InMemoryDataModule):
     classes' alphabetical order in both.
 
     Args:
-        root: the folder that holds the data set, or is it.
+        root: the folder of the data set, or the folder above it.
         download: fetch torchvision's layout into ``root`` if no data set is there (170 MB).
-        cache_dir: where to keep the decoded images of class folders, so that a later start takes one second
+        cache_dir: a folder for the decoded images of class folders, so that a later start takes one second
             instead of twenty; None keeps none. Not used with torchvision's layout, which needs no decoding.
-        options: those of :class:`InMemoryDataModule`.
+        options: arguments of :class:`InMemoryDataModule`.
+
+    Attributes:
+        archive: torchvision's data set, which reads and fetches its own layout.
+        folder: usual name of the folder that holds class folders.
 
     Raises:
         ValueError: if an argument is out of range; from ``setup``, if a file is not an image of 32×32 pixels.
@@ -50,12 +54,12 @@ class CIFAR10DataModule(InMemoryDataModule):
         self.cache_dir = cache_dir
 
     def prepare_data(self) -> None:
-        """Download if asked to and if there is no data set yet; on one process only."""
+        """Download the data set if ``download`` is true and none is there yet; on one process only."""
         if self.download and not self._has_folders() and not self._archive_folder().is_dir():
             self.archive(str(self.root), download=True)
 
     def read(self, split: Split) -> TensorImages:
-        """Read the training or test images from whichever layout there is."""
+        """Read the training or test images from either layout."""
         if not self._has_folders() and self._archive_folder().is_dir():
             return self._read_archive(split)
         remedy = (

@@ -13,13 +13,13 @@ from chanaxes_pl.data.splits import seeded_generator, stratified_split
 class DigitsDataModule(InMemoryDataModule):
     """The 1,797 grey 8×8 digits of scikit-learn, enlarged, in three equal channels; 360 of them for testing.
 
-    The test images are the same whatever the seed. Enlarged to 32×32 by default, the smallest size that each
-    of the package's backbones takes (VGG-16 halves it five times); 16×16 costs a quarter of the arithmetic.
-    Augmentation shifts by up to one pixel of the original and never mirrors: a mirrored 2 is no digit.
+    The test images do not depend on the seed. The default size of 32×32 is the smallest that all backbones of the
+    package take (VGG-16 halves it five times); 16×16 costs a quarter of the arithmetic. Augmentation shifts by up to
+    one pixel of the original and never mirrors, because a mirrored 2 is no digit.
 
     Args:
         image_size: height and width in pixels, at least 8.
-        options: those of :class:`InMemoryDataModule`.
+        options: arguments of :class:`InMemoryDataModule`.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -47,7 +47,7 @@ class DigitsDataModule(InMemoryDataModule):
 
     def read(self, split: Split) -> TensorImages:
         """Read and enlarge the training or test images."""
-        from sklearn.datasets import load_digits  # takes a second, which only those who need it should pay
+        from sklearn.datasets import load_digits  # takes a second, so only those who need it import it
 
         pixels, target = load_digits(return_X_y=True)
         labels = torch.as_tensor(target).long()

@@ -1,4 +1,4 @@
-"""From image files to tensors: listing class folders, decoding, and an optional cache of decoded images."""
+"""Image files as tensors: listing class folders, decoding, and an optional cache of decoded images."""
 
 import hashlib
 import io
@@ -22,13 +22,13 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
 
 @dataclass(frozen=True, eq=False)
 class FileImages(Dataset):
-    """Labelled image files, decoded one at a time when they are asked for.
+    """Labelled image files, each decoded when it is read.
 
     Attributes:
         paths: N image files.
         labels: ``[N]`` int64, indices into ``class_names``.
         class_names: K names.
-        transform: from a uint8 image ``[3, H, W]`` to what an item holds; None leaves it as it is.
+        transform: applied to each uint8 image ``[3, H, W]``; None leaves it as it is.
     """
 
     paths: list[Path]
@@ -55,7 +55,7 @@ class TensorImages(Dataset):
         images: ``[N, 3, H, W]`` uint8.
         labels: ``[N]`` int64, indices into ``class_names``.
         class_names: K names.
-        transform: from uint8 images ``[B, 3, H, W]`` to what a batch holds; None leaves them as they are.
+        transform: applied to the uint8 images of a batch ``[B, 3, H, W]``; None leaves them as they are.
     """
 
     images: Tensor
@@ -79,11 +79,11 @@ def find_tree(owner: object, root: str | Path, name: str, parts: Sequence[str], 
     """The folder that holds every one of ``parts``: ``root/name`` or ``root`` itself.
 
     Args:
-        owner: the data module that asks, quoted in the error.
+        owner: the data module, whose class the error names.
         root: the folder to look in.
         name: the data set's usual folder name.
-        parts: files or folders that make up the layout.
-        remedy: a sentence for the error: how to get the data set.
+        parts: files and folders of the layout.
+        remedy: a sentence for the error, which says how to get the data set.
 
     Raises:
         FileNotFoundError: if neither holds all the parts; names both folders and the parts.
@@ -99,12 +99,20 @@ def find_tree(owner: object, root: str | Path, name: str, parts: Sequence[str], 
 
 
 def list_classes(folder: Path) -> list[str]:
-    """The names of the class folders in ``folder``, sorted."""
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    """The names of the class folders in ``folder``, sorted; hidden ones are left out.
+
+    Raises:
+        FileNotFoundError: if a link in ``folder`` leads nowhere; names it.
+    """
+    entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    for entry in entries:
+        if not os.path.exists(entry.path):
+            raise FileNotFoundError(f"{entry.path}: expected a class folder{link_target(entry.path)}.")
+    return sorted(entry.name for entry in entries if entry.is_dir())
 
 
 def list_images(folder: Path, classes: Sequence[str], inside: str = "") -> FileImages:
-    """The images of ``folder/<class>/<inside>/``, class by class and by name; the label is the class's place.
+    """The images of ``folder/<class>/<inside>/``, by class and name; the label is the position of the class.
 
     Hidden files are left out, such as the ``._…`` that macOS puts beside every file it copies.
 
@@ -116,19 +124,23 @@ def list_images(folder: Path, classes: Sequence[str], inside: str = "") -> FileI
     for name in classes:
         source = folder / name / inside
         if not source.is_dir():
-            raise FileNotFoundError(f"{source}: no such folder, but class {name!r} needs one.")
+            raise FileNotFoundError(f"{source}: no such folder, but class {name!r} needs one{link_target(source)}.")
         # scandir and splitext: Path.iterdir and .suffix take three times as long on 60,000 files
-        entries = [e for e in os.scandir(source) if _is_image(e.name)]
-        files = sorted(entry.name for entry in entries)
-        if lost := next((entry.path for entry in entries if not entry.is_file()), None):
-            target = f": it is a link to {os.readlink(lost)}, which is missing" if os.path.islink(lost) else ""
-            raise FileNotFoundError(f"{lost}: expected an image file{target}.")
-        if not files:
+        entries = sorted((entry for entry in os.scandir(source) if _is_image(entry.name)), key=lambda entry: entry.name)
+        for entry in entries:
+            if not entry.is_file():
+                raise FileNotFoundError(f"{entry.path}: expected an image file{link_target(entry.path)}.")
+        if not entries:
             raise FileNotFoundError(f"{source}: no image ({', '.join(sorted(IMAGE_SUFFIXES))}) in this class folder.")
-        paths.extend(source / file for file in files)
-        sizes.append(len(files))
+        paths.extend(source / entry.name for entry in entries)
+        sizes.append(len(entries))
     labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     return FileImages(paths, labels, list(classes))
+
+
+def link_target(path: str | Path) -> str:
+    """The end of an error message about a missing file: where the link at ``path`` leads; empty if it is no link."""
+    return f": it is a link to {os.readlink(path)}, which is missing" if os.path.islink(path) else ""
 
 
 def _is_image(name: str) -> bool:
@@ -172,15 +184,15 @@ def decode(files: FileImages, size: int) -> Tensor:
 
 
 def load(files: FileImages, size: int, cache_dir: str | Path | None = None) -> TensorImages:
-    """Decode all files, or map the cached result of having done so.
+    """Decode all files, or read the images that an earlier call decoded and cached.
 
-    The cache is one ``.npy`` file whose name holds a digest of every path, size and modification time, so
-    that one made from other files is never found. It appears under that name only once it is complete.
+    The cache is one ``.npy`` file. Its name holds a digest of the path, size and modification time of every image, so a
+    changed image is decoded again. The file gets this name only when it is complete.
 
     Args:
-        files: what to decode.
+        files: the image files to decode.
         size: the height and width every image must have, in pixels.
-        cache_dir: the cache's folder, made when missing; None keeps no cache.
+        cache_dir: the cache's folder, made if missing; None keeps no cache.
 
     Raises:
         ValueError: if a file is not an image of this size; names the file.
@@ -191,7 +203,8 @@ def load(files: FileImages, size: int, cache_dir: str | Path | None = None) -> T
     images = _read_cache(path, (len(files), 3, size, size)) if path.exists() else None
     if images is None:
         images = decode(files, size)
-        _write_cache(path, images)
+        with replacing(path) as draft, draft.open("wb") as file:
+            np.save(file, images.numpy())
     return TensorImages(images, files.labels, files.class_names)
 
 
@@ -207,16 +220,9 @@ def _read_cache(path: Path, shape: tuple[int, ...]) -> Tensor | None:
     """Map the file, copy-on-write; None, with a warning, if it is damaged."""
     try:
         images = np.lib.format.open_memmap(path, mode="c")
-    except ValueError as error:  # a wrong header, or a file shorter than its header says
+        if images.dtype != np.uint8 or images.shape != shape:
+            raise ValueError(f"it holds {images.dtype} {images.shape}")
+    except ValueError as error:  # also a damaged header, or a file shorter than its header says
         warnings.warn(f"{path}: damaged cache ({error}); decoding the images again.", stacklevel=2)
         return None
-    if images.dtype != np.uint8 or images.shape != shape:
-        warnings.warn(f"{path}: damaged cache ({images.dtype} {images.shape}); decoding again.", stacklevel=2)
-        return None
     return torch.from_numpy(images)
-
-
-def _write_cache(path: Path, images: Tensor) -> None:
-    """Write beside the final name, then rename: no process, nor a crash, ever shows another half a cache."""
-    with replacing(path) as draft, draft.open("wb") as file:
-        np.save(file, images.numpy())

@@ -17,15 +17,16 @@ class ImageNet100DataModule(ImageDataModule):
     side to 8/7 of ``image_size`` and crops the middle. The official val folder is the test set.
 
     Args:
-        root: the folder that holds ``imagenet100``, or is it: ``train/`` and ``val/`` with a folder a class.
-        val_size: as in :class:`ImageDataModule`.
-        augment: crop and mirror training images at random; else they are transformed as for evaluation.
-        num_workers: processes that read images, on each device; 0 reads in the main process.
+        root: the folder ``imagenet100``, or the folder above it; it holds ``train/`` and ``val/``, and these one
+            folder for each class.
+        val_size: training images to hold out for validation, class by class: a number or a fraction below 1.
+        augment: crop and mirror training images at random; otherwise they are transformed as for evaluation.
+        num_workers: number of processes that read images, on each device; 0 reads in the main process.
         image_size: height and width of the network's input, in pixels.
-        num_classes: how many classes there are.
-        class_list: a text file of ``num_classes`` class ids, separated by white space, that selects from the
-            class folders (of the full ImageNet, say); None takes all the folders there are.
-        options: those of :class:`ImageDataModule`.
+        num_classes: number of classes.
+        class_list: a text file of ``num_classes`` class ids, separated by white space, which selects class folders
+            (of the full ImageNet, say); None takes all of them.
+        options: arguments of :class:`ImageDataModule`.
 
     Raises:
         ValueError: if an argument is out of range; from ``setup``, if there are not ``num_classes`` classes.
@@ -72,7 +73,7 @@ class ImageNet100DataModule(ImageDataModule):
 
     def read(self, split: Split) -> FileImages:
         """List the training images, or the official validation images as the test set."""
-        remedy = "ImageNet is to be had from https://image-net.org by request, and is not downloaded here."
+        remedy = "Request ImageNet at https://image-net.org; it is not downloaded here."
         tree = find_tree(self, self.root, "imagenet100", ["train/", "val/"], remedy)
         return list_images(tree / ("train" if split == "train" else "val"), self._classes(tree / "train"))
 

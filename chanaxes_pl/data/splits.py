@@ -1,4 +1,4 @@
-"""Which image goes where: the held-out split, the probe's order, an epoch's order: functions of seeds."""
+"""The held-out split, the order of the probe and the order of an epoch, each a function of a seed."""
 
 from collections.abc import Iterator, Sized
 
@@ -9,9 +9,9 @@ from torch.utils.data import RandomSampler
 
 
 def seeded_generator(*words: int) -> torch.Generator:
-    """A CPU generator that is a function of non-negative ``words`` alone; the global streams stay untouched.
+    """A CPU generator seeded by non-negative ``words``; the global random streams stay as they are.
 
-    The words are mixed before seeding: neighbouring seeds, epochs or ranks give unrelated streams.
+    The words are mixed first, so that neighbouring seeds, epochs or ranks give unrelated streams.
     """
     (mixed,) = np.random.SeedSequence(words).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(mixed))
@@ -24,7 +24,7 @@ def check_val_size(val_size: int | float) -> None:
 
 
 def held_out_count(val_size: int | float, total: int) -> int:
-    """How many of ``total`` images ``val_size`` holds out.
+    """The number of images out of ``total`` that ``val_size`` holds out.
 
     Raises:
         ValueError: if ``val_size`` is out of range or leaves nothing to train on.
@@ -45,8 +45,8 @@ def stratified_split(labels: Tensor, count: int, generator: torch.Generator) -> 
 
     Args:
         labels: ``[N]`` int64, the class of each image.
-        count: the number of images to hold out; exact, the largest remainders round up.
-        generator: decides which images of a class are held out.
+        count: the exact number of images to hold out; the classes with the largest remainders round up.
+        generator: chooses which images of a class are held out.
 
     Returns:
         The kept and the held-out indices, ``[N - count]`` and ``[count]``, ascending.
@@ -60,15 +60,15 @@ def stratified_split(labels: Tensor, count: int, generator: torch.Generator) -> 
 
 
 def balanced_order(labels: Tensor, generator: torch.Generator) -> Tensor:
-    """An order of all images in which every prefix, and its even and odd halves, hold classes equally often.
+    """Order all images so that every prefix, and its even and odd positions, hold all classes equally often.
 
-    The order goes through the classes in rounds, one image each. With an odd number of classes a class lands
-    on even and odd places in turn; with an even number, neighbouring classes swap places in every other round
-    so that it does, too. Counts then differ by one at most, until the smallest class is used up.
+    The order goes through the classes in rounds, with one image from each. With an odd number of classes, a class
+    alternates between even and odd positions; with an even number, neighbouring classes swap positions in every
+    other round to the same effect. Counts then differ by at most one, until the smallest class is used up.
 
     Args:
         labels: ``[N]`` int64, the class of each image.
-        generator: decides the order of the images within their class.
+        generator: chooses the order of the images within their class.
 
     Returns:
         ``[N]`` int64, a permutation of the images' indices.
@@ -85,7 +85,7 @@ def balanced_order(labels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _ranks_within_class(labels: Tensor, generator: torch.Generator) -> Tensor:
-    """``[N]`` int64: each image's place in a random order of its own class, from 0."""
+    """``[N]`` int64: the position of each image in a random order of its class, from 0."""
     shuffled = torch.randperm(len(labels), generator=generator)
     by_class = shuffled[torch.argsort(labels[shuffled], stable=True)]
     sizes = torch.bincount(labels)
@@ -96,13 +96,13 @@ def _ranks_within_class(labels: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class EpochSampler(RandomSampler):
-    """A shuffle that is a function of (seed, epoch), so that a resumed run sees the order it would have seen.
+    """A shuffle fixed by seed and epoch, so that a resumed run continues in the order of an uninterrupted one.
 
-    A ``RandomSampler`` by type, for that is how Lightning knows to shuffle when it puts its distributed
-    sampler in place. Lightning calls ``set_epoch``; in a plain loop each iteration moves on by itself.
+    It is a ``RandomSampler`` because this tells Lightning to shuffle when it puts its distributed sampler in place.
+    Lightning calls ``set_epoch``; in a plain loop, each iteration is the next epoch.
 
     Args:
-        data_source: what is shuffled; only its length is used.
+        data_source: the data set; only its length is used.
         seed: any non-negative number.
         epoch: the epoch of the first iteration.
     """
@@ -113,7 +113,7 @@ class EpochSampler(RandomSampler):
         self.epoch = epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Make the next iteration that of ``epoch``."""
+        """Set the epoch of the next iteration."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from chanaxes_pl.data.base import InMemoryDataModule, Split
-from chanaxes_pl.data.files import FileImages, TensorImages, find_tree, list_images, load
+from chanaxes_pl.data.files import FileImages, TensorImages, find_tree, link_target, list_images, load
 
 LAYOUT = ["wnids.txt", "train/", "val/images/", "val/val_annotations.txt"]
 SOURCE = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
@@ -15,13 +15,13 @@ SOURCE = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
 class TinyImageNetDataModule(InMemoryDataModule):
     """Tiny-ImageNet: 64×64 pixels, 500 training images in each of 200 classes; official val set for testing.
 
-    Works on any subset of the classes: those that ``wnids.txt`` lists, sorted, are the labels, and
-    ``num_classes`` is their number (200 while there is no such file).
+    Any subset of the classes works: the classes in ``wnids.txt``, sorted, are the labels, and ``num_classes`` is
+    their number (200 while there is no such file).
 
     Args:
-        root: the folder that holds ``tiny-imagenet-200``, or is it.
-        cache_dir: where to keep the decoded images, so that a later start skips decoding; None keeps none.
-        options: those of :class:`InMemoryDataModule`.
+        root: the folder ``tiny-imagenet-200``, or the folder above it.
+        cache_dir: a folder for the decoded images, so that a later start skips decoding; None keeps none.
+        options: arguments of :class:`InMemoryDataModule`.
 
     Raises:
         ValueError: if an argument is out of range; from ``setup``, if a file is not an image of 64×64 pixels
@@ -59,7 +59,7 @@ def _read_wnids(path: Path) -> list[str]:
 
 
 def _read_names(tree: Path, wnids: list[str]) -> list[str]:
-    """The first word that ``words.txt`` has for each class; the class's id where it has none."""
+    """The first name of each class in ``words.txt``; the class's id where it has none."""
     path = tree / "words.txt"
     lines = path.read_text("utf-8-sig").splitlines() if path.exists() else []
     words = dict(line.split("\t", 1) for line in lines if "\t" in line)
@@ -84,7 +84,7 @@ def _list_val(tree: Path, wnids: list[str]) -> FileImages:
                 raise ValueError(f"{annotations}, line {number}: expected file, tab, class id, got {line!r}.")
     missing = next((path for path in paths if not path.exists()), None)
     if missing is not None:
-        raise FileNotFoundError(f"{missing}: no such image, but {annotations} names it.")
+        raise FileNotFoundError(f"{missing}: no such image, but {annotations} names it{link_target(missing)}.")
     if not paths:
         raise ValueError(f"{annotations}: no image of the {len(wnids)} classes that wnids.txt lists.")
     return FileImages(paths, torch.tensor(targets), wnids)

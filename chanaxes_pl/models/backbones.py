@@ -1,7 +1,7 @@
 """Backbones at any width and for any image size.
 
-The networks are torchvision's: same module names, same initialisation. Two things are added. ``width``
-multiplies every channel count, and ``image_size`` picks the stem:
+The networks are torchvision's, with the same module names and initialisation, and two more arguments: ``width``
+multiplies every channel count, and ``image_size`` chooses the stem:
 
 ============= ============================== ============================== =============
 backbone      up to 32×32                    up to 64×64                    larger
@@ -12,12 +12,12 @@ mobilenet_v2  stem and second stage stride 1 second stage stride 1          torc
 convnext_tiny torchvision's                  torchvision's                  torchvision's
 ============= ============================== ============================== =============
 
-The stride of 2 at 64×64 leaves ResNet-18 and MobileNetV2 the maps, and the cost, that they have at 32×32.
+With stride 2 at 64×64, the maps and the cost of ResNet-18 and MobileNetV2 are those at 32×32.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from torchvision.models.mobilenetv2 import MobileNetV2
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.vgg import VGG, cfgs, make_layers
 
+Backbone = Literal["resnet18", "vgg16_bn", "mobilenet_v2", "convnext_tiny"]
 SMALL, MEDIUM = 32, 64  # the largest image sides, in pixels, of the two small stems
 
 
@@ -105,8 +106,8 @@ def _vgg_linear(inputs: int, outputs: int) -> nn.Linear:
 def mobilenet_v2(num_classes: int, width: float = 1.0, image_size: int = 32) -> nn.Module:
     """MobileNetV2 for ``[batch, 3, image_size, image_size]`` images; see :func:`build_backbone`.
 
-    Channel counts are torchvision's: multiples of 8, and never fewer than 1280 before the classifier. The
-    last map is 4×4 at 32×32 and at 64×64.
+    Channel counts are torchvision's: multiples of 8, and at least 1280 before the classifier. The last map is 4×4
+    both at 32×32 and at 64×64.
     """
     small = image_size <= MEDIUM
     stages = [  # expansion, channels, blocks, stride of the first block
@@ -127,7 +128,7 @@ def mobilenet_v2(num_classes: int, width: float = 1.0, image_size: int = 32) -> 
 def convnext_tiny(num_classes: int, width: float = 1.0, image_size: int = 32) -> nn.Module:
     """ConvNeXt-T for ``[batch, 3, image_size, image_size]`` images; see :func:`build_backbone`.
 
-    The 4×4 patch stem is kept at every size: the last map is 1×1 at 32×32 and 2×2 at 64×64.
+    Every size has the 4×4 patch stem: the last map is 1×1 at 32×32 and 2×2 at 64×64.
     """
     _check_size("convnext_tiny", image_size)
     sizes = [_scaled(channels, width) for channels in (96, 192, 384, 768)]
@@ -138,7 +139,7 @@ def convnext_tiny(num_classes: int, width: float = 1.0, image_size: int = 32) ->
     return ConvNeXt(stages, stochastic_depth_prob=0.1, num_classes=num_classes)
 
 
-BACKBONES: dict[str, Callable[[int, float, int], nn.Module]] = {
+BACKBONES: dict[Backbone, Callable[[int, float, int], nn.Module]] = {
     "resnet18": resnet18,
     "vgg16_bn": vgg16_bn,
     "mobilenet_v2": mobilenet_v2,
@@ -146,21 +147,21 @@ BACKBONES: dict[str, Callable[[int, float, int], nn.Module]] = {
 }
 
 
-def build_backbone(name: str, num_classes: int, width: float = 1.0, image_size: int = 32) -> nn.Module:
+def build_backbone(name: Backbone, num_classes: int, width: float = 1.0, image_size: int = 32) -> nn.Module:
     """A randomly initialised network from ``[batch, 3, image_size, image_size]`` images to logits.
 
     Args:
-        name: a key of ``BACKBONES``.
+        name: name of the network.
         num_classes: number of logits.
         width: multiplier of every channel count; 1 gives torchvision's network.
-        image_size: side of the images in pixels; it picks the stem, other sizes still run.
-
-    Raises:
-        ValueError: for an unknown name, fewer than 2 classes, a width that is not positive, or images too
-            small: 32×32 is the least that VGG-16 and ConvNeXt-T take.
+        image_size: side of the images in pixels, which chooses the stem; images of other sizes run too.
 
     Returns:
-        The network; its ``backbone_arguments``, a dict, are those of this call.
+        The network; its attribute ``backbone_arguments`` is a dict of these arguments.
+
+    Raises:
+        ValueError: for an unknown name, fewer than 2 classes, a width that is not positive, or images that are too
+            small: VGG-16 and ConvNeXt-T need at least 32×32.
 
     >>> images = torch.zeros(2, 3, 32, 32)
     >>> build_backbone("mobilenet_v2", num_classes=10, width=0.5)(images).shape

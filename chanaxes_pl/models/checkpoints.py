@@ -1,4 +1,4 @@
-"""Trained networks out of Lightning's checkpoints, without unpickling anything but tensors and plain values."""
+"""Trained networks from Lightning's checkpoints, of which only tensors and plain values are unpickled."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from chanaxes_pl.core.errors import short
 from chanaxes_pl.models import Classifier
 
-# What settings of the wrong kind or size make a constructor raise.
+# Errors of a constructor that gets settings of the wrong kind or size.
 _NO_SETTINGS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-# What torch.load raises for a damaged file: its unpickler runs into all of these.
+# Errors of torch.load for a damaged file.
 _UNREADABLE = (*_NO_SETTINGS, AssertionError, EOFError, OSError, StructError, UnpicklingError)
 
 
 def load_classifier(path: str | Path) -> Classifier:
-    """The :class:`Classifier` of a checkpoint, on the CPU; nothing is unpickled but tensors and plain values.
+    """Load the :class:`Classifier` of a checkpoint on the CPU; only tensors and plain values are unpickled.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no checkpoint of a :class:`Classifier`.
+        ValueError: if it is not the checkpoint of a :class:`Classifier`.
     """
     checkpoint = read_checkpoint(path)
     settings = checkpoint.get("hyper_parameters")
@@ -45,11 +45,11 @@ def load_classifier(path: str | Path) -> Classifier:
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Fill a model with a checkpoint's weights.
+    """Load the weights of a checkpoint into a model.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no checkpoint, or another model's; the model is then as it was.
+        ValueError: if it is not a checkpoint of this model, which then stays as it was.
     """
     weights = read_checkpoint(path)["state_dict"]
     _check(model, weights, path)
@@ -57,7 +57,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
 
 def _check(model: nn.Module, weights: Mapping[str, Any], path: str | Path) -> None:
-    """Refuse weights of another model."""
+    """Raise ValueError if the weights do not have the names and shapes of the model's."""
     own = model.state_dict()
     unlike = [name for name in {**own, **weights} if _shape(own, name) != _shape(weights, name)]
     if unlike:
@@ -74,13 +74,13 @@ def _shape(weights: Mapping[str, Any], name: str) -> str:
     tensor = weights[name]
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
         return f"a {type(tensor).__name__}"
-    # A stride of 0 can make a tensor of any size of one number.
+    # With a stride of 0, a tensor of any size holds a single number.
     repeats = not tensor.is_meta and tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
     return f"{list(tensor.shape)} of repeated numbers" if repeats else str(list(tensor.shape))
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What a checkpoint holds, on the CPU.
+    """The contents of a checkpoint, on the CPU.
 
     Raises:
         FileNotFoundError: if there is no such file.

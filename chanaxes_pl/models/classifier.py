@@ -8,13 +8,14 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from chanaxes_pl.models.backbones import build_backbone
+from chanaxes_pl.models.backbones import Backbone, build_backbone
 from chanaxes_pl.network.removal import crashes_channels_last
 
 
@@ -32,7 +33,7 @@ def cosine_factor(step: int, total: int, warmup: int = 0) -> float:
     return (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
 
 
-#: How an :class:`ImageClassifier` trains where its hyperparameters do not say: the CIFAR recipe.
+#: The CIFAR recipe, which fills in for hyperparameters that a subclass of :class:`ImageClassifier` does not have.
 RECIPE = {
     "optimizer": "sgd",
     "lr": 0.1,
@@ -46,16 +47,16 @@ RECIPE = {
 
 
 class ImageClassifier(L.LightningModule):
-    """A network trained with cross-entropy on batches ``(images, labels)``, whichever it is.
+    """Any network, trained with cross-entropy on batches ``(images, labels)``.
 
     Logs ``train/loss``, ``train/top1`` and, for both ``val`` and ``test``, ``loss``, ``top1`` and (with more
-    than 5 classes) ``top5``, all as means over an epoch. A subclass saves its recipe as hyperparameters, by the names
-    of :data:`RECIPE`.
+    than 5 classes) ``top5``, all as means over an epoch. A subclass sets its recipe by saving hyperparameters with
+    names from :data:`RECIPE`.
 
     Args:
-        network: from images ``[batch, 3, height, width]`` to logits ``[batch, num_classes]``.
+        network: a network from images ``[batch, 3, height, width]`` to logits ``[batch, num_classes]``.
         num_classes: number of labels.
-        channels_last: keep maps in NHWC order.
+        channels_last: whether to keep maps in NHWC order.
     """
 
     def __init__(self, network: nn.Module, num_classes: int, channels_last: bool = False) -> None:
@@ -89,8 +90,8 @@ class ImageClassifier(L.LightningModule):
         """Log the loss and the accuracies of one batch ``(images, labels)``."""
         self._evaluate(batch, "test/loss", self.test_accuracy)
 
-    def configure_optimizers(self) -> Any:
-        """The optimiser, and the schedule that is stepped with it."""
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimiser, and a learning rate schedule that advances at every step of it."""
         shared = {"lr": self._setting("lr"), "weight_decay": self._setting("weight_decay")}
         if self._setting("optimizer") == "adamw":
             optimizer = torch.optim.AdamW(self.parameters(), **shared)
@@ -116,7 +117,7 @@ class ImageClassifier(L.LightningModule):
         if self._setting("schedule") == "one_cycle":
             return OneCycleLR(optimizer, self._setting("lr"), total_steps=total, cycle_momentum=False)
         warmup = self._setting("warmup_epochs")
-        if warmup:  # an epoch of unknown length is no obstacle to a run without warm-up
+        if warmup:  # only a warm-up needs to know the length of an epoch
             batches = self.trainer.num_training_batches
             warmup = round(warmup * math.ceil(batches / self.trainer.accumulate_grad_batches))
         return LambdaLR(optimizer, partial(cosine_factor, total=total, warmup=warmup))
@@ -133,28 +134,28 @@ class ImageClassifier(L.LightningModule):
 
 
 class Classifier(ImageClassifier):
-    """A backbone trained with cross-entropy, as :class:`ImageClassifier` does; by default with the CIFAR recipe.
+    """A backbone trained with cross-entropy, by default with the CIFAR recipe.
 
     Args:
-        backbone: a key of ``BACKBONES``.
+        backbone: name of the network.
         num_classes: number of labels.
         width: multiplier of every channel count.
-        image_size: side of the images in pixels; it picks the stem.
-        optimizer: ``"sgd"``, or ``"adamw"`` (which ignores ``momentum`` and ``nesterov``).
-        lr: the largest learning rate.
-        momentum: of SGD.
-        nesterov: whether SGD's momentum is Nesterov's.
-        weight_decay: applied to every parameter.
-        schedule: stepped once an optimiser step. ``"cosine"`` falls to 0 over the whole run; ``"one_cycle"``
-            rises over the first 30 % of the run, falls over the rest, and cannot be resumed to a longer one.
+        image_size: side of the images in pixels, which chooses the stem.
+        optimizer: ``"sgd"``, or ``"adamw"``, which ignores ``momentum`` and ``nesterov``.
+        lr: largest learning rate of the run.
+        momentum: momentum of SGD.
+        nesterov: whether SGD uses Nesterov momentum.
+        weight_decay: weight decay of all parameters.
+        schedule: learning rate over optimiser steps. ``"cosine"`` falls to 0 over the whole run; ``"one_cycle"``
+            rises over the first 30 % of the run and falls over the rest; a run with it cannot be prolonged.
         warmup_epochs: epochs, or a fraction of one, of linear warm-up before the cosine.
-        label_smoothing: in [0, 1], for the training loss only.
-        channels_last: keep maps in NHWC order: ResNet-18 trains about 1.3 times as fast on a CPU.
+        label_smoothing: label smoothing of the training loss, in [0, 1].
+        channels_last: whether to keep maps in NHWC order, with which ResNet-18 trains about 1.3 times as fast on a CPU.
 
     Raises:
-        ValueError: as :func:`build_backbone`; for an unknown optimiser or schedule; for a warm-up that is
-            negative or asked for beside ``"one_cycle"``, which has its own; and for ``channels_last`` on a
-            network so narrow that it would crash.
+        ValueError: as :func:`build_backbone`; for an unknown optimiser or schedule; for a negative warm-up, or any
+            with ``"one_cycle"``, which has its own; and for ``channels_last`` on a network so narrow that it would
+            crash.
 
     >>> classifier = Classifier("resnet18", num_classes=10, width=0.25)
     >>> classifier(torch.zeros(2, 3, 32, 32)).shape
@@ -163,7 +164,7 @@ class Classifier(ImageClassifier):
 
     def __init__(
         self,
-        backbone: str,
+        backbone: Backbone,
         num_classes: int,
         width: float = 1.0,
         image_size: int = 32,

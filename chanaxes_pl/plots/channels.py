@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 
-from chanaxes_pl.plots.style import DEPTH, WIDTH, canvas, layer_bar, words
+from chanaxes_pl.plots.style import DEPTH, WIDTH, canvas, words
+from chanaxes_pl.plots.ticks import layer_bar
 
-#: Metrics that are set against each other, each a row of panels.
+#: Metrics that are plotted against each other; each pair is a row of panels.
 PAIRS = (("input_capture", "task_information"), ("peer_overlap", "target_excess"))
 
 
@@ -19,11 +19,11 @@ def channel_panels(table: pd.DataFrame, steps: Mapping[str, int]) -> list[pd.Dat
 
     Args:
         table: channels of several checkpoints.
-        steps: the checkpoints to show, by what to call them.
+        steps: the step of each checkpoint to show, by the checkpoint's name.
 
     Returns:
-        For each pair of :data:`PAIRS` and each step the live channels, with the ranks of their metrics within their
-        layer (in percent) as ``x`` and ``y`` beside their columns, ``local``, ``target`` and ``when``.
+        The live channels, for each pair of :data:`PAIRS` and each step: their columns, the ranks of both metrics within
+        their layer (in percent) as ``x`` and ``y``, and ``local``, ``target`` and ``when``.
     """
     panels = []
     for local, target in PAIRS:
@@ -36,44 +36,26 @@ def channel_panels(table: pd.DataFrame, steps: Mapping[str, int]) -> list[pd.Dat
 
 
 def plot_channels(panels: list[pd.DataFrame], layers: list[str], title: str = "") -> Figure:
-    """Rank of the target metric against rank of the local one, a point a channel, coloured by its layer's depth.
+    """Plot the rank of the target metric against that of the local one: a point for each channel, coloured by depth.
 
     Args:
-        panels: from :func:`channel_panels`.
-        layers: names, from the input to the output.
-        title: above the figure.
-
-    Returns:
-        A figure; ``figure.savefig(path)`` writes it.
+        panels: the tables of :func:`channel_panels`.
+        layers: names of all layers, from the input to the output.
+        title: text above the figure.
     """
-    lines = len(PAIRS)
-    columns = len(panels) // lines
+    rows = len(PAIRS)
+    columns = len(panels) // rows
+    size = (WIDTH, 0.5 + WIDTH / max(columns, 2) * rows * 0.85)
     depth = {name: place for place, name in enumerate(layers)}
-    with canvas(
-        lines, columns, (WIDTH, 0.5 + WIDTH / max(columns, 2) * lines * 0.85), title, sharex=True, sharey=True
-    ) as (figure, grid):
+    look = {"cmap": DEPTH, "vmin": 0, "vmax": max(len(layers) - 1, 1), "s": 7, "linewidths": 0, "alpha": 0.6}
+    with canvas(rows, columns, size, title, sharex=True, sharey=True) as (figure, grid):
         dots = None
         for axes, points in zip(grid.flat, panels, strict=True):
-            dots = axes.scatter(
-                points["x"],
-                points["y"],
-                c=points["layer"].map(depth),
-                vmin=0,
-                vmax=max(len(layers) - 1, 1),
-                cmap=DEPTH,
-                s=7,
-                linewidths=0,
-                alpha=0.6,
-                rasterized=True,
-            )
+            dots = axes.scatter(points["x"], points["y"], c=points["layer"].map(depth), rasterized=True, **look)
             names = {key: points[key].iloc[0] if len(points) else "" for key in ("when", "local", "target")}
-            axes.set_title(names["when"], fontsize=9)
-            axes.set_xlabel(f"{words(names['local'])}\n(rank in its layer, %)", fontsize=8)
-            axes.set_ylabel(f"{words(names['target'])}\n(rank in its layer, %)", fontsize=8)
+            axes.set(title=names["when"], xlabel=f"{words(names['local'])}\n(rank in its layer, %)")
             axes.tick_params(labelbottom=True)
-            sns.despine(ax=axes)
-        for axes in grid[:, 1:].flat:
-            axes.set_ylabel("")
-        if dots is not None:
-            layer_bar(figure, dots, grid, layers)
+            if axes in grid[:, 0]:
+                axes.set_ylabel(f"{words(names['target'])}\n(rank in its layer, %)")
+        layer_bar(figure, dots, grid, layers)
     return figure

@@ -1,18 +1,17 @@
-"""How the metrics are distributed over channels, and how that changes while a network trains."""
+"""The distribution of each metric over channels, and its change while a network trains."""
 
 from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from chanaxes_pl.core.metrics import METRICS
-from chanaxes_pl.plots.correlations import time_axis
-from chanaxes_pl.plots.style import COLOURS, WIDTH, canvas, words
+from chanaxes_pl.plots.style import COLOURS, WIDTH, banded, canvas, words
+from chanaxes_pl.plots.ticks import time_axis
 
-#: Shares of the channels that lie below the edges of the bands and the line in their middle.
+#: Fractions of the channels that lie below the edges of the bands and the line in their middle.
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -31,14 +30,11 @@ def distributions(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def plot_distributions(quantiles: pd.DataFrame, title: str = "") -> Figure:
-    """Median, middle half and middle 90 % of each metric over the checkpoints, a panel a metric.
+    """Plot median, middle half and middle 90 % of each metric over the checkpoints.
 
     Args:
-        quantiles: from :func:`distributions`.
-        title: above the figure.
-
-    Returns:
-        A figure; ``figure.savefig(path)`` writes it.
+        quantiles: the table of :func:`distributions`.
+        title: text above the figure.
     """
     with canvas(2, 2, (WIDTH, 4.6), title, sharex=True) as (figure, panels):
         for axes, metric in zip(panels.flat, METRICS, strict=True):
@@ -50,11 +46,8 @@ def plot_distributions(quantiles: pd.DataFrame, title: str = "") -> Figure:
 
 def _draw_bands(axes: Axes, quantiles: pd.DataFrame, metric: str) -> None:
     edges = quantiles.pivot_table(index="step", columns="quantile", values="nats", dropna=False)
-    at = edges.index
-    edges = edges.to_numpy()
-    for low, high, alpha in ((0, 4, 0.18), (1, 3, 0.35)):
-        axes.fill_between(at, edges[:, low], edges[:, high], color=COLOURS[metric], alpha=alpha, linewidth=0)
-    axes.plot(at, edges[:, 2], color=COLOURS[metric], marker="o", markersize=3)
+    lowest, low, median, high, highest = (edges[quantile] for quantile in QUANTILES)
+    axes.fill_between(edges.index, lowest, highest, color=COLOURS[metric], alpha=0.18, linewidth=0)
+    banded(axes, edges.index, median, low, high, COLOURS[metric], alpha=0.35, marker="o", markersize=3)
     axes.set(title=words(metric), ylabel="nats")
     time_axis(axes, quantiles)
-    sns.despine(ax=axes)

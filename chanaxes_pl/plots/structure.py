@@ -1,33 +1,31 @@
-"""Structure within layers, by depth, as a picture."""
+"""Structure within layers, over the depth of a network."""
 
 from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.typing import ColorType
 
 from chanaxes_pl.core.metrics import METRICS
-from chanaxes_pl.plots.style import BLUE, COLOURS, GREEN, GREY, RED, canvas, short, words
+from chanaxes_pl.plots.style import BLUE, COLOURS, GREEN, GREY, RED, canvas, horizontal, words
+from chanaxes_pl.plots.ticks import layer_ticks
 
 #: Layers whose names fit below a panel.
 _NAMED = 26
 
 
 def plot_structure(structure: pd.DataFrame, title: str = "") -> Figure:
-    """Modularity of the channels' graphs, excess of pairs and triplets, and propagation, over the depth of a network.
+    """Plot modularity of the channels' graphs, excess of pairs and triplets, and propagation, for each layer.
 
     Args:
-        structure: from ``layer_structure``, one row a layer; nulls are drawn as bars of ± 2 standard deviations.
-        title: above the figure.
-
-    Returns:
-        A figure of 7 × 8.6 inches; ``figure.savefig(path)`` writes it.
+        structure: the table of ``layer_structure``, one row for each layer; nulls are drawn as bars of ± 2 standard
+            deviations.
+        title: text above the figure.
     """
-    names = structure["layer"].tolist()
-    with canvas(3, 1, (7, 8.6), title, sharex=True) as (figure, grid):
-        modularity, excess, routed = grid.flat
+    with canvas(3, 1, (7, 8.6), title, sharex=True) as (figure, panels):
+        modularity, excess, routed = panels.flat
         for graph, colour in (("overlap", BLUE), ("excess", RED)):
             _draw_band(modularity, structure[f"{graph}_null"], structure[f"{graph}_null_sd"], colour)
             _draw_line(modularity, structure[f"{graph}_modularity"], colour, f"{graph} graph")
@@ -43,21 +41,18 @@ def plot_structure(structure: pd.DataFrame, title: str = "") -> Figure:
         for metric in METRICS:
             _draw_line(routed, structure[f"routed_{metric}"], COLOURS[metric], words(metric))
         routed.set_ylabel("ρ(routed, own metric)")
-        routed.axhline(0, color="black", linewidth=0.6)
-        every = -(-len(names) // _NAMED)
-        labels = [short(name, names) for name in names[::every]]
-        routed.set_xticks(range(0, len(names), every), labels, rotation=90, fontsize=7)
-        for axes in (modularity, excess, routed):
-            axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
-            sns.despine(ax=axes)
+        horizontal(routed)
+        routed.set_xticks(*layer_ticks(structure["layer"].tolist(), _NAMED), rotation=90, fontsize=7)
+        for axes in panels.flat:
+            axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
 
 
-def _draw_line(axes: Axes, values: pd.Series, colour: tuple, label: str, null: bool = False) -> None:
+def _draw_line(axes: Axes, values: pd.Series, colour: ColorType, label: str, null: bool = False) -> None:
     look = {"marker": "_", "markersize": 8} if null else {"marker": "o", "markersize": 3.5}
     axes.plot(np.arange(len(values)), values, color=colour, linestyle="none", label=label, **look)
 
 
-def _draw_band(axes: Axes, mean: pd.Series, spread: pd.Series, colour: tuple, label: str = "_") -> None:
+def _draw_band(axes: Axes, mean: pd.Series, spread: pd.Series, colour: ColorType, label: str = "_") -> None:
     at = np.arange(len(mean))
     axes.bar(at, 4 * spread, 0.8, mean - 2 * spread, color=colour, alpha=0.2, linewidth=0, label=label)

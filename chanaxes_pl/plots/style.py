@@ -1,16 +1,20 @@
-"""How every figure looks: sizes, type, and the same colour for the same thing everywhere."""
+"""The look of all figures: sizes, type, and the same colour for the same thing everywhere."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.typing import ColorType
+from numpy.typing import ArrayLike
 
 from chanaxes_pl.analysis.correlations import MAIN_PAIR
 
@@ -36,17 +40,30 @@ COLOURS = {
     "both": GREEN,
     "baseline": GREY,
 }
-#: Depth from the first layer to the last; without the yellow end, which is invisible on white.
+#: Colours from the first layer to the last; without the yellow end, which is invisible on white.
 DEPTH = ListedColormap(mpl.colormaps["plasma"](np.linspace(0, 0.78, 256)))
-#: Marks of lines of one colour.
+#: What tells lines of one colour apart.
 DASHES = ("-", "--", ":", "-.")
 MARKERS = "osD^v<>PX*"
+
+_SETTINGS: dict[Any, Any] = {
+    **sns.axes_style("ticks"),
+    **sns.plotting_context("paper", font_scale=1.1),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+}
 
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """The look that all figures are drawn in."""
-    with sns.axes_style("ticks"), sns.plotting_context("paper", font_scale=1.1):
+    """Draw in the look of all figures while the context is open."""
+    with mpl.rc_context(_SETTINGS):
         yield
 
 
@@ -54,22 +71,35 @@ def styled() -> Iterator[None]:
 def canvas(
     rows: int, columns: int, size: tuple[float, float], title: str = "", **options: Any
 ) -> Iterator[tuple[Figure, np.ndarray]]:
-    """A styled figure to draw in, with its title.
+    """Open a styled figure with a grid of panels and a title.
 
     Args:
-        rows: of panels.
-        columns: of panels.
+        rows: rows of panels.
+        columns: columns of panels.
         size: width and height in inches.
-        title: above the figure.
-        options: of ``Figure.subplots``.
+        title: text above the figure.
+        options: further arguments of ``Figure.subplots``.
 
     Yields:
-        The figure, and ``[rows, columns]`` axes.
+        The figure, and its panels, an array of ``[rows, columns]`` axes.
     """
     with styled():
         figure = Figure(figsize=size, layout="constrained")
         yield figure, figure.subplots(rows, columns, squeeze=False, **options)
         figure.suptitle(title)
+
+
+def horizontal(axes: Axes, y: float = 0.0) -> None:
+    """Draw a thin black line at ``y`` over the whole width, for comparison."""
+    axes.axhline(y, color="black", linewidth=0.6)
+
+
+def banded(
+    axes: Axes, x: ArrayLike, y: pd.Series, low: pd.Series, high: pd.Series, color: ColorType, alpha: float, **look: Any
+) -> None:
+    """Draw the line ``y`` over a band of the same colour and of opacity ``alpha``; no band where its edges are NaN."""
+    axes.fill_between(x, low, high, color=color, alpha=alpha, linewidth=0)
+    axes.plot(x, y, color=color, **look)
 
 
 def words(name: str) -> str:
@@ -79,16 +109,3 @@ def words(name: str) -> str:
     ('input capture', 'peer R²')
     """
     return name.replace("_r2", " R²").replace("_", " ")
-
-
-def short(name: str, names: Sequence[str]) -> str:
-    """A layer's name without the module that all of them are in."""
-    head = name.split(".")[0] + "."
-    return name.removeprefix(head) if all(other.startswith(head) for other in names) else name
-
-
-def layer_bar(figure: Figure, dots: Any, axes: Any, layers: Sequence[str]) -> None:
-    """A colour bar of depth beside ``axes``, for points whose colour is their layer's place in ``layers``."""
-    bar = figure.colorbar(dots, ax=axes, shrink=0.8, aspect=40, label="layer")
-    ticks = sorted({0, len(layers) // 2, len(layers) - 1})
-    bar.set_ticks(ticks, labels=[short(layers[tick], layers) for tick in ticks])

@@ -1,14 +1,16 @@
-"""Gradient flows of channels on the unit sphere, and what both information terms do on the way."""
+"""Gradient flows of channels on the unit sphere, and both information terms along the way."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import count
+from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
 import torch
-from scipy.integrate import DOP853
+from scipy.integrate import solve_ivp
 from torch import Tensor
 from torch.func import vmap
 
@@ -18,9 +20,10 @@ from chanaxes_pl.core.metrics import captured
 from chanaxes_pl.core.statistics import spearman
 from chanaxes_pl.simulation.problem import Draw, Problem
 
-#: What a flow ascends: input capture, task information, or a weighted mean of both.
-FLOWS = ("capture", "mixture", "task")
-#: Channels whose information terms spread less than this, in nats, are the same up to the error of integration.
+Flow = Literal["capture", "mixture", "task"]
+#: What a flow ascends: input capture, a weighted mean of both information terms, or task information.
+FLOWS: tuple[Flow, ...] = get_args(Flow)
+#: Channels whose information terms differ by less than this standard deviation, in nats, differ by numerical error.
 RESOLUTION = 1e-6
 COLUMNS = (
     *("flow", "share", "channels", "run", "time", "rho", "alignment", "input_capture", "task_information"),
@@ -32,34 +35,34 @@ _FIRST_RECORD = 1e-3  # of the duration
 
 def simulate(
     problem: Problem,
-    flow: str = "task",
+    flow: Flow = "task",
     mixture: float = 0.5,
     duration: float = 10.0,
     records: int = 50,
     tolerance: float = 1e-8,
 ) -> pd.DataFrame:
-    """Follow a gradient flow from random initialisation and record how both information terms go together.
+    """Follow a gradient flow from random initialisation and record how both information terms correlate.
 
-    Every channel ascends on its own, ẇ = (1 − wwᵀ) ∇_w [(1 − μ) I_X + μ I_T], on the unit sphere: I_X would grow
-    without bound under a free flow, while I_T does not depend on the norm and its free flow conserves it. The metric is
-    the Euclidean one of plain gradient descent, whose learning rate times steps is the time here. It is integrated in
-    float64 by the Runge–Kutta method of Dormand and Prince (order 8), all channels and seeds with one step, chosen such
-    that the root mean square over weights of error / (1 + |weight|) in a step stays below ``tolerance``.
+    Every channel ascends by itself, ẇ = (1 − wwᵀ) ∇_w [(1 − μ) I_X + μ I_T], on the unit sphere. A free flow would let
+    I_X grow without bound, while I_T does not depend on the norm and its free flow conserves it. The metric is the
+    Euclidean one of plain gradient descent, so time is learning rate × steps. The flow is integrated in float64 by the
+    Runge–Kutta method of Dormand and Prince (order 8). All channels and seeds share one step size, chosen such that the
+    root mean square over weights of error / (1 + |weight|) stays below ``tolerance`` in every step.
 
     Args:
         problem: spectrum, target, channels and seeds.
         flow: ``"capture"`` (μ = 0), ``"task"`` (μ = 1) or ``"mixture"``.
         mixture: μ of the flow ``"mixture"``, between 0 and 1.
         duration: the time at which the flow ends.
-        records: how many times are recorded after the start, evenly spaced on a logarithmic scale.
-        tolerance: of the integration.
+        records: the number of recorded times after the start, evenly spaced on a logarithmic scale.
+        tolerance: largest error of a step of the integration.
 
     Returns:
-        A row a run (seed) and recorded time: ``flow, share, channels`` (of the problem), ``run, time, rho`` (Spearman
-        of input capture and task information over channels), ``alignment`` (mean |cos(Σw, g)|), ``input_capture``,
-        ``task_information`` (means over channels, nats), ``capture_spread``, ``task_spread`` (standard deviations over
-        channels, nats), ``on_leading`` (mean share of ‖w‖² in the leading eigenvectors) and ``reason``, which says
-        why ``rho`` is NaN.
+        One row for each run (seed) and recorded time: ``flow, share, channels`` (of the problem), ``run, time, rho``
+        (Spearman correlation of input capture and task information over channels), ``alignment`` (mean |cos(Σw, g)|),
+        ``input_capture``, ``task_information`` (means over channels, nats), ``capture_spread``, ``task_spread``
+        (standard deviations over channels, nats), ``on_leading`` (mean share of ‖w‖² in the leading eigenvectors) and
+        ``reason``, which says why ``rho`` is NaN.
 
     Raises:
         ValueError: for a value that is out of range, quoting it, before anything is computed.
@@ -72,7 +75,8 @@ def simulate(
     """
     check_flow(flow, mixture, duration, records, tolerance)
     draw, times = problem.draw(), [0.0, *np.geomspace(_FIRST_RECORD * duration, duration, records).tolist()]
-    path = trajectory(draw, {"capture": 0.0, "task": 1.0}.get(flow, mixture), times, tolerance)
+    weight = {"capture": 0.0, "mixture": mixture, "task": 1.0}[flow]
+    path = trajectory(draw, weight, times, tolerance)
     rows = [_observed(weights, draw, problem.leading).assign(time=time) for time, weights in path]
     return _framed(rows, flow, problem)
 
@@ -95,11 +99,12 @@ def initial_coupling(problem: Problem, shares: Sequence[float] = tuple(np.linspa
     """Both information terms at random initialisation, over the share of c in the leading eigenvectors.
 
     Args:
-        problem: its own ``share`` does not matter; weights and the directions of both parts of c are the same for all.
-        shares: of ‖c‖².
+        problem: spectrum, target, channels and seeds; its own ``share`` is not used. Weights, and the directions of
+            both parts of c, are the same for all shares.
+        shares: the shares of ‖c‖² to compare, 0 to 1.
 
     Returns:
-        A row a run and share, with the columns of :func:`simulate`, at time 0 of the flow ``"none"``.
+        One row for each run and share, with the columns of :func:`simulate`, at time 0 of the flow ``"none"``.
     """
     problems = [replace(problem, share=float(share)) for share in shares]
     frames = []
@@ -110,15 +115,15 @@ def initial_coupling(problem: Problem, shares: Sequence[float] = tuple(np.linspa
 
 
 def half_times(frame: pd.DataFrame) -> pd.DataFrame:
-    """When each run's ρ has fallen to half of what it was at the start.
+    """The time at which each run's ρ has fallen to half of its value at the start.
 
     Args:
-        frame: from :func:`simulate`, of one flow or several.
+        frame: the table of :func:`simulate`, of one flow or several.
 
     Returns:
-        A row a run: ``flow, share, run, initial`` (ρ at the start), ``time`` (interpolated between records; infinite
-        where it does not happen; NaN where ``initial`` is no higher than chance would have it in one of 40 runs) and
-        ``reason``, why ``time`` is NaN.
+        One row for each run: ``flow, share, run, initial`` (ρ at the start), ``time`` (interpolated between records;
+        infinite if ρ never falls so far; NaN if chance alone gives a ρ as high as ``initial`` in one of 40 runs) and
+        ``reason``, which says why ``time`` is NaN.
     """
     rows = []
     for (flow, share, run), path in frame.groupby(["flow", "share", "run"], sort=False):
@@ -135,39 +140,37 @@ def trajectory(draw: Draw, weight: float, times: Sequence[float], tolerance: flo
 
     Args:
         draw: the start.
-        weight: μ, of task information.
-        times: ascending, the first is 0.
-        tolerance: of the integration, relative and absolute.
+        weight: μ, the weight of task information.
+        times: ascending times, of which the first is 0.
+        tolerance: relative and absolute tolerance of the integration.
 
     Raises:
         RuntimeError: if the steps become too many or too small.
     """
-    shape, velocity = draw.weights.shape, _velocity(draw, weight)
+    shape, velocity, steps = draw.weights.shape, _velocity(draw, weight), count()
 
     def derivative(_time: float, flat: np.ndarray) -> np.ndarray:
         return velocity(torch.from_numpy(flat).view(shape)).flatten().numpy()
 
-    solver = DOP853(derivative, 0.0, draw.weights.flatten().numpy(), times[-1], rtol=tolerance, atol=tolerance)
-    yield times[0], draw.weights
-    due = list(times[:0:-1])
-    for _ in range(_MAX_STEPS):
-        message = solver.step()
-        if solver.status == "failed":
-            raise RuntimeError(f"the flow stopped at time {solver.t:.3g}: {message}")
-        between = solver.dense_output() if due[-1] <= solver.t else None
-        while between and due and due[-1] <= solver.t:
-            yield due[-1], torch.from_numpy(between(due[-1])).view(shape)
-            due.pop()
-        if not due:
-            return
-    raise RuntimeError(
-        f"the flow got to time {solver.t:.3g} of {times[-1]:.3g} in {_MAX_STEPS} steps: it is stiff, as when channels "
-        "settle where the input hardly varies; choose a flatter spectrum or a shorter duration"
-    )
+    def limited(time: float, _flat: np.ndarray) -> float:
+        """Stop a flow of too many steps: the solver evaluates its events once at the start and after every step."""
+        if next(steps) >= _MAX_STEPS and time < times[-1]:
+            raise RuntimeError(
+                f"the flow got to time {time:.3g} of {times[-1]:.3g} in {_MAX_STEPS} steps: it is stiff, as when "
+                "channels settle where the input hardly varies; choose a flatter spectrum or a shorter duration"
+            )
+        return 1.0
+
+    start = draw.weights.flatten().numpy()
+    options = {"t_eval": times, "events": limited, "rtol": tolerance, "atol": tolerance}
+    path = solve_ivp(derivative, (0.0, times[-1]), start, method="DOP853", **options)
+    if not path.success:
+        raise RuntimeError(f"the flow stopped after time {path.t[-1]:.3g}: {path.message}")
+    return zip(times, torch.from_numpy(path.y.T.copy()).view(-1, *shape), strict=True)
 
 
 def _first_below(times: np.ndarray, values: np.ndarray, level: float) -> float:
-    """When values first fall below a level that they start above, linear between records; infinite where never."""
+    """When values first fall below ``level``, above which they start, linear between records; infinite if never."""
     below = np.flatnonzero(values < level)
     if not len(below):
         return np.inf
@@ -191,7 +194,7 @@ def _velocity(draw: Draw, weight: float) -> Callable[[Tensor], Tensor]:
 
 
 def _observed(weights: Tensor, draw: Draw, leading: int) -> pd.DataFrame:
-    """A row a seed: what :func:`simulate` records of weights ``[S, C, F]``."""
+    """What :func:`simulate` records of weights ``[S, C, F]``: one row for each seed."""
     sigma_w, cross = weights @ draw.covariance, draw.cross.unsqueeze(1)
     power, shared = (weights * sigma_w).sum(-1), (weights * cross).sum(-1)
     known = shared.square() / power

@@ -1,4 +1,4 @@
-"""What a simulation starts from: the spectrum of the input, the target's covariance with it, random channels."""
+"""The start of a simulation: the spectrum of the input, the target's covariance with it, and random channels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from chanaxes_pl.core.statistics import MIN_CHANNELS
 
-# Beyond this, float64 has nothing left of the smallest eigenvalue.
+# Ratio of eigenvalues beyond which float64 loses the smallest one.
 _MOST_SPREAD = 1e12
 
 
@@ -19,9 +19,9 @@ class Draw(NamedTuple):
     """One random start of S seeds, float64, in the basis of the input's eigenvectors, the leading one first.
 
     Attributes:
-        weights: ``[S, C, F]``, every channel's of norm 1.
-        covariance: ``[F, F]``, Σ, diagonal, its trace F.
-        cross: ``[S, F]``, c, where the target has variance 1.
+        weights: ``[S, C, F]``, weights of the channels, each of norm 1.
+        covariance: ``[F, F]``, Σ, a diagonal matrix of trace F.
+        cross: ``[S, F]``, c, the input's covariance with the target, which has variance 1.
         noise: ``[S]``, σ₀², the median over channels of their variance at the start.
     """
 
@@ -35,19 +35,20 @@ class Draw(NamedTuple):
 class Problem:
     """Channels y = wᵀx of a Gaussian input x ~ N(0, Σ), and a scalar target T of variance 1 with Cov(x, T) = c.
 
-    Random weights have no preferred direction, so that a diagonal Σ stands for every Σ of its spectrum. The direction
-    of c is random within the leading eigenvectors and within the others, such that each of them tells the same about T
-    on average; ``share`` then sets one part against the other, and ``explained`` the length of c.
+    Random weights have no preferred direction, so a diagonal Σ stands for every Σ of its spectrum. The direction of c
+    is random within the leading eigenvectors and within the others, such that each of them says the same about T on
+    average; ``share`` then divides c between both groups, and ``explained`` sets its length.
 
     Attributes:
-        spectrum: the exponent a of eigenvalues ∝ k^−a, or the eigenvalues themselves, in any unit and order.
-        inputs: F, how many eigenvalues a power law has; eigenvalues that are given bring their own number.
-        leading: m, how many eigenvectors count as leading.
-        share: of ‖c‖², what lies in the leading eigenvectors, 0 to 1.
-        explained: R², the share of the target's variance that the whole input explains, which bounds what a channel can
-            know at −½ ln(1 − R²) nats.
-        channels: C.
-        seeds: S; run k draws weights and c from seed k.
+        spectrum: exponent a of the eigenvalues ∝ k^−a of the input's covariance, or the eigenvalues themselves, in any
+            unit and order.
+        inputs: F, number of eigenvalues of a power law; eigenvalues given one by one bring their own number.
+        leading: m, number of eigenvectors that count as leading.
+        share: share of the task covariance ‖c‖² that lies in the leading eigenvectors, 0 to 1.
+        explained: R², share of the target's variance that the whole input explains; a channel knows at most
+            −½ ln(1 − R²) nats.
+        channels: C, number of channels in a run.
+        seeds: S, number of runs; run k draws its weights and its task from seed k.
 
     Raises:
         ValueError: for a value that is out of range, quoting it.

@@ -517,6 +517,23 @@ def test_a_link_that_leads_nowhere_is_named(cifar: Path, split: str) -> None:
         CIFAR10DataModule(cifar, val_size=10).setup()
 
 
+def test_a_class_that_is_a_link_to_nowhere_is_named(cifar: Path) -> None:
+    (cifar / "cifar10/train/class3").rename(cifar / "class3")
+    (cifar / "cifar10/train/class3").symlink_to(cifar / "class3")
+    CIFAR10DataModule(cifar, val_size=10).setup("fit")  # a link to a folder is as good as a folder
+    (cifar / "class3").rename(cifar / "elsewhere")
+    message = r"train/class3: expected a class folder: it is a link to .*/class3, which is missing"
+    with pytest.raises(FileNotFoundError, match=message):
+        CIFAR10DataModule(cifar, val_size=10).setup("fit")
+
+
+def test_hidden_folders_and_loose_files_are_no_classes(cifar: Path) -> None:
+    (cifar / "cifar10/train/.ipynb_checkpoints").mkdir()
+    (cifar / "cifar10/train/._class3").write_bytes(b"written by macOS")
+    (cifar / "cifar10/train/README.txt").write_text("ten classes")
+    assert list_classes(cifar / "cifar10/train") == [f"class{i}" for i in range(10)]
+
+
 def test_a_folder_named_like_an_image_is_named(cifar: Path) -> None:
     (cifar / "cifar10/train/class3/more.png").mkdir()
     with pytest.raises(FileNotFoundError, match=r"more.png: expected an image file\."):
@@ -722,6 +739,26 @@ def test_tiny_imagenet_lists_may_begin_with_a_mark_and_end_in_blank_lines(tiny: 
     module = TinyImageNetDataModule(tiny)
     assert [part.tolist() for part in everything(module.test_dataloader())] == [part.tolist() for part in expected]
     assert (module.num_classes, module.class_names) == (3, names)
+
+
+def test_tiny_imagenet_lists_may_have_the_line_ends_of_windows(tiny: Path) -> None:
+    tree = tiny / "tiny-imagenet-200"
+    names = TinyImageNetDataModule(tiny).class_names
+    for name in ("val/val_annotations.txt", "wnids.txt", "words.txt"):
+        (tree / name).write_bytes((tree / name).read_bytes().replace(b"\n", b"\r\n"))
+    annotations = tree / "val/val_annotations.txt"
+    annotations.write_bytes(b"val_0.JPEG\tn02\r\nval_1.JPEG\tn01\r\n")  # no boxes: the class id ends the line
+    module = TinyImageNetDataModule(tiny)
+    assert everything(module.test_dataloader())[1].tolist() == [1, 0]
+    assert module.class_names == names
+
+
+def test_tiny_imagenet_annotated_link_that_leads_nowhere(tiny: Path) -> None:
+    image = tiny / "tiny-imagenet-200/val/images/val_1.JPEG"
+    image.unlink()
+    image.symlink_to(tiny / "lost.JPEG")
+    with pytest.raises(FileNotFoundError, match=r"val_1.JPEG: no such image.*: it is a link to .*lost.JPEG"):
+        TinyImageNetDataModule(tiny).setup("test")
 
 
 def test_tiny_imagenet_empty_class_list(tiny: Path) -> None:

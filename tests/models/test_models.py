@@ -1,6 +1,7 @@
 """Backbones against torchvision and closed forms; the classifier's schedules, metrics and checkpoints."""
 
 import math
+from typing import get_args
 
 import lightning as L
 import pytest
@@ -11,6 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from chanaxes_pl.models import BACKBONES, Classifier, build_backbone, cosine_factor
+from chanaxes_pl.models.backbones import Backbone
+from chanaxes_pl.models.classifier import RECIPE
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
 
@@ -217,6 +220,15 @@ def test_an_endless_run_has_no_schedule(tmp_path):
 
 def test_cosine_is_bounded_where_the_warm_up_outlasts_the_run():
     assert [cosine_factor(step, total=2, warmup=4) for step in range(3)] == [0.25, 0.5, 0.75]
+
+
+def test_the_recipe_is_that_of_a_classifier_with_its_defaults():
+    hyperparameters = Classifier("resnet18", 10, width=0.05).hparams
+    assert {name: hyperparameters[name] for name in RECIPE} == RECIPE
+
+
+def test_every_backbone_can_be_chosen():
+    assert list(get_args(Backbone)) == list(BACKBONES)
 
 
 def test_optimizers_take_their_arguments(tmp_path):

@@ -14,7 +14,7 @@ from torch import Tensor
 from chanaxes_pl import compute_axes
 from chanaxes_pl.cli import main as cli
 from chanaxes_pl.plots import plot_alignment, plot_simulation
-from chanaxes_pl.plots.gaussian import PUBLISHED
+from chanaxes_pl.plots.alignment import PUBLISHED
 from chanaxes_pl.simulation import FLOWS, Problem, flows, half_times, initial_coupling, simulate
 from chanaxes_pl.simulation.flows import COLUMNS, trajectory
 from tests.helpers import cases as zoo
