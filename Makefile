@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: demo test lint bench figures clean
 
 demo: .venv/.ready
-	OMP_NUM_THREADS=2 $(BIN)/chanaxes demo
+	$(BIN)/chanaxes demo
 
 test: .venv/.ready
 	$(BIN)/python -m pytest -q
