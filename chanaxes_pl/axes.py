@@ -7,14 +7,14 @@ from functools import cached_property
 
 import pandas as pd
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
 
 from chanaxes_pl.analysis.correlations import axis_correlations, reliabilities
 from chanaxes_pl.analysis.groupings import groupings
 from chanaxes_pl.core.errors import naming
 from chanaxes_pl.core.targets import TargetSpec
 from chanaxes_pl.network.layers import LayerSpec, channel_count
-from chanaxes_pl.network.probe import Placement, Probe, Step
+from chanaxes_pl.network.batches import Placement, Step
+from chanaxes_pl.network.probe import Probe, ProbeSource
 from chanaxes_pl.network.recording import Settings, record
 from chanaxes_pl.tables import axes_table
 
@@ -31,7 +31,7 @@ def measure_axes(
     """
     recorder = record(model, probe, settings, place)
     widths = {name: channel_count(layer) for name, layer in recorder.layers.items()}
-    return axes_table(recorder.moments(), widths, settings.noise)
+    return axes_table(recorder.moments(), widths, settings.noise).assign(target=recorder.target.name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,8 @@ class Axes:
     Attributes:
         table: one row a channel: ``layer, channel, input_capture, peer_overlap, task_information, target_excess``
             (nats), ``peer_r2`` (share), ``hull_size``, ``hull_score``, ``dead``, ``at_ceiling``, the
-            values on the probe's two halves and against the null target, ``reason``.
+            values on the probe's two halves and against the null target, ``reason``, and ``target``, the name of the
+            task variable.
     """
 
     table: pd.DataFrame
@@ -65,11 +66,11 @@ class Axes:
 
 def compute_axes(
     model: nn.Module,
-    probe: DataLoader | Dataset,
+    probe: ProbeSource,
     *,
     layers: LayerSpec = "conv",
     positions: int | str = 16,
-    target: TargetSpec = "logit_margin",
+    target: TargetSpec = "auto",
     noise: str | float = "median",
     reliability: bool = True,
     alignment: bool = False,

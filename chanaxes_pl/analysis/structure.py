@@ -22,7 +22,7 @@ from chanaxes_pl.core.targets import TargetSpec
 from chanaxes_pl.network.layers import LayerSpec, select_layers
 from chanaxes_pl.network.probe import MIN_IMAGES, Placement, Probe, Step, image_batches
 from chanaxes_pl.network.recording import LayerMoments, Settings, record
-from chanaxes_pl.network.upstream import Upstream, find_upstream, input_spread
+from chanaxes_pl.analysis.upstream import Upstream, find_upstream, input_spread
 from chanaxes_pl.tables import associations, measure
 
 #: Weighted graphs over a layer's channels.

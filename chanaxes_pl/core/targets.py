@@ -3,100 +3,333 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from scipy.special import ndtri
 from torch import Tensor
+from torch.nn import functional as F
 
-from chanaxes_pl.core.errors import ArgumentError
+from chanaxes_pl.core.errors import ArgumentError, InputError
 from chanaxes_pl.core.moments import accumulation_device
 
-#: The name of a target in :data:`TARGETS`, or ``(logits [B, K], labels [B]) → [B]`` or ``[B, D]``.
-TargetSpec = str | Callable[[Tensor, Tensor], Tensor]
+#: ``"auto"`` chooses one of the others from the shapes and values of outputs and labels.
+TargetName = Literal["auto", "logit_margin", "log_probability", "signed_logit", "log_likelihood", "label"]
+#: ``(outputs, labels) → [B]`` or ``[B, D]``; gets what the step returned.
+TargetFunction = Callable[[Any, Any], Tensor]
+TargetSpec = TargetName | TargetFunction
+
+#: Class indices that mark a position of a map as not labelled, beside all negative ones.
+_IGNORED = 255
 
 
 def logit_margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """``[B]``: the correct class's logit less the largest other one.
+    """Return the correct class's logit less the largest other one.
+
+    Args:
+        logits: ``[B, K]``, or ``[B, K, *positions]`` of dense prediction.
+        labels: ``[B]`` or ``[B, *positions]``, class indices.
+
+    Returns:
+        ``[B]``; of a map the mean over its labelled positions, NaN where it has none.
 
     Example:
         >>> import torch
         >>> logit_margin(torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([2]))
         tensor([-1.])
     """
-    correct = logits.gather(1, labels[:, None])[:, 0]
-    return correct - logits.scatter(1, labels[:, None], -torch.inf).amax(1)
+    labelled = _labelled(labels)
+    index = labels.where(labelled, 0)[:, None]
+    correct = logits.gather(1, index)[:, 0]
+    return _mean(correct - logits.scatter(1, index, -torch.inf).amax(1), labelled)
 
 
 def log_probability(logits: Tensor, labels: Tensor) -> Tensor:
-    """``[B]``, nats: log-probability of the correct class, which is minus the cross-entropy."""
+    """Return ``[B]``, nats: the log-probability of the correct class, which is minus the cross-entropy."""
     return logits.log_softmax(1).gather(1, labels[:, None])[:, 0]
 
 
-def label(logits: Tensor, labels: Tensor) -> Tensor:
-    """``[B, K − 1]``: the label itself, one-hot with the last class as reference.
+def signed_logit(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return (2y − 1)·z of one logit z and a label y of 0 or 1: positive where the prediction is right.
 
-    Regression on it explains a channel's between-class variance.
+    Args:
+        logits: ``[B]``, ``[B, 1]``, or ``[B, 1, *positions]`` of dense prediction.
+        labels: of as many numbers; in a map a label that is negative or 255 is left out.
+
+    Returns:
+        ``[B]``; of a map the mean over its labelled positions, NaN where it has none.
+
+    Example:
+        >>> import torch
+        >>> signed_logit(torch.tensor([[2.0], [3.0]]), torch.tensor([1, 0]))
+        tensor([ 2., -3.])
     """
-    return torch.nn.functional.one_hot(labels, logits.shape[1])[:, :-1]
+    labels = labels.reshape(logits.shape)
+    return _mean(((2 * labels - 1) * logits), _labelled(labels))
 
 
-TARGETS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+def log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return ``[B]``, nats: the log-likelihood of all labels of an image, each a 0 or a 1 with a logit of its own."""
+    return -F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").sum(1)
+
+
+def label(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Return the label itself, on which the outputs have no influence.
+
+    Returns:
+        ``[B, K − 1]`` of class indices, one-hot with the last class as reference: regression on it explains a
+        channel's between-class variance. ``[B, D]`` of any other labels, as they are.
+    """
+    if _are_classes(outputs, labels):
+        return F.one_hot(labels, outputs.shape[1])[:, :-1]
+    return labels.reshape(len(labels), -1)
+
+
+TARGETS: dict[str, TargetFunction] = {
     "logit_margin": logit_margin,
     "log_probability": log_probability,
+    "signed_logit": signed_logit,
+    "log_likelihood": log_likelihood,
     "label": label,
 }
 
 
-def target_function(target: TargetSpec) -> Callable[[Tensor, Tensor], Tensor]:
-    """The function behind ``target``.
+class Target:
+    """T of every image of a batch, by a name of :data:`TARGETS`, by a function, or as outputs and labels suggest.
+
+    Args:
+        spec: what T is.
+
+    Attributes:
+        name: of the target; ``"auto"`` until :meth:`settle` has chosen one. A function goes by its own name.
 
     Raises:
-        ValueError: for a name that is not in :data:`TARGETS`.
+        ValueError: for a name that is not known.
+
+    Example:
+        >>> import torch
+        >>> target = Target("auto")
+        >>> target(torch.tensor([[2.0], [3.0]]), torch.tensor([1, 0])).tolist(), target.name
+        ([[2.0], [-3.0]], 'signed_logit')
     """
-    if callable(target):
-        return target
-    if target in TARGETS:
-        return TARGETS[target]
-    if target == "cross_entropy":
-        raise ArgumentError(
-            "target='cross_entropy'",
-            "expected 'log_probability', which is minus the cross-entropy: the same "
-            "information, and the opposite sign of covariances",
-        )
-    raise ArgumentError(
-        f"target={target!r}", f"expected {', '.join(map(repr, TARGETS))} or a function (logits, labels) → [B] or [B, D]"
+
+    def __init__(self, spec: TargetSpec = "auto") -> None:
+        self._function = spec if callable(spec) else None
+        if callable(spec):
+            self.name = getattr(spec, "__name__", type(spec).__name__)
+            return
+        if spec == "cross_entropy":
+            raise ArgumentError(
+                "target='cross_entropy'",
+                "expected 'log_probability', which is minus the cross-entropy: the same "
+                "information, and the opposite sign of covariances",
+            )
+        if spec not in get_args(TargetName):
+            names = ", ".join(map(repr, get_args(TargetName)))
+            raise ArgumentError(f"target={spec!r}", f"expected {names} or a function (outputs, labels) → [B] or [B, D]")
+        self.name = str(spec)
+
+    def settle(self, name: str) -> None:
+        """Fix the target that ``"auto"`` stands for."""
+        if self.name == "auto":
+            self.name = name
+
+    def __call__(self, outputs: Any, labels: Any) -> Tensor:
+        """Return T as ``[B, D]`` float64; NaN for a map without a labelled position.
+
+        Raises:
+            ValueError: if outputs and labels do not fit each other or the target, or a function gives something that
+                is not one row an image.
+        """
+        if self._function is None:
+            self.settle(infer_target(outputs, labels))
+            _CHECKS[self.name](outputs, labels)
+            return _evaluate(TARGETS[self.name], outputs, labels)
+        values = self._function(lifted(outputs), lifted(labels))
+        if not isinstance(values, Tensor) or values.ndim not in (1, 2):
+            raise InputError(
+                f"the target function {self.name} gave {describe(values)}: expected a tensor [B] or [B, D], one row "
+                "an image"
+            )
+        return values.reshape(len(values), -1).to(accumulation_device(values.device)).double()
+
+
+def infer_target(outputs: Any, labels: Any) -> str:
+    """Choose the task variable from what a network gives and what the labels are.
+
+    Args:
+        outputs: ``[B, …]``, of the network.
+        labels: ``[B, …]``.
+
+    Returns:
+        ``"logit_margin"`` for K ≥ 2 classes and integer labels, of images or of positions; ``"signed_logit"`` for one
+        logit and labels of 0 and 1; ``"log_likelihood"`` for K ≥ 2 logits and as many labels of 0 and 1; ``"label"``
+        for as many real numbers as there are outputs (regression).
+
+    Raises:
+        ValueError: for anything else; the message shows a target.
+
+    Example:
+        >>> import torch
+        >>> infer_target(torch.zeros(8, 10), torch.arange(8)), infer_target(torch.zeros(8, 1), torch.rand(8))
+        ('logit_margin', 'label')
+    """
+    if not isinstance(outputs, Tensor) or not isinstance(labels, Tensor) or not outputs.ndim or not labels.ndim:
+        raise InputError(_unknown_task(outputs, labels))
+    whole = not labels.is_floating_point() and not labels.is_complex()
+    if len(outputs) != len(labels) or not len(labels):
+        raise InputError(_unknown_task(outputs, labels))
+    if outputs.ndim >= 2 and outputs.shape[1] >= 2:
+        if whole and labels.shape == outputs.shape[:1] + outputs.shape[2:]:
+            return "logit_margin"
+        if outputs.ndim == 2 and labels.shape == outputs.shape:
+            return "log_likelihood" if _are_bits(labels) else "label"
+    elif _same_numbers(outputs, labels):
+        dense = outputs.ndim > 2
+        if _are_bits(labels if not dense else labels[_labelled(labels)]):
+            return "signed_logit"
+        if not dense:
+            return "label"
+    raise InputError(_unknown_task(outputs, labels))
+
+
+def _unknown_task(outputs: Any, labels: Any) -> str:
+    text = f"outputs: {describe(outputs)}, labels: {describe(labels)}. "
+    if isinstance(labels, Tensor) and labels.is_floating_point() and labels.ndim == 1:
+        text += f"Labels of type {labels.dtype} are no class indices, expected whole numbers. "
+    return text + (
+        "Expected outputs [B, K] with labels [B] (classes) or [B, K] (multi-label, regression), outputs [B, 1] with "
+        "labels [B] (binary, regression), or outputs [B, K, …] with labels [B, …] (dense). For another task pass "
+        "target=a function of both that gives [B] or [B, D]; without labels for example "
+        "target=lambda outputs, labels: outputs.norm(dim=1)"
     )
 
 
-def task_variable(function: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Tensor) -> Tensor:
-    """T of a batch as ``[B, D]`` float64, from ``[B, K]`` logits and ``[B]`` labels.
-
-    Raises:
-        ValueError: if logits and labels do not fit each other, a label is none of the logits' classes, or
-            ``function`` gives something that is not one row an image.
-    """
-    if logits.ndim != 2 or labels.ndim != 1 or len(logits) != len(labels) or logits.shape[1] < 2:
-        raise ValueError(
-            f"logits of shape {tuple(logits.shape)} for labels of shape {tuple(labels.shape)}: expected "
-            "[B, K] with K ≥ 2 classes and [B]; for anything else pass "
-            "step=(module, batch) → (logits, labels)"
+def _check_classes(outputs: Any, labels: Any) -> None:
+    if not isinstance(outputs, Tensor) or not isinstance(labels, Tensor) or not _fit_classes(outputs, labels):
+        raise InputError(
+            f"outputs: {describe(outputs)}, labels: {describe(labels)}. Expected [B, K] with K ≥ 2 classes and [B]; "
+            "for anything else pass step=(module, batch) → (logits, labels)"
         )
     if labels.is_floating_point():
-        raise ValueError(f"labels of type {labels.dtype}: expected whole numbers, the index of each image's class")
+        raise InputError(f"labels of type {labels.dtype}: expected whole numbers, the index of each image's class")
+    if outputs.ndim > 2:
+        labels = labels[_labelled(labels)]
+    if not labels.numel():
+        return
     low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= logits.shape[1]:
-        raise ValueError(
-            f"label {low if low < 0 else high} in the probe, but the logits have {logits.shape[1]} "
-            f"classes: expected labels from 0 to {logits.shape[1] - 1}"
+    if low < 0 or high >= outputs.shape[1]:
+        left = ", or a negative number or 255 where a position is not labelled" if outputs.ndim > 2 else ""
+        raise InputError(
+            f"label {low if low < 0 else high} in the probe, but the logits have {outputs.shape[1]} "
+            f"classes: expected labels from 0 to {outputs.shape[1] - 1}{left}"
         )
-    home = accumulation_device(logits.device)
-    values = function(logits.to(home).double(), labels.to(home).long())
-    if values.ndim not in (1, 2) or len(values) != len(labels):
-        raise ValueError(
-            f"target function gave shape {tuple(values.shape)} for {len(labels)} images: expected [B] or [B, D]"
+
+
+def check_classes(outputs: Any, labels: Any) -> None:
+    """Check logits ``[B, K]`` and class indices ``[B]``.
+
+    Raises:
+        ValueError: if they do not fit each other, or a label is none of the logits' classes.
+    """
+    _check_classes(outputs if isinstance(outputs, Tensor) and outputs.ndim == 2 else None, labels)
+
+
+def _check_bits(outputs: Any, labels: Any) -> None:
+    fit = isinstance(outputs, Tensor) and isinstance(labels, Tensor) and labels.numel() == outputs.numel()
+    if not fit:
+        raise InputError(
+            f"outputs: {describe(outputs)}, labels: {describe(labels)}. Expected one label of 0 or 1 for each output"
         )
-    return values.reshape(len(labels), -1).to(home).double()
+    known = labels[_labelled(labels)] if outputs.ndim > 2 else labels
+    if not _are_bits(known):
+        other = known[(known != 0) & (known != 1)].flatten()[0]
+        raise InputError(
+            f"label {other.item():g} after labels of 0 and 1: expected only these; for regression pass target='label'"
+        )
+
+
+def _check_label(outputs: Any, labels: Any) -> None:
+    if not isinstance(labels, Tensor) or not labels.ndim or labels.is_complex():
+        raise InputError(f"labels: {describe(labels)}. target='label' expects a tensor [B] or [B, D]")
+    if _are_classes(outputs, labels):
+        _check_classes(outputs, labels)
+
+
+_CHECKS = {
+    "logit_margin": _check_classes,
+    "log_probability": check_classes,
+    "signed_logit": _check_bits,
+    "log_likelihood": _check_bits,
+    "label": _check_label,
+}
+
+
+def _evaluate(function: TargetFunction, outputs: Tensor, labels: Tensor) -> Tensor:
+    if outputs.ndim <= 2:
+        values = function(lifted(outputs), lifted(labels))
+    else:  # image by image, because the maps of a batch in float64, several times, may not fit into memory
+        pairs = zip(outputs.split(1), labels.split(1), strict=True)
+        values = torch.cat([function(lifted(one), lifted(its)) for one, its in pairs])
+    return values.reshape(len(labels), -1).double()
+
+
+def lifted(value: Any) -> Any:
+    """Return a tensor where moments are summed, in float64 or int64, and anything else as it is."""
+    if not isinstance(value, Tensor) or value.is_complex():
+        return value
+    return value.to(accumulation_device(value.device)).to(torch.float64 if value.is_floating_point() else torch.int64)
+
+
+def _fit_classes(outputs: Tensor, labels: Tensor) -> bool:
+    return outputs.ndim >= 2 and outputs.shape[1] >= 2 and labels.shape == outputs.shape[:1] + outputs.shape[2:]
+
+
+def _are_classes(outputs: Any, labels: Tensor) -> bool:
+    """Whether labels are indices of the outputs' classes."""
+    whole = not labels.is_floating_point() and labels.dtype != torch.bool
+    return whole and isinstance(outputs, Tensor) and outputs.ndim == 2 and _fit_classes(outputs, labels)
+
+
+def _same_numbers(outputs: Tensor, labels: Tensor) -> bool:
+    """Whether there is one label for each output, be there a dimension of size 1 after the batch or not."""
+    squeezed = [value.squeeze(1) if value.ndim > 1 and value.shape[1] == 1 else value for value in (outputs, labels)]
+    return squeezed[0].shape == squeezed[1].shape
+
+
+def _are_bits(labels: Tensor) -> bool:
+    return bool(((labels == 0) | (labels == 1)).all())
+
+
+def _labelled(labels: Tensor) -> Tensor:
+    return (labels >= 0) & (labels != _IGNORED)
+
+
+def _mean(values: Tensor, labelled: Tensor) -> Tensor:
+    """``[B]``: the mean over the labelled positions of a map; of one number an image the number itself."""
+    if values.ndim <= 2 and values[0].numel() == 1:
+        return values.reshape(-1)
+    sums = values.where(labelled, 0).flatten(1).sum(1)
+    return sums / labelled.flatten(1).sum(1)  # 0/0 is NaN: nothing is labelled
+
+
+def describe(value: Any) -> str:
+    """What a value is, in a few words, for an error.
+
+    Example:
+        >>> import torch
+        >>> describe((torch.zeros(2, 3), {"boxes": 0}))
+        "a tuple of 2: a tensor of shape (2, 3), a dict with keys ['boxes']"
+    """
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, dict):
+        return f"a dict with keys {list(value)[:12]}"
+    if isinstance(value, (tuple, list)):
+        few = ", ".join(describe(one) for one in value[:4])
+        return f"a {type(value).__name__} of {len(value)}: {few}" if value else f"an empty {type(value).__name__}"
+    return "nothing" if value is None else f"of type {type(value).__name__}"
 
 
 def scrambled(indices: np.ndarray) -> np.ndarray:
@@ -121,6 +354,6 @@ def null_target(indices: np.ndarray, width: int) -> np.ndarray:
 
 
 def image_scores(logits: Tensor, labels: Tensor) -> Tensor:
-    """``[B, 3]``: cross-entropy in nats, whether the label comes first, logit margin."""
+    """Return ``[B, 3]``: cross-entropy in nats, whether the label comes first, logit margin."""
     correct = (logits.argmax(1) == labels).to(logits.dtype)
     return torch.stack([-log_probability(logits, labels), correct, logit_margin(logits, labels)], 1)

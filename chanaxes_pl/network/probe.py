@@ -1,188 +1,189 @@
-"""The probe set: a fixed set of images, the same at every checkpoint."""
+"""The probe set: a fixed set of images, the same at every measurement."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
-from functools import partial
+import copy
+import random
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from itertools import count, islice
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.data import extract_batch_size
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler, Subset, SubsetRandomSampler
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+)
 
-from chanaxes_pl.core.errors import ArgumentError, ArgumentTypeError, InputError
+from chanaxes_pl.core.errors import ArgumentError, ArgumentTypeError, InputError, short
+from chanaxes_pl.core.targets import describe
+from chanaxes_pl.network.batches import Placement, split_batch
 
-#: ``(module, batch) → (logits [B, K], labels [B])``.
-Step = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
+#: A data set, or anything that gives batches each time it is iterated (or called).
+ProbeSource = Dataset | DataLoader | Iterable[Any] | Callable[[], Iterable[Any]]
 
 MIN_IMAGES = 3
 _BATCH = 128
 _SEED = 0
-
-
-def images_and_labels(module: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-    """The default step: ``module(images)`` of a batch ``(images, labels)``.
-
-    Raises:
-        ValueError: if the batch is anything else, or the module gives no tensor.
-    """
-    pair = isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch)
-    if not pair:
-        raise ValueError(
-            f"the probe gave a batch that is {_describe(batch)}: expected (images, labels); "
-            "for anything else pass step=(module, batch) → (logits, labels)"
-        )
-    images, labels = batch
-    logits = module(images)
-    if not isinstance(logits, Tensor):
-        raise ValueError(
-            f"{type(module).__name__}.forward(images) gave {_describe(logits)}: expected logits [B, K]; "
-            "for anything else pass step=(module, batch) → (logits, labels)"
-        )
-    return logits, labels
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    if isinstance(value, dict):
-        return f"a dict with keys {list(value)}"
-    if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {len(value)}: {', '.join(_describe(v) for v in value[:4])}"
-    return f"of type {type(value).__name__}"
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where a model runs, and which share of the work is this process's.
-
-    Attributes:
-        to_device: moves a batch to the model.
-        forward_context: what a forward pass runs in, such as a precision plugin's.
-        rank: of this process.
-        world: number of processes.
-
-    Raises:
-        ValueError: unless 0 ≤ rank < world.
-    """
-
-    to_device: Callable[[Any], Any]
-    forward_context: Callable[[], AbstractContextManager] = nullcontext
-    rank: int = 0
-    world: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.world:
-            raise ArgumentError(f"rank={self.rank}, world={self.world}", "expected rank from 0 to world − 1")
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Placement:
-        """One process, on the device of the model's first parameter."""
-        parameter = next(model.parameters(), torch.empty(0))
-        return cls(partial(move_data_to_device, device=parameter.device))
-
-    @classmethod
-    def of_trainer(cls, trainer: Trainer) -> Placement:
-        """That of a Trainer's modules."""
-        return cls(
-            trainer.strategy.batch_to_device,
-            trainer.precision_plugin.forward_context,
-            trainer.global_rank,
-            trainer.world_size,
-        )
+_END = object()
 
 
 class Probe:
-    """The first ``size`` images of a loader, or ``size`` images of a data set, the same at every checkpoint.
+    """The first ``size`` images that a loader gives, or ``size`` images of a data set, the same at every measurement.
 
-    A DataLoader that does not shuffle is read in its own order; of a data set, or of a shuffling loader's,
-    a fixed random subset is taken where it has more than ``size`` images. An iterable data set is read from its
-    beginning, whole batches at a time, and has to yield the same images every time. Nothing is cached, and
-    no global random number is drawn.
+    A DataLoader is read in its own order, whatever sampler, batch sampler and collate function it has. Where it
+    shuffles, and of a data set, all images are taken that may come up: a fixed random subset of them, if there are more
+    than ``size``. Anything else that gives batches is read from its beginning, whole batches at a time, and has to give
+    the same images every time. Random transforms draw the same numbers every time. Nothing is cached, no global random
+    number is drawn, and no sampler of the loader's own is advanced.
 
     Args:
-        source: a map-style Dataset whose items are ``(image, label)``, or a DataLoader.
+        source: a map-style Dataset whose items are ``(image, label)``; a DataLoader; a list or another iterable of
+            batches; a function that returns one, such as a generator function.
         size: N, images at most.
 
     Raises:
-        TypeError: if ``source`` is neither.
+        TypeError: if ``source`` is none of these, or can be iterated only once.
         ValueError: if it holds fewer than 3 images.
     """
 
-    def __init__(self, source: Dataset | DataLoader, size: int = 5000) -> None:
-        if not isinstance(source, (DataLoader, Dataset)):
-            raise ArgumentTypeError(f"probe={source!r}", "expected a Dataset or a DataLoader of (images, labels)")
-        loader = source if isinstance(source, DataLoader) else DataLoader(source, batch_size=_BATCH)
-        self._loader = loader
+    def __init__(self, source: ProbeSource, size: int = 5000) -> None:
+        if isinstance(source, CombinedLoader):
+            source = _first(source)
+        self._source = source
         self._size = size
-        self._batch: int = getattr(loader.batch_sampler, "batch_size", 0)
-        # A stream, or batches of no stated size, cannot be indexed: taken as they come.
-        self._indexed = not isinstance(loader.dataset, IterableDataset) and self._batch > 0
-        if self._indexed:
-            sampler = getattr(loader.batch_sampler, "sampler", None)
-            keep_order = isinstance(source, DataLoader) and isinstance(sampler, SequentialSampler)
-            self._order = _fixed_order(_members(loader), size, keep_order)
-            if len(self._order) < MIN_IMAGES:
-                raise InputError(too_small(len(self._order)))
+        self._groups: list[list[Any]] | None = None
+        self._dealt_singly = False
+        if isinstance(source, (DataLoader, Dataset)):
+            shuffles = not isinstance(source, DataLoader)
+            loader = DataLoader(source, _BATCH) if shuffles else source
+            self._source = loader
+            if loader.batch_sampler is not None and _reads_items(loader):
+                self._plan(loader, shuffles)
+        elif isinstance(source, (str, bytes, Mapping, Tensor)) or not (isinstance(source, Iterable) or callable(source)):
+            raise ArgumentTypeError(
+                f"probe={short(source)}",
+                "expected a Dataset, a DataLoader, or an iterable of batches (images, labels)",
+            )
+        elif isinstance(source, Iterator):
+            raise ArgumentTypeError(
+                f"probe={short(source)}",
+                "expected batches that can be read at every measurement, and an iterator gives them once: pass a list, "
+                "or the generator function itself, without calling it",
+            )
+
+    def _plan(self, loader: DataLoader, shuffles: bool) -> None:
+        """Fix which items of the data set make up the probe, and in which batches."""
+        batches: Any = loader.batch_sampler
+        self._dealt_singly = type(batches) is BatchSampler
+        if self._dealt_singly:
+            members, random_order = _members(batches.sampler, loader.dataset)
+            order = _fixed_order(members, self._size, not (shuffles or random_order))
+            size = batches.batch_size
+            self._groups = [order[start : start + size] for start in range(0, len(order), size)]
+        else:  # its batches may belong together, for example images of one size
+            groups, _ = _drawn(_on_members(batches, loader.dataset), loader.dataset, self._size)
+            ends = np.cumsum([len(group) for group in groups])
+            whole = int(np.searchsorted(ends, self._size)) + 1
+            self._groups = [list(group) for group in groups[:whole]]
+        self._images = sum(map(len, self._groups))
+        if self._images < MIN_IMAGES:
+            raise InputError(too_small(self._images))
 
     def batches(self, rank: int = 0, world: int = 1) -> Iterator[tuple[np.ndarray, Any]]:
         """This process's share, as ``(indices [B] of the images in the probe, batch)``.
 
-        Images are dealt out one by one, none twice, so that shares may be uneven and never repeat an image.
+        Images are dealt out one by one, or where a loader's batch sampler is not torch's own batch by batch; none comes
+        twice, so that shares may be uneven.
 
         Raises:
             ValueError: if the source cannot be shared between several processes.
         """
-        if not self._indexed:
-            if world > 1:
-                raise ValueError(
+        if self._groups is None:
+            if world > 1 and isinstance(self._source, DataLoader):
+                raise InputError(
                     f"a probe that streams cannot be shared by {world} processes: pass a map-style Dataset, "
                     "or a DataLoader of one with batch_size"
                 )
-            return self._streamed()
-        if len(self._order) < world:
-            raise ValueError(
-                f"a probe of {len(self._order)} images for {world} processes: expected one image each at least"
-            )
+            return self._streamed(rank, world)
+        shares = self._images if self._dealt_singly else len(self._groups)
+        if shares < world:
+            unit = "images" if self._dealt_singly else "batches"
+            raise InputError(f"a probe of {shares} {unit} for {world} processes: expected one for each at least")
         return self._dealt(rank, world)
 
     def _dealt(self, rank: int, world: int) -> Iterator[tuple[np.ndarray, Any]]:
-        indices = np.arange(rank, len(self._order), world)
-        loader = self._loader
-        size = self._batch
-        share = DataLoader(
-            Subset(loader.dataset, self._order[indices].tolist()),
-            batch_size=size,
-            num_workers=loader.num_workers,
-            collate_fn=loader.collate_fn,
-            worker_init_fn=loader.worker_init_fn,
-            multiprocessing_context=loader.multiprocessing_context,
-            generator=torch.Generator(),  # a loader without one draws its workers' seeds from the global stream
-        )
-        for number, batch in enumerate(share):
-            yield indices[number * size : (number + 1) * size], batch
+        assert self._groups is not None
+        starts = np.cumsum([0, *map(len, self._groups)])
+        if self._dealt_singly:
+            indices = np.arange(rank, self._images, world)
+            order, size = [item for group in self._groups for item in group], len(self._groups[0])
+            share = [indices[start : start + size] for start in range(0, len(indices), size)]
+            groups = [[order[index] for index in part] for part in share]
+        else:
+            groups = self._groups[rank::world]
+            share = [np.arange(a, a + len(g)) for a, g in zip(starts[rank::world], groups, strict=False)]
+        yield from zip(share, _same_draws(_again(self._source, batch_sampler=groups)), strict=True)
 
-    def _streamed(self) -> Iterator[tuple[np.ndarray, Any]]:
-        seen = 0
-        for batch in self._loader:
+    def _streamed(self, rank: int, world: int) -> Iterator[tuple[np.ndarray, Any]]:
+        source: Any = self._source
+        if isinstance(source, DataLoader) and _reads_items(source):  # each of which is a batch
+            source = _again(source, batch_size=None, sampler=_members(source.sampler, source.dataset)[0])
+        elif isinstance(source, DataLoader) and type(source).__iter__ is DataLoader.__iter__:
+            source = _again(source, batch_size=source.batch_size, drop_last=source.drop_last)
+        elif callable(source) and not isinstance(source, Iterable):
+            source = source()
+        seen = number = 0
+        for number, batch in enumerate(_same_draws(source)):
             if seen >= self._size:
-                return
-            images = extract_batch_size(batch)
-            yield np.arange(seen, seen + images), batch
+                break
+            images = _count(batch)
+            if number % world == rank:
+                yield np.arange(seen, seen + images), batch
             seen += images
+        if number + 1 < world:
+            raise InputError(f"a probe of {number + 1} batches for {world} processes: expected one for each at least")
 
 
-def find_probe(given: Dataset | DataLoader | None, trainer: Trainer) -> Dataset | DataLoader:
+class FixedDraws(Dataset):
+    """A data set whose random transforms draw the same numbers for an item each time it is read.
+
+    Args:
+        data: a map-style data set; its transforms draw from the global generators of torch, NumPy and ``random``.
+    """
+
+    def __init__(self, data: Dataset) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: Any) -> Any:
+        with _seeded(index if isinstance(index, int) else crc32(repr(index).encode())):
+            return self.data[index]
+
+
+def find_probe(given: ProbeSource | None, trainer: Trainer) -> ProbeSource:
     """The images to probe a Trainer's model with.
 
-    In this order: those given, the datamodule's ``probe_dataloader()``, the validation loader.
+    In this order: those given, the datamodule's ``probe_dataloader()``, the first validation loader, and with a warning
+    the first training loader's data set.
 
     Raises:
         ValueError: if there is none of these.
@@ -193,17 +194,44 @@ def find_probe(given: Dataset | DataLoader | None, trainer: Trainer) -> Dataset 
     if datamodule is not None and hasattr(datamodule, "probe_dataloader"):
         return datamodule.probe_dataloader()
     loaders = trainer.val_dataloaders
-    if loaders is None and not trainer.testing:  # not set up yet where nothing was trained
+    if trainer.testing:
+        loaders = trainer.test_dataloaders if loaders is None else loaders
+    elif loaders is None:  # not set up yet where nothing was trained
         with suppress(MisconfigurationException):  # Lightning's error where there is no validation; ours says more
             trainer.fit_loop.epoch_loop.val_loop.setup_data()
         loaders = trainer.val_dataloaders
-    loader = loaders[0] if isinstance(loaders, (list, tuple)) and loaders else loaders
-    if isinstance(loader, DataLoader):
+    loader = _first(loaders)
+    if loader is not None:
         return loader
-    raise InputError(
-        "found no probe images: pass probe=a Dataset or DataLoader of labelled images, or give the datamodule a "
-        "probe_dataloader(), or train with a validation loader (and limit_val_batches above 0)"
+    loader = _first(trainer.train_dataloader)
+    if loader is None:
+        raise InputError(
+            "found no probe images: pass probe=a Dataset or DataLoader of labelled images, or give the datamodule a "
+            "probe_dataloader(), or train with a validation loader (and limit_val_batches above 0)"
+        )
+    warnings.warn(
+        "there is no validation loader (or limit_val_batches is 0), so the axes are measured on training images, with "
+        "their random transforms under a fixed seed. For images that were not trained on, without augmentation, pass "
+        "probe=a DataLoader, or give the datamodule a probe_dataloader()",
+        stacklevel=2,
     )
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return loader
+    data = FixedDraws(loader.dataset)
+    if loader.batch_sampler is None:
+        return _again(loader, dataset=data, batch_size=None, sampler=loader.sampler)
+    return _again(loader, dataset=data, batch_sampler=loader.batch_sampler)
+
+
+def _first(loaders: Any) -> Any:
+    """The first loader in lists and mappings of them, or ``None``."""
+    if isinstance(loaders, CombinedLoader):
+        loaders = loaders.flattened
+    if isinstance(loaders, Mapping):
+        loaders = list(loaders.values())
+    if isinstance(loaders, (list, tuple)):
+        return _first(loaders[0]) if loaders else None
+    return loaders
 
 
 def check_sizes(probe_size: int, evaluation_size: int | None = None) -> None:
@@ -226,31 +254,158 @@ def too_small(images: int) -> str:
     )
 
 
-def _members(loader: DataLoader) -> np.ndarray:
-    """Indices into the data set that the loader draws from."""
-    if isinstance(loader.sampler, SubsetRandomSampler):
-        return np.sort(np.asarray(loader.sampler.indices))
-    return np.arange(len(loader.dataset))  # type: ignore[arg-type]
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Draw the same random numbers every time, and leave the global generators as they were."""
+    with isolate_rng():
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        yield
 
 
-def _fixed_order(members: np.ndarray, size: int, keep_order: bool) -> np.ndarray:
+def _same_draws(batches: Iterable[Any]) -> Iterator[Any]:
+    """Batches whose making draws the same random numbers every time."""
+    with _seeded(_SEED):
+        stream = iter(batches)
+    for number in count(_SEED):
+        with _seeded(number):
+            batch = next(stream, _END)
+        if batch is _END:
+            return
+        yield batch
+
+
+def _reads_items(loader: DataLoader) -> bool:
+    """Whether a loader reads items of a map-style data set in torch's own way."""
+    return not isinstance(loader.dataset, IterableDataset) and type(loader).__iter__ is DataLoader.__iter__
+
+
+def _again(loader: DataLoader, **changed: Any) -> DataLoader:
+    """A loader like another one, over other items or in another order; no generator or worker is shared."""
+    options: dict[str, Any] = {
+        "dataset": loader.dataset,
+        "num_workers": loader.num_workers,
+        "collate_fn": loader.collate_fn,
+        "worker_init_fn": loader.worker_init_fn,
+        "multiprocessing_context": loader.multiprocessing_context,
+        "timeout": loader.timeout,
+        "prefetch_factor": loader.prefetch_factor,
+        "generator": torch.Generator(),  # a loader without one draws its workers' seeds from the global stream
+    }
+    return DataLoader(**options | changed)
+
+
+def _members(sampler: Any, data: Any) -> tuple[list[Any], bool]:
+    """What a sampler gives, in its order, and whether that order is random: then all that may come up, sorted."""
+    data = data.data if isinstance(data, FixedDraws) else data
+    if type(sampler) is SequentialSampler:
+        return list(range(len(data))), False
+    if isinstance(sampler, RandomSampler):
+        return list(range(len(data))), True
+    if isinstance(sampler, SubsetRandomSampler):
+        return sorted(int(index) for index in sampler.indices), True
+    if type(sampler) is DistributedSampler and sampler.dataset is data:
+        return list(range(len(data))), sampler.shuffle
+    return _drawn(sampler, data, len(data) if hasattr(data, "__len__") else 2**31)
+
+
+def _on_members(batches: Any, data: Any) -> Any:
+    """A batch sampler over a fixed order of the items that its sampler gives, whatever number of processes share it."""
+    if not isinstance(getattr(batches, "sampler", None), Sampler):
+        return batches
+    copied = _own_copy(batches, data)
+    copied.sampler = _members(batches.sampler, data)[0]
+    return copied
+
+
+def _drawn(sampler: Any, data: Any, limit: int) -> tuple[list[Any], bool]:
+    """Draw from a sampler or a batch sampler of any class; its own generators and counters stay where they are.
+
+    Args:
+        sampler: the share of a distributed sampler is put together with those of the other processes.
+        data: the data set that it draws from.
+        limit: draws at most.
+    """
+    first, second = _draws(sampler, data, limit)
+    if first == second:
+        return first, False
+    if any(isinstance(item, list) for item in first):  # random batches: those of a fixed seed
+        return first, True
+    members = {*first, *second}
+    return (sorted(members) if all(isinstance(item, int) for item in members) else first), True
+
+
+def _draws(sampler: Any, data: Any, limit: int) -> tuple[list[Any], list[Any]]:
+    """Two draws of a sampler, with different random numbers."""
+    if not isinstance(sampler, DistributedSampler):
+        copied = _own_copy(sampler, data)
+        return _once(copied, _SEED, limit), _once(copied, _SEED + 1, limit)
+    shares = []
+    for rank in range(sampler.num_replicas):
+        copied = _own_copy(sampler, data)
+        copied.rank = rank
+        shares.append([_once(copied, seed, limit) for seed in (_SEED, _SEED + 1)])
+    total = len(sampler.dataset)  # type: ignore[arg-type]  # beyond it, images repeat to make shares equal
+    first, second = ([item for turn in zip(*drawn, strict=True) for item in turn] for drawn in zip(*shares, strict=True))
+    return first[:total], second[:total]
+
+
+def _once(sampler: Any, seed: int, limit: int) -> list[Any]:
+    with _seeded(seed):
+        return [_plain(item) for item in islice(sampler, limit)]
+
+
+def _plain(item: Any) -> Any:
+    if isinstance(item, (Tensor, np.ndarray, np.integer)):
+        return item.tolist()
+    return list(item) if isinstance(item, tuple) else item
+
+
+def _own_copy(sampler: Any, data: Any) -> Any:
+    """A sampler that may be iterated without a trace in the one it copies."""
+    if isinstance(sampler, (list, tuple, range)):
+        return sampler
+    copied = copy.copy(sampler)
+    for name, value in list(getattr(sampler, "__dict__", {}).items()):
+        if isinstance(value, torch.Generator):
+            own = torch.Generator(value.device)
+            own.set_state(value.get_state())
+            setattr(copied, name, own)
+        elif isinstance(value, (np.random.Generator, np.random.RandomState, random.Random)):
+            setattr(copied, name, copy.deepcopy(value))
+        elif isinstance(value, Sampler) or (isinstance(value, Dataset) and value is not data):
+            setattr(copied, name, _own_copy(value, data))
+    return copied
+
+
+def _fixed_order(members: list[Any], size: int, keep_order: bool) -> list[Any]:
     if len(members) <= size or keep_order:
         return members[:size]
-    return np.sort(np.random.default_rng(_SEED).permutation(members)[:size])
+    chosen = np.sort(np.random.default_rng(_SEED).permutation(len(members))[:size])
+    return [members[index] for index in chosen]
 
 
-def image_batches(source: DataLoader | Dataset, count: int, place: Placement) -> list[Tensor]:
+def _count(batch: Any) -> int:
+    """Images in a batch."""
+    try:
+        images = split_batch(batch)[0]
+    except InputError:  # a step of the user's reads it
+        images = None
+    return len(images) if isinstance(images, (Tensor, list)) else extract_batch_size(batch)
+
+
+def image_batches(source: ProbeSource, count: int, place: Placement) -> list[Tensor]:
     """The images of a :class:`Probe` of at most ``count``, in its batches.
 
     Raises:
-        ValueError: if a batch holds no images first, or an image is not finite.
+        ValueError: if a batch's images are not found or no tensor, or an image is not finite.
     """
     batches, seen = [], 0
     for _, batch in Probe(source, count).batches():
-        moved = place.to_device(batch)
-        images = moved[0] if isinstance(moved, (tuple, list)) and moved else moved
+        images, _ = split_batch(place.to_device(batch))
         if not isinstance(images, Tensor) or images.ndim < 2:
-            raise InputError(f"a batch of type {type(batch).__name__}: expected (images, labels), or images")
+            raise InputError(f"the images of a batch are {describe(images)}: expected a tensor [B, C, …]")
         bad = (~images.flatten(1).isfinite().all(1)).nonzero().flatten()
         if len(bad):
             raise InputError(f"image {seen + int(bad[0])} of the probe holds NaN or infinity; leave it out")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from chanaxes_pl.core.errors import ArgumentError, InputError
 from chanaxes_pl.core.metrics import check_noise
 from chanaxes_pl.core.moments import Moments, accumulation_device
-from chanaxes_pl.core.targets import TargetSpec, null_target, target_function, task_variable
+from chanaxes_pl.core.targets import Target, TargetSpec, infer_target, null_target
 from chanaxes_pl.network.hooks import observed, same_outputs
 from chanaxes_pl.network.layers import (
     LayerSpec,
@@ -27,7 +27,8 @@ from chanaxes_pl.network.layers import (
 )
 from chanaxes_pl.network.moments_metric import MomentsMetric
 from chanaxes_pl.network.patches import PatchMoments, PatchRecorder
-from chanaxes_pl.network.probe import MIN_IMAGES, Placement, Probe, Step, check_sizes, images_and_labels, too_small
+from chanaxes_pl.network.batches import Placement, Step, default_step
+from chanaxes_pl.network.probe import MIN_IMAGES, Probe, check_sizes, too_small
 from chanaxes_pl.network.sampling import image_means, local_samples, sample_positions
 
 # Numbers that a buffer holds at least: an eighth of a megabyte of float32.
@@ -108,7 +109,7 @@ class Recorder:
 
     Args:
         layers: the tracked modules by name.
-        target: ``(logits, labels) → [B]`` or ``[B, D]``.
+        target: what T is.
         positions: local samples an image, or ``"all"``.
         halves: keep even and odd images apart.
         alignment: collect what the gradients of both information terms need, too.
@@ -117,14 +118,14 @@ class Recorder:
     def __init__(
         self,
         layers: dict[str, nn.Module],
-        target: Callable[[Tensor, Tensor], Tensor],
+        target: Target,
         positions: int | str = 16,
         halves: bool = True,
         alignment: bool = False,
     ) -> None:
         self.layers = layers
         self.images = 0
-        self._target = target
+        self.target = target
         self._positions = positions
         self._parts = 2 if halves else 1
         self._local: dict[str, _Parts] = {}
@@ -151,11 +152,11 @@ class Recorder:
         """
         self._batch = batch = _Batch(indices, self._parts)
         logits, labels = forward()
-        values = task_variable(self._target, logits, labels)
+        values = self.target(logits, labels)
         if len(values) != len(indices):
-            raise ValueError(f"the probe step gave {len(values)} labels for a batch of {len(indices)} images")
+            raise InputError(f"the target has {len(values)} rows for a batch of {len(indices)} images")
         if self._patches and values.shape[1] > 1:
-            raise ValueError(
+            raise InputError(
                 f"alignment=True with a target of {values.shape[1]} numbers an image: expected one, for there is one "
                 "gradient; use target='logit_margin' or 'log_probability', or a function that gives [B]"
             )
@@ -263,7 +264,7 @@ class Settings:
 
     layers: LayerSpec = "conv"
     positions: int | str = 16
-    target: TargetSpec = "logit_margin"
+    target: TargetSpec = "auto"
     noise: str | float = "median"
     reliability: bool = True
     step: Step | None = None
@@ -275,7 +276,7 @@ class Settings:
         if not whole and self.positions != "all":
             raise ArgumentError(f"positions={self.positions!r}", "expected a whole number above 0, or 'all'")
         check_sizes(self.probe_size)
-        target_function(self.target)
+        Target(self.target)
         if self.alignment and self.target == "label":
             raise ArgumentError(
                 "alignment=True, target='label'",
@@ -306,8 +307,8 @@ def record(
         ValueError: if the images or the layers are not what ``settings`` need.
     """
     layers = select_layers(model, settings.layers)
-    step = settings.step or images_and_labels
-    target = target_function(settings.target)
+    step = settings.step or default_step
+    target = Target(settings.target)
     recorder = Recorder(layers, target, settings.positions, settings.reliability, settings.alignment)
     with observed(model), recorder.attached():
         for indices, batch in probe.batches(place.rank, place.world):
@@ -315,9 +316,21 @@ def record(
 
             def forward(moved: Any = moved) -> Any:
                 with place.forward_context():
-                    return step(model, moved)
+                    outputs, labels = step(model, moved)
+                if target.name == "auto":
+                    target.settle(_agreed(infer_target(outputs, labels), place.world))
+                return outputs, labels
 
             recorder.record(indices, forward)
     if place.world == 1 and recorder.images < MIN_IMAGES:
         raise InputError(too_small(recorder.images))
     return recorder
+
+
+def _agreed(name: str, world: int) -> str:
+    """One target for all processes, of which one may see only zeros and ones among real labels."""
+    if world == 1:
+        return name
+    names: list[Any] = [None] * world
+    torch.distributed.all_gather_object(names, name)
+    return "label" if "label" in names else name

@@ -25,7 +25,7 @@ from chanaxes_pl.network.layers import (
 )
 from chanaxes_pl.network.recording import Recorder
 from chanaxes_pl.network.sampling import image_means, local_samples, sample_positions
-from chanaxes_pl.network.upstream import input_spread
+from chanaxes_pl.analysis.upstream import input_spread
 from tests.helpers import cases as zoo
 from tests.helpers import reference
 
