@@ -228,12 +228,12 @@ def _read(run: RunFolder, tracker: Path, newest: str, name: str) -> Run:
     table = _tables(tracker, notes).assign(run=name)
     config, scalars = _config(run, notes), _scalars(run, notes)
     lesions, pruning = (
-        {place: _noted(read, path, notes) for place, path in run.experiments(kind).items()}
-        for kind, read in {"lesions": read_lesions, "pruning": read_grid}.items()
-    )
-    lesions, pruning = (
-        {place: table.assign(run=name) for place, table in found.items() if table is not None}
-        for found in (lesions, pruning)
+        {
+            place: found.assign(run=name)
+            for place, path in paths.items()
+            if (found := _noted(read, path, notes)) is not None
+        }
+        for paths, read in ((run.experiments("lesions"), read_lesions), (run.experiments("pruning"), read_grid))
     )
     about = ((tracker / ABOUT).is_file() and _noted(_read_json, tracker / ABOUT, notes)) or {}
     return Run(name, run.path, tracker.name, table, config, scalars, lesions, pruning, tuple(notes), about)
