@@ -1,4 +1,4 @@
-"""``chanaxes simulate``: Gaussian channels at initialisation and under three gradient flows, in print and drawn."""
+"""``chanaxes simulate``: Gaussian channels at initialisation and under three gradient flows, as text and a figure."""
 
 from __future__ import annotations
 
@@ -33,21 +33,22 @@ def simulation(
 ) -> None:
     """Simulate channels y = wᵀx of a Gaussian input and task that ascend input capture, task information, or both.
 
-    Weights start at random and stay on the unit sphere, as under normalisation: input capture would grow without bound.
+    Weights start at random and stay on the unit sphere, as under normalisation; otherwise input capture would grow
+    without bound.
 
     Args:
-        out: where to draw; the table goes beside it, as .parquet.
-        spectrum: the exponent a of the input covariance's eigenvalues ∝ k^−a, or the eigenvalues themselves.
-        inputs: how many eigenvalues a power law has.
-        leading: how many eigenvectors count as leading.
-        share: of the task covariance ‖c‖², what lies in the leading eigenvectors while the flows run.
-        explained: R², what the whole input explains of the target.
+        out: path of the figure; the table goes beside it, as .parquet.
+        spectrum: exponent a of the input covariance's eigenvalues ∝ k^−a, or the eigenvalues themselves.
+        inputs: number of eigenvalues of the power law.
+        leading: number of eigenvectors that count as leading.
+        share: share of the task covariance ‖c‖² in the leading eigenvectors during the flows.
+        explained: R² of the target on the whole input.
         mixture: weight of task information in the flow on both.
-        channels: of a run.
-        seeds: runs, each with its own weights and task.
-        duration: of the flows, in learning rate × steps.
-        records: times at which a flow is looked at.
-        tolerance: of the integration, a step.
+        channels: number of channels in a run.
+        seeds: number of runs, each with its own weights and task.
+        duration: duration of the flows, in learning rate × steps.
+        records: number of times at which a flow is recorded.
+        tolerance: error tolerance of an integration step.
     """
     path = Path(out)
     problem = Problem(spectrum, inputs, leading, share, explained, channels, seeds)
@@ -70,11 +71,11 @@ def simulation(
 def _check_out(path: Path) -> None:
     kinds = sorted(Figure().canvas.get_supported_filetypes())
     if path.suffix[1:].lower() not in kinds:
-        raise ValueError(f"out={str(path)!r}: expected a figure's file name, one that ends in {', '.join(kinds)}")
+        raise ValueError(f"out={str(path)!r}: expected the file name of a figure, which ends in {', '.join(kinds)}")
 
 
 def describe_start(start: pd.DataFrame, problem: Problem) -> str:
-    """Coupling at initialisation as text, a line a share."""
+    """Describe the coupling at initialisation as text, one line per share."""
     one = problem.leading == 1
     vectors = "leading eigenvector" if one else f"{problem.leading} leading eigenvectors"
     held = problem.eigenvalues[: problem.leading].sum() / problem.eigenvalues.sum()
@@ -94,12 +95,12 @@ def describe_start(start: pd.DataFrame, problem: Problem) -> str:
 
 
 def describe_flows(flows: pd.DataFrame) -> str:
-    """What each flow does to coupling and alignment, as text, a line a flow."""
+    """Describe the effect of each flow on coupling and alignment as text, one line per flow."""
     end, halves = flows["time"].max(), half_times(flows)
     lines = [
         f"gradient flows from a share of {flows['share'].iloc[0]:g}, weights of norm 1, to time {end:g} "
         "(learning rate × steps);",
-        "mean [95 % over runs], ± over channels; half of ρ is lost at the median [95 %] time, in so many coupled runs",
+        "mean [95 % over runs], ± over channels; half of ρ at: median time [95 %] of its loss, and coupled runs",
         f"{'flow':9}{'ρ':>21}{'|cos(Σw, g)|':>19}{'I_X (nats)':>17}{'I_T (nats)':>17}   half of ρ at",
         f"{'(start)':9}{_state(flows[flows['time'] == 0].drop_duplicates('run'))}",
     ]
@@ -112,7 +113,7 @@ def describe_flows(flows: pd.DataFrame) -> str:
 
 
 def _verdict(times: pd.Series) -> str:
-    """Whether coupling at initialisation and its loss are there, from the half times under the task flow."""
+    """State whether coupling at initialisation and its loss occur, from the half times under the task flow."""
     runs, coupled, lost = len(times), times.notna().sum(), np.isfinite(times).sum()
     reproduced = "reproduced" if 2 * lost > runs else "not reproduced"
     return (
@@ -122,7 +123,7 @@ def _verdict(times: pd.Series) -> str:
 
 
 def _state(rows: pd.DataFrame) -> str:
-    """One moment of a flow, a row a run."""
+    """Format one moment of a flow; ``rows`` has one row per run."""
     rho, angle = (_cell(mean_over_runs(rows, value, by=["flow"]).iloc[0]) for value in ("rho", "alignment"))
     spreads = {"input_capture": "capture_spread", "task_information": "task_spread"}
     known = (f"{rows[value].mean():.3f} ± {rows[spread].mean():.3f}" for value, spread in spreads.items())
@@ -130,7 +131,7 @@ def _state(rows: pd.DataFrame) -> str:
 
 
 def _half_time(times: np.ndarray, end: float) -> str:
-    """Median over runs with its 95 % bootstrap interval; a run that has not got there by the end counts as later."""
+    """Format the median over runs with its 95 % bootstrap interval; a run that keeps half of ρ counts as later."""
     if not len(times):
         return "– (no run starts coupled)"
     ends = bounds(np.median(resampled(times, 1000, 0), axis=1), method="nearest")

@@ -138,7 +138,7 @@ def test_the_same_run_twice_is_refused(seeds):
 
 
 def test_no_run_is_refused():
-    with pytest.raises(ValueError, match="no run folder given: expected what training with AxisTracker wrote"):
+    with pytest.raises(ValueError, match="no run folder given: expected one that training with AxisTracker wrote"):
         read_runs([])
 
 

@@ -201,7 +201,7 @@ def test_a_single_checkpoint_makes_a_page_that_says_so(browser, tmp_path):
     tab, complaints = opened(browser, tmp_path / "index.html")
     assert complaints == []
     assert min(tab.evaluate(COLOURS).values()) > 5
-    assert "A single checkpoint: nothing to see over epochs" in tab.inner_text("body")
+    assert "A single checkpoint shows no change over epochs" in tab.inner_text("body")
 
 
 def test_a_run_cut_off_in_the_middle_makes_a_page_that_says_so(tmp_path, capsys):
