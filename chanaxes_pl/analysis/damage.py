@@ -252,7 +252,8 @@ def _pairs(support: np.ndarray, matched: np.ndarray) -> list[np.ndarray]:
     apart = np.abs(matched[much][:, None] - matched[little])
     limit = max(CALIPER, 1.5 / len(support))
     near = apart <= limit
-    first, second = linear_sum_assignment(np.minimum(apart, limit))  # no pair gets worse to help one beyond the limit
+    # Capped distances, so that no pair gets worse for the sake of one that is left out.
+    first, second = linear_sum_assignment(np.minimum(apart, limit))
     return [np.array([much[i], little[j]]) for i, j in zip(first, second, strict=True) if near[i, j]]
 
 

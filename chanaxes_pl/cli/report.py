@@ -25,7 +25,7 @@ def report(
     all_checkpoints: bool = False,
     resamples: int = 1000,
 ) -> None:
-    """Write a page about one run, or about several of the same network: one HTML file that needs no network.
+    """Write a page about one run, or about several of the same network: one HTML file that opens offline.
 
     Args:
         runs: run folders, such as runs/NAME/version_0 runs/NAME/version_1.

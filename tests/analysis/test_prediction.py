@@ -196,7 +196,7 @@ def test_lesions_are_found_in_the_folder_and_scores_in_the_lesions(tmp_path):
     # L1 and this damage are the same here, but for the units that share the latter.
     assert_allclose(network(found, "order"), network(found, "damage"), rtol=1e-12)
     write_parquet(lesions, tmp_path / "later" / "lesions.parquet")
-    with pytest.raises(ValueError, match=r"holds 2 tables of lesions, in late, later; pass lesions="):
+    with pytest.raises(ValueError, match=r"holds 2 tables of lesions, in late, later; pass that of the last"):
         predicted(tmp_path)
 
 
