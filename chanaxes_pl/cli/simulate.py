@@ -71,7 +71,7 @@ def simulation(
 def _check_out(path: Path) -> None:
     kinds = sorted(Figure().canvas.get_supported_filetypes())
     if path.suffix[1:].lower() not in kinds:
-        raise ValueError(f"out={str(path)!r}: expected the file name of a figure, which ends in {', '.join(kinds)}")
+        raise ValueError(f"out={str(path)!r}: expected a figure's file name, one that ends in {', '.join(kinds)}")
 
 
 def describe_start(start: pd.DataFrame, problem: Problem) -> str:
