@@ -38,45 +38,46 @@ from chanaxes_pl.run_folder import RunFolder
 from chanaxes_pl.tables import write_parquet
 
 Experiment = PruningExperiment | LesionExperiment
-_EXPERIMENTS: dict[str, type[Experiment]] = {"prune": PruningExperiment, "lesion": LesionExperiment}
-_PLAN = "chanaxes_plan"  # its key in a checkpoint
+#: A key of the registry of experiments.
+ExperimentName = Literal["prune", "lesion"]
+_EXPERIMENTS: dict[ExperimentName, type[Experiment]] = {"prune": PruningExperiment, "lesion": LesionExperiment}
+_PLAN = "chanaxes_plan"  # key of the plan in a checkpoint
 
 
 class PruneModule(ImageClassifier):
-    """A trained network, to be lesioned or pruned by ``trainer.test``, or a pruned one, fine-tuned by ``trainer.fit``.
+    """Module that lesions or prunes a network in ``trainer.test``, or fine-tunes a pruned one in ``trainer.fit``.
 
     ``trainer.test(PruneModule(model), datamodule=dm)`` evaluates the network on the test images, then runs the
-    experiment on them: ``"prune"`` is the grid of :func:`pruning_grid`, ``"lesion"`` the table of :func:`lesion_table`
-    beside the axes of the same channels. Table and figure go to ``<out>/pruning.parquet`` and ``.png``, or
-    ``lesions.…``. Several processes share the work, and get the same table as one.
+    experiment on them. ``"prune"`` makes the grid of :func:`pruning_grid`; ``"lesion"`` makes the table of
+    :func:`lesion_table`, with the axes of the same channels. The table and a figure go to ``<out>/pruning.parquet`` and
+    ``<out>/pruning.png``, or ``<out>/lesions.…``. Several processes share the work and get the same table as one.
 
-    ``trainer.fit(PruneModule(prune(…)), datamodule=dm)`` fine-tunes with one fixed recipe (SGD, momentum, cosine);
-    its checkpoints hold the plan, so that a run can be resumed with a module made from the same plan or from the dense
-    network.
+    ``trainer.fit(PruneModule(prune(…)), datamodule=dm)`` fine-tunes with a fixed recipe (SGD, momentum, cosine). Its
+    checkpoints hold the plan, so a run can be resumed with a module made from the same plan or from the dense network.
 
     Args:
-        model: a network from images to logits, a :class:`Slim`, or the path of a :class:`Classifier`'s checkpoint.
-        experiment: a :class:`PruningExperiment` or :class:`LesionExperiment`; ``"prune"`` and ``"lesion"`` mean one
-            with its defaults. Default ``"prune"``, but none for a :class:`Slim`, which is then only evaluated.
+        model: network from images to logits, a :class:`Slim`, or the path of a :class:`Classifier`'s checkpoint.
+        experiment: :class:`PruningExperiment` or :class:`LesionExperiment`; ``"prune"`` and ``"lesion"`` stand for
+            their defaults. Default ``"prune"``; for a :class:`Slim` none, so that it is only evaluated.
         probe: training images under the evaluation transform; default as for ``AxisTracker``.
-        out: folder for the results; default the run folder of the checkpoint, else the Trainer's.
+        out: folder for the results; default the run folder of the checkpoint, or else of the Trainer.
         lr: largest learning rate of fine-tuning.
         momentum: momentum of fine-tuning.
         weight_decay: weight decay of fine-tuning.
         num_classes: number of logits; default the outputs of the last Linear layer.
 
     Attributes:
-        table: the experiment's result, the same on every process.
-        plan: what a pruned network kept, ``None`` for a dense one.
+        table: result of the experiment, the same on every process.
+        plan: plan of a pruned network; ``None`` for a dense one.
 
     Raises:
-        ValueError: for an unknown experiment, or a checkpoint that is no :class:`Classifier`'s.
+        ValueError: if the experiment is unknown, or the checkpoint is not of a :class:`Classifier`.
     """
 
     def __init__(
         self,
         model: nn.Module | Slim | str | Path,
-        experiment: Experiment | Literal["prune", "lesion"] | None = None,
+        experiment: Experiment | ExperimentName | None = None,
         *,
         probe: Dataset | DataLoader | None = None,
         out: str | Path | None = None,
@@ -98,15 +99,15 @@ class PruneModule(ImageClassifier):
         self._out = RunFolder.of_checkpoint(source).path if out is None and source else out
 
     def on_fit_start(self) -> None:
-        """Train all of it: what comes out of pruning is in eval mode, in which Lightning would leave it."""
+        """Put all modules in training mode: Lightning would leave a pruned network in eval mode."""
         self.train()
 
     def on_test_epoch_end(self) -> None:
-        """Run the experiment, and write what it found."""
+        """Run the experiment, and write its table and figure."""
         experiment = self.experiment
         if experiment is None:
             return
-        # Pruning traces the network by its gradients; under inference mode there are none.
+        # Pruning traces the network by gradients, which do not exist in inference mode.
         with torch.inference_mode(False), torch.enable_grad(), naming("PruneModule"):
             prunes = isinstance(experiment, PruningExperiment)
             share = self._prune(experiment) if prunes else self._lesion(experiment)
@@ -115,15 +116,15 @@ class PruneModule(ImageClassifier):
             self._write()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the plan with the weights."""
+        """Save the plan with the weights."""
         if self.plan is not None:
             checkpoint[_PLAN] = self.plan.to_json()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take on the checkpoint's shape, where this network is still dense.
+        """Give a dense network the shape of the checkpoint's pruned one.
 
         Raises:
-            ValueError: if this network was pruned otherwise, or is another.
+            ValueError: if this network was pruned differently, or is another one.
         """
         if _PLAN not in checkpoint:
             return
@@ -135,17 +136,17 @@ class PruneModule(ImageClassifier):
             self.plan = plan
         elif (self.plan.kept, self.plan.shapes) != (plan.kept, plan.shapes):
             raise ValueError(
-                "the checkpoint is of a network that was pruned otherwise than this one: resume with "
+                "the checkpoint is of a network that was pruned differently from this one: resume with "
                 "PruneModule(the Slim that was fine-tuned), or with the dense network, which takes on its shape"
             )
 
     @property
     def folder(self) -> Path:
-        """Where the results go."""
+        """Folder of the results."""
         return Path(self._out if self._out is not None else self.trainer.log_dir or self.trainer.default_root_dir)
 
     def _prune(self, experiment: PruningExperiment) -> pd.DataFrame:
-        """This process's part of the pruning grid."""
+        """Make this process's part of the pruning grid."""
         return pruning_grid(
             self.network,
             find_probe(self._probe, self.trainer),
@@ -157,7 +158,7 @@ class PruneModule(ImageClassifier):
         )
 
     def _lesion(self, experiment: LesionExperiment) -> pd.DataFrame:
-        """This process's lesions, beside the axes and scores of their channels."""
+        """Make this process's lesions, with the axes and scores of their channels."""
         probe, place = find_probe(self._probe, self.trainer), self._place
         size, seed = experiment.probe_size, experiment.seed
         example = image_batches(probe, MIN_IMAGES, place)[0]
@@ -186,7 +187,7 @@ class PruneModule(ImageClassifier):
 
     @property
     def _place(self) -> Placement:
-        # Without the Trainer's precision: experiments run in that of the weights.
+        # Without the Trainer's precision plugin: experiments run in the precision of the weights.
         trainer = self.trainer
         return Placement(trainer.strategy.batch_to_device, rank=trainer.global_rank, world=trainer.world_size)
 
@@ -195,13 +196,15 @@ class PruneModule(ImageClassifier):
         return self.trainer.progress_bar_callback is not None and self.trainer.is_global_zero
 
     def _finetune(self, experiment: PruningExperiment, slim: nn.Module) -> None:
-        """Train one network of the grid, on this process alone, with the recipe of this module."""
+        """Fine-tune one network of the grid on this process alone, with the recipe of this module."""
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         if datamodule is None:
-            raise ValueError("PruneModule(finetune_epochs=…): expected a datamodule, whose training images to use")
+            raise ValueError(
+                "PruneModule(finetune_epochs=…): expected trainer.test(…, datamodule=one with training images)"
+            )
         module = PruneModule(slim, num_classes=self._num_classes, **{key: self.hparams[key] for key in self.hparams})
         for metric in module.modules():
-            if isinstance(metric, Metric):  # the other processes train other networks, and not as many
+            if isinstance(metric, Metric):  # other processes train other networks, maybe fewer
                 metric.distributed_available_fn = _alone
         trainer = L.Trainer(
             max_epochs=experiment.finetune_epochs,
@@ -214,11 +217,11 @@ class PruneModule(ImageClassifier):
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        # A stand-in, because the datamodule belongs to the surrounding Trainer. It was prepared for the test;
-        # Lightning would have this process wait for the others to do so too.
+        # A copy, because the datamodule belongs to the surrounding Trainer. It is prepared already, and preparing it
+        # again would make this process wait for the others.
         stand_in = copy.copy(datamodule)
         stand_in.prepare_data = None
-        with isolate_rng():  # every network trains on the same draws, whichever process has its turn
+        with isolate_rng():  # every network trains on the same draws, on whichever process
             torch.manual_seed(experiment.seed)
             trainer.fit(module, datamodule=stand_in)
         slim.to(self.device)
@@ -264,7 +267,7 @@ def _outputs(network: nn.Module) -> int:
 
 
 def _evaluation(trainer: L.Trainer, size: int | None) -> Iterable[Any]:
-    """The test images, all or a fixed random choice, but not this process's share: processes share out the variants."""
+    """Return all test images or a fixed random choice, on every process: the processes share the variants instead."""
     loaders, limit = trainer.test_dataloaders, trainer.limit_test_batches
     loader: Any = loaders[0] if isinstance(loaders, (list, tuple)) else loaders
     images = loader.dataset
@@ -274,7 +277,7 @@ def _evaluation(trainer: L.Trainer, size: int | None) -> Iterable[Any]:
         loader = DataLoader(images, loader.batch_size, collate_fn=loader.collate_fn, num_workers=loader.num_workers)
     if isinstance(limit, float) and limit == 1.0:
         return loader
-    # Of the whole, not of this process's share, so that any number of processes evaluates on the same batches.
+    # A share of all batches, not of this process's, so that the result does not depend on the number of processes.
     return list(islice(loader, limit if isinstance(limit, int) else int(limit * len(loader))))
 
 
@@ -283,7 +286,7 @@ def _alone() -> bool:
 
 
 def _gathered(share: pd.DataFrame, trainer: L.Trainer) -> list[pd.DataFrame]:
-    """The tables of all processes."""
+    """Gather the tables of all processes."""
     if trainer.world_size == 1:
         return [share]
     shares: list[Any] = [None] * trainer.world_size

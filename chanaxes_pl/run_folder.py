@@ -1,4 +1,4 @@
-"""The run folder: where a run keeps its tables of channels, experiments, configuration, scalars and checkpoints."""
+"""The run folder, which holds a run's tables of channels, experiments, configuration, scalars and checkpoints."""
 
 from __future__ import annotations
 
@@ -6,32 +6,35 @@ import re
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 from chanaxes_pl.core.errors import ArgumentError
 
-#: The folder of a tracker that was given no name.
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+#: Folder of a tracker without a name.
 DEFAULT_TRACKER = "axis"
-#: In a tracker's folder: data set, seed, epochs and versions, as JSON.
+#: File in a tracker's folder with data set, seed, epochs and versions, as JSON.
 ABOUT = "about.json"
 _TABLES = "step-*.parquet"
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where a tracker keeps the table of one step."""
+    """Return the path of a tracker's table of one step."""
     return folder / f"step-{step:09d}.parquet"
 
 
 def table_paths(folder: str | Path) -> list[Path]:
-    """The tables of channels in a tracker's folder, in order of their steps."""
+    """List the tables of channels in a tracker's folder, in the order of their steps."""
     return sorted(Path(folder).glob(_TABLES))
 
 
 def check_tracker_name(name: str) -> None:
-    """Refuse a name that is not that of a folder directly in the run folder.
+    """Check that a name can be that of a folder directly in the run folder.
 
     Raises:
-        ValueError: for an empty name, ``.``, ``..``, an absolute path, and names with separators.
+        ValueError: if it is empty, ``.``, ``..`` or an absolute path, or contains separators.
     """
     if not isinstance(name, str) or name.strip() in ("", ".", "..") or set(name) & set("/\\:\0"):
         raise ArgumentError(f"name={name!r}", "expected the name of a folder in the run folder, without / \\ or :")
@@ -39,25 +42,25 @@ def check_tracker_name(name: str) -> None:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """One run's folder.
+    """Folder of one run.
 
-        RUN/axis/step-….parquet             tables of channels; AxisTracker(name="axis") writes them
+        RUN/axis/step-….parquet             tables of channels, written by AxisTracker(name="axis")
         RUN/axis/about.json                 data set, seed, epochs and versions of that training
-        RUN/axis-1/step-….parquet           those of a second training that went into the same folder
+        RUN/axis-1/step-….parquet           tables of a second training in the same folder
         RUN/checkpoints/last.ckpt
-        RUN/config.yaml, hparams.yaml       settings, by `chanaxes fit` and by a Lightning logger
-        RUN/metrics.csv, test/metrics.csv   scalars; metrics-1.csv, … hold those before interruptions
+        RUN/config.yaml, hparams.yaml       settings, written by `chanaxes fit` and by a Lightning logger
+        RUN/metrics.csv, test/metrics.csv   scalars; metrics-1.csv, … are from before interruptions
         RUN/**/lesions.parquet, pruning.parquet
 
     Attributes:
-        path: the folder.
+        path: path of the folder.
     """
 
     path: Path
 
     @classmethod
-    def of_trainer(cls, trainer: Any) -> tuple[RunFolder, str]:
-        """Where a Lightning Trainer's run writes, and the run's name: as ``ModelCheckpoint`` chooses."""
+    def of_trainer(cls, trainer: Trainer) -> tuple[RunFolder, str]:
+        """Return the folder that a Trainer's run writes to and the run's name, as ``ModelCheckpoint`` chooses them."""
         if not trainer.loggers:
             return cls(Path(trainer.default_root_dir)), Path(trainer.default_root_dir).absolute().name
         logger = trainer.loggers[0]
@@ -67,32 +70,32 @@ class RunFolder:
 
     @classmethod
     def of_checkpoint(cls, checkpoint: str | Path) -> RunFolder:
-        """The folder of the run that wrote a checkpoint."""
+        """Return the folder of the run that wrote a checkpoint."""
         folder = Path(checkpoint).absolute().parent
         return cls(folder.parent if folder.name == "checkpoints" else folder)
 
     @classmethod
     def find(cls, folder: str | Path) -> tuple[RunFolder, Path, str]:
-        """The run folder and one tracker's folder in it, whichever of the two ``folder`` is.
+        """Find a run folder and a tracker's folder in it; ``folder`` may be either.
 
         Returns:
-            The run folder, the tracker's folder, and a line to tell the user where several trainings wrote into the
-            run folder and the newest was taken; empty otherwise.
+            The run folder, the tracker's folder, and a note for the user if the newest of several trainings was
+            chosen; otherwise the note is empty.
 
         Raises:
-            FileNotFoundError: if there is no such folder, it holds no tables of channels, or those of trackers of
-                several names, none of which is ``axis``.
+            FileNotFoundError: if there is no such folder, it holds no tables of channels, or it holds those of several
+                trackers, none of which is named ``axis``.
         """
         folder = Path(folder).absolute()
         if not folder.is_dir():
-            raise FileNotFoundError(f"{folder}: no such folder; expected what training with AxisTracker wrote")
+            raise FileNotFoundError(f"{folder}: no such folder; expected one that training with AxisTracker wrote")
         if table_paths(folder):
             return cls(folder.parent), folder, ""
         run = cls(folder)
         names = run.trackers
         if len(names) > 1 and DEFAULT_TRACKER not in names:
             paths = " or ".join(str(places[-1]) for places in names.values())
-            raise FileNotFoundError(f"{folder} holds the tables of several trackers: name one, {paths}")
+            raise FileNotFoundError(f"{folder} holds the tables of several trackers: choose one, {paths}")
         if not names:
             raise FileNotFoundError(run._no_tables())
         places = names.get(DEFAULT_TRACKER) or next(iter(names.values()))
@@ -100,27 +103,27 @@ class RunFolder:
         if len(places) > 1:
             older = " or ".join(str(place) for place in places[:-1])
             note = (
-                f"{folder} holds {len(places)} trainings; shown is the newest, {places[-1].name}; name {older} to see "
-                "an older one"
+                f"{folder} holds {len(places)} trainings, and this is the newest, {places[-1].name}; pass {older} to "
+                "see an older one"
             )
         return run, places[-1], note
 
     @property
     def trackers(self) -> dict[str, list[Path]]:
-        """Folders with tables of channels, by their tracker's name, from the oldest training to the newest."""
+        """Tracker name → its folders with tables of channels, from the oldest training to the newest."""
         found: dict[str, list[tuple[int, Path]]] = {}
         folders = {path.parent for path in self.path.glob(f"*/{_TABLES}")}
         for folder in sorted(folders):
             name, number = _name_and_number(folder.name)
-            if not (self.path / name).is_dir():  # a tracker that was named "label-2"
+            if not (self.path / name).is_dir():  # a tracker named "label-2"
                 name, number = folder.name, 0
             found.setdefault(name, []).append((number, folder))
         return {name: [folder for _, folder in sorted(places)] for name, places in found.items()}
 
     def create_tracker(self, name: str) -> Path:
-        """Make a new folder for a tracker's tables: ``name``, or ``name-1``, ``name-2``, … where there is one already.
+        """Make a new folder for a tracker's tables: ``name``, or ``name-1``, ``name-2``, … if it exists already.
 
-        Of two processes that start at once each gets a folder of its own: the file system makes a folder only once.
+        Two processes that start at once get different folders, because the file system makes a folder only once.
 
         Raises:
             OSError: if the run folder cannot be written.
@@ -140,33 +143,33 @@ class RunFolder:
 
     @property
     def last_checkpoint(self) -> Path:
-        """Where training keeps its last checkpoint."""
+        """Path of the last checkpoint of training."""
         return self.path / "checkpoints" / "last.ckpt"
 
     @property
     def configs(self) -> list[Path]:
-        """The files with the run's settings, the fullest first."""
+        """Files with the run's settings, the most complete first."""
         return [path for path in (self.path / "config.yaml", self.path / "hparams.yaml") if path.is_file()]
 
     @property
     def scalars(self) -> list[Path]:
-        """What the CSV logger wrote while training, in order: before each interruption, then up to the end."""
+        """Files of the CSV logger from training: those from before each interruption, in order, and the last one."""
         kept = sorted(self.path.glob("metrics-*.csv"), key=lambda path: (len(path.name), path.name))
         return [path for path in [*kept, self.path / "metrics.csv"] if path.is_file()]
 
     @property
     def test_scalars(self) -> Path:
-        """What the CSV logger wrote in ``chanaxes test``."""
+        """File of the CSV logger from ``chanaxes test``."""
         return self.path / "test" / "metrics.csv"
 
     def keep_scalars(self) -> None:
-        """Rename the CSV logger's file to ``metrics-1.csv`` and so on: the logger of a resumed run deletes it."""
+        """Rename the CSV logger's file to ``metrics-1.csv``, …, because the logger of a resumed run deletes it."""
         path = self.path / "metrics.csv"
         if path.is_file():
             path.replace(next(kept for n in count(1) if not (kept := self.path / f"metrics-{n}.csv").exists()))
 
-    def experiments(self, name: str) -> dict[str, Path]:
-        """Tables of one experiment anywhere in the run folder, by the folder they are in, relative to the run's.
+    def experiments(self, name: Literal["lesions", "pruning"]) -> dict[str, Path]:
+        """Find the tables of one kind of experiment: folder relative to the run folder → path of the table.
 
         Args:
             name: ``"lesions"`` or ``"pruning"``.
@@ -187,6 +190,6 @@ class RunFolder:
 
 
 def _name_and_number(folder: str) -> tuple[str, int]:
-    """``axis-2`` is the third folder of a tracker named ``axis``."""
+    """Split a folder's name into tracker and number: ``axis-2`` is the third folder of a tracker named ``axis``."""
     match = re.fullmatch(r"(.+)-([1-9]\d*)", folder)
     return (match[1], int(match[2])) if match else (folder, 0)

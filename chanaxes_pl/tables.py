@@ -1,4 +1,4 @@
-"""The one table: a row a channel, a column a metric; in and out of Parquet."""
+"""The table of channels, with a row per channel and a column per metric, and its Parquet files."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from chanaxes_pl.core.peers import peer_r2, peer_reconstruction
 from chanaxes_pl.network.recording import LayerMoments
 from chanaxes_pl.run_folder import table_paths
 
-#: What is computed of every channel on the whole probe, in nats but for the last three (shares and a count).
+#: Columns from the whole probe: in nats, except the last three (a share, a count and a share per count).
 COLUMNS = (*METRICS, "peer_r2", "hull_size", "hull_score")
-#: What is computed on the even and on the odd images too, as ``<name>_even`` and ``<name>_odd``.
+#: Columns that are also computed on the even and on the odd images, as ``<name>_even`` and ``<name>_odd``.
 SPLIT_HALF = (*METRICS, "peer_r2")
 HALVES = ("even", "odd")
-#: The target metrics against a target that knows nothing, as ``<name>_null``.
+#: Columns that are also computed with a random target, as ``<name>_null``.
 WITH_NULL = tuple(TARGET_METRICS)
-#: The columns that ``alignment=True`` adds: see :func:`alignment`.
+#: Columns that ``alignment=True`` adds, see :func:`alignment`.
 ALIGNMENT = ("alignment", "signal_power", "task_covariance", "capture_norm", "task_norm", "residual_norm")
-#: Which checkpoint a row belongs to.
+#: Columns that name the checkpoint of a row.
 KEYS = ("run", "epoch", "step")
-#: Columns that hold text, and whole numbers; all others that are checked hold numbers.
+#: Columns of text, and of whole numbers; all other columns that are checked hold numbers.
 TEXTS = {"run", "layer", "score", "family", "allocation", "compensate"}
 COUNTS = {"step", "channel"}
 _FINITE = {"epoch", "budget", "macs_share"}
@@ -47,18 +47,18 @@ _FINITE = {"epoch", "budget", "macs_share"}
 def axes_table(
     layers: Iterable[tuple[str, LayerMoments | None]], widths: Mapping[str, int], noise: str | float = "median"
 ) -> pd.DataFrame:
-    """The table of one checkpoint.
+    """Make the table of channels of one checkpoint.
 
     Args:
-        layers: names and moments, ``None`` for a layer that the forward pass never reached.
-        widths: channels by layer.
-        noise: σ₀² of input capture.
+        layers: names of layers with their moments, or ``None`` for a layer that the forward pass never reached.
+        widths: layer name → number of channels.
+        noise: noise power σ₀² of input capture.
 
     Returns:
         ``layer, channel``, :data:`COLUMNS`, ``dead`` (bool), ``at_ceiling`` (bool: a correlation of this channel
-        with a peer or with the target was clipped), the halves', the nulls', :data:`ALIGNMENT` where patches were
-        recorded, and ``reason``, which says why a row holds NaN and is empty elsewhere. The half columns are NaN where
-        the halves were not kept apart.
+        with a peer or with the target was clipped), the columns of the halves and of the null target,
+        :data:`ALIGNMENT` if patches were recorded, and ``reason``, which says why a row holds NaN, or is empty. The
+        columns of the halves are NaN if the halves were not kept apart.
     """
     frames = [_layer_frame(name, moments, widths[name], noise) for name, moments in layers]
     return pd.concat(frames, ignore_index=True)
@@ -82,7 +82,7 @@ def _columns() -> list[str]:
 
 
 def measure(moments: LayerMoments, noise: str | float = "median") -> dict[str, np.ndarray]:
-    """Every column of one layer, ``[C]`` each, from its moments."""
+    """Compute every column of one layer, ``[C]`` each, from its moments."""
     local, joint = Moments.merge_all(moments.local), Moments.merge_all(moments.joint)
     live = _live(local, joint)
     channels = local.select(live)
@@ -107,16 +107,16 @@ def measure(moments: LayerMoments, noise: str | float = "median") -> dict[str, n
 
 
 def _live(local: Moments, joint: Moments) -> Tensor:
-    return local.live & live_mask(joint.variance[: len(local.mean)])  # the targets have a scale of their own
+    return local.live & live_mask(joint.variance[: len(local.mean)])  # the targets have another scale
 
 
 def associations(joint: Moments, live: Tensor, targets: int) -> tuple[Association, Association]:
-    """Of the live channels with the target, and with the null target that stands behind it.
+    """Return the associations of the live channels with the target and with the null target.
 
     Args:
-        joint: of ``[ȳ (C), T (D), null target (D)]``.
-        live: ``[C]`` mask.
-        targets: D.
+        joint: moments of ``[ȳ (C), T (D), null target (D)]``.
+        live: ``[C]`` mask of the live channels.
+        targets: D, the dimension of the target.
     """
     others = torch.ones(2 * targets, dtype=torch.bool, device=live.device)
     channels, joint = int(live.sum()), joint.select(torch.cat([live, others]))
@@ -144,7 +144,7 @@ def _half(
 
 
 def _spread(values: dict[str, Tensor], live: Tensor) -> dict[str, np.ndarray]:
-    """``[C]`` columns from those of the live channels, NaN for the others."""
+    """Spread the columns of the live channels over all ``[C]`` channels, with NaN for the others."""
     mask = live.cpu().numpy()
     columns = {}
     for name, column in values.items():
@@ -154,7 +154,7 @@ def _spread(values: dict[str, Tensor], live: Tensor) -> dict[str, np.ndarray]:
 
 
 def _clipped(local: Moments, association: Association) -> Tensor:
-    """``[C]`` mask: some correlation of this channel is above what a logarithm takes."""
+    """Return a ``[C]`` mask of the channels with a correlation that is clipped before the logarithm."""
     clipped = association.explained.diagonal() >= MAX_CORRELATION**2
     for correlation in (local.correlation, association.correlation):
         clipped = clipped | ((correlation.abs() >= MAX_CORRELATION).sum(1) > 1)  # each is 1 with itself
@@ -162,7 +162,7 @@ def _clipped(local: Moments, association: Association) -> Tensor:
 
 
 def _reasons(local: Moments, joint: Moments, live: Tensor, targets: int) -> np.ndarray:
-    """``[C]``, why a channel's row holds NaN; empty where it does not."""
+    """Return why each channel's row holds NaN, or an empty string, ``[C]``."""
     channels = len(live)
     finite = (local.variance.isfinite() & joint.variance[:channels].isfinite()).cpu().numpy()
     reasons = np.where(live.cpu().numpy(), "", np.where(finite, "dead: its output does not vary", "output not finite"))
@@ -175,7 +175,7 @@ def _reasons(local: Moments, joint: Moments, live: Tensor, targets: int) -> np.n
 
 
 def write_parquet(table: pd.DataFrame, path: Path) -> None:
-    """Write a table so that ``path`` holds it whole or does not change, also when the process dies.
+    """Write a table to ``path``, which holds it whole or does not change, even if the process dies.
 
     Raises:
         OSError: if the folder cannot be written.
@@ -187,22 +187,24 @@ def write_parquet(table: pd.DataFrame, path: Path) -> None:
 def read_parquet(
     path: Path, required: Iterable[str] = ("layer", "channel", *COLUMNS), optional: Iterable[str] = ()
 ) -> pd.DataFrame:
-    """Read one table back.
+    """Read and check one table.
 
     Args:
-        path: the file.
-        required: columns that it has to have.
-        optional: columns whose type is checked where the table has them.
+        path: path of the file.
+        required: columns that the table must have.
+        optional: columns whose type is checked if the table has them.
 
     Raises:
         ValueError: if the file is not a whole table of this schema: it was cut off, is empty, lacks columns, or has
-            text where numbers are expected, or the reverse.
+            text in place of numbers, or numbers in place of text.
     """
     try:
         table = pd.read_parquet(path)
-    except (OSError, ValueError, TypeError, LookupError, pa.ArrowException) as error:  # what pyarrow and pandas raise
+    except (OSError, ValueError, TypeError, LookupError, pa.ArrowException) as error:  # from pyarrow and pandas
         told = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path}: not a whole Parquet file ({told}); it was cut off or is none of ours") from error
+        raise ValueError(
+            f"{path}: not a whole Parquet file ({told}); it was cut off or is not from chanaxes_pl"
+        ) from error
     return _checked(table, path, list(required), optional)
 
 
@@ -210,7 +212,7 @@ def _checked(table: pd.DataFrame, path: Path, required: Sequence[str], optional:
     missing = [column for column in required if column not in table]
     if missing:
         shown = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
-        hint = "; tables of compute_axes name no checkpoint, only those of AxisTracker do" if missing[0] in KEYS else ""
+        hint = "; tables of AxisTracker name a checkpoint, those of compute_axes do not" if missing[0] in KEYS else ""
         raise ValueError(f"{path}: lacks the columns {shown}{hint}")
     if not len(table):
         raise ValueError(f"{path}: has no rows")
@@ -222,10 +224,10 @@ def _checked(table: pd.DataFrame, path: Path, required: Sequence[str], optional:
 
 
 def read_channels(path: Path) -> pd.DataFrame:
-    """One checkpoint's table of channels, as a tracker wrote it.
+    """Read one checkpoint's table of channels, as a tracker wrote it.
 
     Raises:
-        ValueError: as :func:`read_parquet`, and if a channel has two rows.
+        ValueError: if :func:`read_parquet` raises it, or a channel has two rows.
     """
     table = read_parquet(path, (*KEYS, "layer", "channel", *_columns(), "dead"), ALIGNMENT)
     twice = table.duplicated(["step", "layer", "channel"])
@@ -236,10 +238,10 @@ def read_channels(path: Path) -> pd.DataFrame:
 
 
 def read_lesions(path: Path) -> pd.DataFrame:
-    """A table of lesions with the axes of its channels, as ``chanaxes lesion`` wrote it.
+    """Read a table of lesions with the axes of its channels, as ``chanaxes lesion`` wrote it.
 
     Raises:
-        ValueError: as :func:`read_parquet`, and if it holds no damage.
+        ValueError: if :func:`read_parquet` raises it, or the table has no column of damage.
     """
     table = read_parquet(path, ("layer", "channel", *METRICS, "peer_r2"))
     damages = [name for name in map(str, table) if name.endswith(("_loss", "_accuracy", "_margin"))]
@@ -250,14 +252,14 @@ def read_lesions(path: Path) -> pd.DataFrame:
 
 
 def read_grid(path: Path) -> pd.DataFrame:
-    """A pruning grid, as ``chanaxes prune`` wrote it.
+    """Read a pruning grid, as ``chanaxes prune`` wrote it.
 
     Raises:
-        ValueError: as :func:`read_parquet`, and if it lacks the unpruned network.
+        ValueError: if :func:`read_parquet` raises it, or the grid lacks the dense network.
     """
     table = read_parquet(path, (*VARIANT, "family", "macs_share", "accuracy"), ("loss", "margin", "tuned_accuracy"))
     if not (table["score"] == DENSE).any():
-        raise ValueError(f"{path}: lacks the row of the unpruned network, score {DENSE!r}")
+        raise ValueError(f"{path}: lacks the row of the dense network, score {DENSE!r}")
     return table
 
 
@@ -279,13 +281,13 @@ def _kind(column: pd.Series) -> str:
 
 
 def read_run(folder: str | Path) -> pd.DataFrame:
-    """All checkpoints of a run as one table, in order of ``step``.
+    """Read all checkpoints of a run as one table, in the order of ``step``.
 
     Args:
-        folder: where a tracker wrote, ``<run folder>/axis`` or whatever its ``name``.
+        folder: folder that a tracker wrote, ``<run folder>/<name of the tracker>``, by default ``<run folder>/axis``.
 
     Raises:
-        FileNotFoundError: if there is no checkpoint in it.
+        FileNotFoundError: if the folder holds no checkpoint.
         ValueError: if one of its files is cut off, or is no table of channels.
     """
     paths = table_paths(folder)
@@ -297,7 +299,7 @@ def read_run(folder: str | Path) -> pd.DataFrame:
     return pd.concat([read_channels(path) for path in paths], ignore_index=True)
 
 
-#: The name of the unpruned network in the column ``score``.
+#: Name of the dense network in the column ``score``.
 DENSE = "dense"
-#: What tells the rows of a grid apart.
+#: Columns that tell the rows of a grid apart.
 VARIANT = ("score", "allocation", "compensate", "budget")

@@ -2,8 +2,17 @@
 
 import ast
 from pathlib import Path
+from typing import get_args
 
 import pytest
+
+from chanaxes_pl.analysis.scores import SCORES, Family
+from chanaxes_pl.lesions.interventions import OPERATIONS, Operation
+from chanaxes_pl.lesions.replacements import REPLACEMENTS, Rebuilding
+from chanaxes_pl.pruning.allocation import ALLOCATIONS, Allocation
+from chanaxes_pl.pruning.baselines import WEIGHT_SCORES, WeightScore
+from chanaxes_pl.pruning.compensation import RIDGE, Compensation
+from chanaxes_pl.pruning.feature_maps import MAP_IMAGES, MAP_SCORES, MapScore
 
 PACKAGE = Path(__file__).parents[1] / "chanaxes_pl"
 #: From the first to the last; a chapter may import from those before it, and its files from each other.
@@ -132,6 +141,23 @@ def test_the_half_logarithm_has_one_home():
     """−½ ln(1 − ρ²) is written in ``gaussian`` alone; ``input_capture`` has ½ ln(1 + J/σ²)."""
     with_logarithm = {str(path.relative_to(PACKAGE)) for path in FILES if "log1p" in path.read_text()}
     assert with_logarithm == {"core/gaussian.py", "core/metrics.py"}
+
+
+@pytest.mark.parametrize(
+    ("literal", "registry"),
+    [
+        (Allocation, ALLOCATIONS),
+        (Compensation, RIDGE),
+        (Family, SCORES.values()),
+        (MapScore, MAP_IMAGES),
+        (MapScore, MAP_SCORES),
+        (Operation, OPERATIONS),
+        (Rebuilding, REPLACEMENTS),
+        (WeightScore, WEIGHT_SCORES),
+    ],
+)
+def test_a_literal_holds_the_keys_of_its_registry(literal, registry):
+    assert set(get_args(literal)) == set(registry)
 
 
 @pytest.mark.parametrize(

@@ -214,7 +214,7 @@ def test_resumed_is_as_if_never_interrupted(tmp_path, from_dense):
 
 def test_a_checkpoint_pruned_otherwise_is_refused(tmp_path):
     first = fitted(tmp_path / "a", PruneModule(slim()), 1)
-    with pytest.raises(ValueError, match="pruned otherwise than this one"):
+    with pytest.raises(ValueError, match="pruned differently from this one"):
         fitted(tmp_path / "b", PruneModule(slim(0.4)), 2, first)
 
 
@@ -226,7 +226,7 @@ def test_errors_say_what_was_expected(tmp_path):
     with pytest.raises(ValueError, match=r"PruneModule: found no probe images: pass probe=a Dataset"):
         trainer(tmp_path).test(PruneModule(network()), DataLoader(images(), batch_size=8), verbose=False)
     module = PruneModule(network(), made("prune", finetune_epochs=1), probe=images())
-    with pytest.raises(ValueError, match="expected a datamodule, whose training images"):
+    with pytest.raises(ValueError, match="datamodule=one with training images"):
         trainer(tmp_path).test(module, DataLoader(images(), batch_size=8), verbose=False)
 
 

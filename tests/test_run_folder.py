@@ -24,7 +24,7 @@ def test_the_newest_training_is_read_with_a_note_and_each_can_be_named(tmp_path)
     assert (newest.tracker, newest.steps) == ("axis-10", [0, 6])
     (note,) = newest.notes
     assert note == (
-        f"{run} holds 3 trainings; shown is the newest, axis-10; name {run}/axis or {run}/axis-1 to see an older one"
+        f"{run} holds 3 trainings, and this is the newest, axis-10; pass {run}/axis or {run}/axis-1 to see an older one"
     )
     for name, steps in {"axis": [0, 4], "axis-1": [0, 5]}.items():
         (named,) = read_runs([run / name]).each

@@ -1,1 +1,1 @@
-"""From tables to findings: correlations, groupings, scores, damage, grids, prediction, structure, runs."""
+"""Analysis of tables: correlations, groupings, scores, damage, grids, prediction, structure, runs."""

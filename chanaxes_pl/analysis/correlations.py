@@ -1,4 +1,4 @@
-"""From the table of channels to axis correlations, with their reliability, null and intervals."""
+"""Axis correlations from the table of channels, with their reliability, null and intervals."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from chanaxes_pl.core.statistics import (
 )
 from chanaxes_pl.tables import HALVES, KEYS, SPLIT_HALF
 
-#: Axis coordinates: the mean of the within-layer z-scores of an axis's two metrics, both with sign +.
-#: They are no pruning scores: ``keep_local`` takes peer overlap with sign −, see :mod:`scores`.
+#: Axis coordinate → the two metrics whose within-layer z-scores it averages, both with sign +.
+#: It is not a pruning score: ``keep_local`` uses peer overlap with sign −, see :mod:`scores`.
 AXES = {"local_axis": tuple(LOCAL_METRICS), "target_axis": tuple(TARGET_METRICS)}
+#: Pairs of a local and a target metric, and of the two axis coordinates, that are correlated.
 PAIRS = (
     ("input_capture", "task_information"),
     ("input_capture", "target_excess"),
@@ -31,25 +32,26 @@ PAIRS = (
     ("peer_overlap", "target_excess"),
     ("local_axis", "target_axis"),
 )
+#: Pair of the headline correlation.
 MAIN_PAIR = PAIRS[0]
-#: The name under which the mean over layers stands in the column ``layer``.
+#: Name of the mean over layers in the column ``layer``.
 NETWORK = "network"
 
 
 def axis_correlations(table: pd.DataFrame, resamples: int = 0, seed: int = 0) -> pd.DataFrame:
-    """Spearman correlation between the axes over each layer's live channels, and their mean over layers.
+    """Compute Spearman correlations between the axes over each layer's live channels, and their means over layers.
 
     Args:
-        table: one checkpoint's table of channels, or several.
-        resamples: bootstrap resamples over channels for ``low`` and ``high`` (95 %, percentile); 0 for none.
-        seed: of the resamples.
+        table: table of channels of one checkpoint or several.
+        resamples: number of bootstrap resamples over channels for ``low`` and ``high`` (95 %, percentile); 0 for none.
+        seed: random seed of the resampling.
 
     Returns:
         One row per checkpoint, layer and metric pair: the checkpoint's keys, ``layer, local, target, rho, low,
-        high, n`` (live channels), ``null`` (the same against the null target), ``reliability_local``,
-        ``reliability_target`` (split-half, stepped up), ``disattenuated`` (``rho`` divided by the geometric
-        mean of the two; may exceed 1, NaN where one is 0) and ``reason``, which says why ``rho`` is NaN. The
-        mean over the layers that have one is the layer ``"network"``.
+        high, n`` (live channels), ``null`` (correlation with the null target), ``reliability_local``,
+        ``reliability_target`` (split-half, Spearman–Brown), ``disattenuated`` (``rho`` divided by the geometric mean
+        of the two; it may exceed 1, and is NaN if one is 0) and ``reason``, which says why ``rho`` is NaN. The layer
+        ``"network"`` holds the mean over the layers that have a value.
     """
     rows = []
     for keys, checkpoint in checkpoints(table):
@@ -71,23 +73,23 @@ def axis_correlations(table: pd.DataFrame, resamples: int = 0, seed: int = 0) ->
 def main_correlation(
     correlations: pd.DataFrame, layer: str = NETWORK, pair: tuple[str, str] = MAIN_PAIR
 ) -> pd.DataFrame:
-    """The rows of one layer and pair of metrics; by default ρ(input capture, task information), the network's mean."""
+    """Select the rows of one layer and pair; by default the network's mean of ρ(input capture, task information)."""
     of_layer = correlations[correlations["layer"] == layer]
     pairs = zip(of_layer["local"], of_layer["target"], strict=True)
     return of_layer[[found == pair for found in pairs]].reset_index(drop=True)
 
 
 def separation(rows: pd.DataFrame, share: float = 0.5) -> pd.DataFrame:
-    """How fast the axes come apart: when each run's correlation has fallen to a share of its highest.
+    """Find when each run's correlation has fallen to a share of its highest value.
 
     Args:
-        rows: of :func:`main_correlation`, of one run or several told apart by ``run``.
-        share: of the highest correlation.
+        rows: rows of :func:`main_correlation`, of one run or several, with a column ``run``.
+        share: share of the highest correlation.
 
     Returns:
-        One row a run: ``run, first, highest, last`` (ρ at the first checkpoint, at its highest and at the last),
-        ``step_highest, epoch_highest``, and ``step, epoch`` of the first checkpoint after the highest at or below the
-        share; NaN where there is none, or the highest is not above 0.
+        One row per run: ``run, first, highest, last`` (ρ at the first checkpoint, at its highest and at the last),
+        ``step_highest, epoch_highest``, and ``step, epoch`` of the first later checkpoint with ρ at or below the share;
+        NaN if there is none, or the highest ρ is not above 0.
 
     Example:
         >>> rows = pd.DataFrame({"run": "a", "epoch": [0, 0.1, 0.2, 1], "step": [0, 1, 2, 9]})
@@ -110,13 +112,14 @@ def separation(rows: pd.DataFrame, share: float = 0.5) -> pd.DataFrame:
 
 
 def reliabilities(table: pd.DataFrame, metrics: Sequence[str] = (*SPLIT_HALF, *AXES)) -> pd.DataFrame:
-    """Split-half reliability of every metric and axis coordinate: keys, ``layer, metric, reliability``.
-
-    The mean over layers is the layer ``"network"``.
+    """Compute the split-half reliability of metrics and axis coordinates.
 
     Args:
-        table: one checkpoint's table of channels, or several.
-        metrics: which of them.
+        table: table of channels of one checkpoint or several.
+        metrics: names of the metrics and axis coordinates.
+
+    Returns:
+        The checkpoint's keys, ``layer, metric, reliability``; the layer ``"network"`` holds the mean over layers.
     """
     rows = []
     for keys, checkpoint in checkpoints(table):
@@ -132,7 +135,7 @@ def reliabilities(table: pd.DataFrame, metrics: Sequence[str] = (*SPLIT_HALF, *A
 
 
 def task_masses(table: pd.DataFrame) -> pd.DataFrame:
-    """Task information that peers duplicate, Σ I_T·R², and that they do not, Σ I_T·(1 − R²), in nats a layer."""
+    """Sum the task information of each layer that peers duplicate, Σ I_T·R², and the rest, Σ I_T·(1 − R²), in nats."""
     duplicate = table["task_information"] * table["peer_r2"]
     masses = table.assign(duplicate=duplicate, nonreplaceable=table["task_information"] - duplicate)
     keys = [*(key for key in KEYS if key in table), "layer"]
@@ -140,7 +143,7 @@ def task_masses(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def checkpoints(table: pd.DataFrame) -> Iterator[tuple[dict, pd.DataFrame]]:
-    """Every checkpoint of a table, with its keys; the whole table where it has none."""
+    """Iterate over the checkpoints of a table, with their keys; a table without keys is one checkpoint."""
     present = [key for key in KEYS if key in table]
     if not present:
         yield {}, table
@@ -150,14 +153,14 @@ def checkpoints(table: pd.DataFrame) -> Iterator[tuple[dict, pd.DataFrame]]:
 
 
 def layer_columns(frame: pd.DataFrame) -> dict[str, np.ndarray]:
-    """Metrics and axis coordinates of one layer's live channels, also of the halves and the null, by name."""
+    """Return the metrics and axis coordinates of one layer's live channels by name, with the halves and the null."""
     return _with_axes(next(_by_layer(frame))[1])
 
 
 def _by_layer(checkpoint: pd.DataFrame) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """Each layer's name, and the metrics of its live channels by name."""
+    """Iterate over the layers: the name, and the metrics of the live channels by name."""
     names = [str(column) for column in checkpoint if column not in _NOT_METRICS]
-    numbers = checkpoint[names].to_numpy(float)  # at once: pandas is slow one by one
+    numbers = checkpoint[names].to_numpy(float)  # all at once, because pandas is slow by column
     codes, layers = pd.factorize(checkpoint["layer"])
     codes[checkpoint["dead"].to_numpy(bool)] = -1
     for code, layer in enumerate(layers):
@@ -212,12 +215,12 @@ def _why_undefined(local: np.ndarray, target: np.ndarray) -> str:
 
 
 def _network_rows(layers: pd.DataFrame, draws: np.ndarray) -> pd.DataFrame:
-    """Means over layers; ``draws [layers, pairs, resamples]`` give the interval of the mean."""
+    """Average over layers; ``draws [layers, pairs, resamples]`` give the intervals of the means."""
     measured = ["rho", "null", "reliability_local", "reliability_target", "disattenuated"]
     network = layers.groupby(["local", "target"], sort=False).agg({**dict.fromkeys(measured, "mean"), "n": "sum"})
     has_rho = layers.groupby(["local", "target"], sort=False)["rho"].count() > 0
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a mean over layers none of which has a value is NaN
+        warnings.simplefilter("ignore", RuntimeWarning)  # the mean is NaN if no layer has a value
         bounds = pd.DataFrame([interval(drawn) for drawn in np.nanmean(draws, 0)], index=network.index)
     return network.assign(
         layer=NETWORK,
@@ -241,7 +244,7 @@ def _disattenuated(rho: float, local: float, target: float) -> dict[str, float]:
 
 
 def _bootstrap(values: dict[str, np.ndarray], resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """``[pairs, resamples]`` Spearman correlations over channels drawn with replacement; NaN where ρ is."""
+    """Compute Spearman correlations over resampled channels, ``[pairs, resamples]``; NaN where ρ is NaN."""
     channels = len(values["input_capture"])
     drawn = np.full((len(PAIRS), resamples), np.nan)
     if resamples == 0 or channels < MIN_CHANNELS:

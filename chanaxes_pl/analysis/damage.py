@@ -1,8 +1,8 @@
-"""Damage analysis: relate the damage that removing a channel does to the metrics of its axes.
+"""Analysis of damage: how the damage of removing a channel relates to the metrics of its axes.
 
-Every function takes one table of channels and their damage, see :func:`join_axes`, and compares ranks within layers.
-Intervals are 95 % percentile bootstraps over units, not rows: channels that can only be removed together share one
-damage and are drawn together. A resample keeps the ranks among all rows (``rerank=False`` of
+Every function takes a table of channels and their damage, see :func:`join_axes`, and compares ranks within layers.
+Intervals are 95 % percentile bootstraps over units instead of rows: channels that can only be removed together share
+one damage and are drawn together. A resample keeps the ranks among all rows (``rerank=False`` of
 :func:`rank_correlations`).
 """
 
@@ -26,29 +26,27 @@ from chanaxes_pl.core.statistics import (
     resample_counts,
 )
 
-#: What the claim sets peer support beside.
+#: Metrics that a regression starts from, and the metric of peer support that it adds.
 BASE = ("input_capture", "task_information")
 SUPPORT = "peer_r2"
-#: How far apart, as a share of the layer, the ranks of two matched channels may lie.
+#: Largest difference between the ranks of two matched channels, as a share of the layer.
 CALIPER = 0.05
 _KEYS = ["layer", "channel"]
 
 
 def join_axes(axes: pd.DataFrame, lesions: pd.DataFrame) -> pd.DataFrame:
-    """The table of channels of one checkpoint and the table of their lesions as one, a row a lesioned channel.
+    """Join the table of channels of one checkpoint and the table of their lesions, with a row per lesioned channel.
 
     The lesions' ``reason`` becomes ``lesion_reason``.
 
     Raises:
-        ValueError: if one of them has a channel twice, or they have none in common.
+        ValueError: if a channel occurs twice in one table, or the tables have no channel in common.
     """
     for name, table in (("axes", axes), ("lesions", lesions)):
         twice = table[table.duplicated(_KEYS)]
         if len(twice):
             layer, channel = twice.iloc[0][_KEYS]
-            raise ValueError(
-                f"join_axes({name}): channel {channel} of {layer!r} stands there twice; pass one checkpoint"
-            )
+            raise ValueError(f"join_axes({name}): channel {channel} of {layer!r} occurs twice; pass one checkpoint")
     joined = lesions.rename(columns={"reason": "lesion_reason"}).merge(axes, on=_KEYS)
     if joined.empty:
         raise ValueError(
@@ -66,27 +64,27 @@ def rank_regression(
     resamples: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """How much of damage's ranks one more metric explains, beyond those that are known already.
+    """Measure how much better one more metric explains the ranks of damage.
 
-    Within-layer ranks of damage are regressed on those of the ``base`` metrics, and again with the ``added`` one,
-    over all layers at once with a level of its own for each. R² is adjusted for the number of predictors, or its
-    increase could not be negative; for a metric that adds nothing it is 0 on average. ``slope``, the added metric's
-    coefficient, says in which direction it goes: negative where more of it means less damage.
+    The within-layer ranks of damage are regressed on those of the ``base`` metrics, then on those of ``base`` and
+    ``added``, over all layers with an intercept for each. R² is adjusted for the number of predictors, so that its
+    increase is 0 on average for a metric that adds nothing. ``slope`` is the coefficient of the added metric; it is
+    negative if more of the metric means less damage.
 
     Args:
-        table: of :func:`join_axes`.
-        damage: the column to explain.
-        base: what explains it first.
-        added: what is added.
-        resamples: of the bootstrap, over units.
-        seed: of the resamples.
+        table: table of :func:`join_axes`.
+        damage: column to explain.
+        base: metrics of the first regression.
+        added: metric that the second regression adds.
+        resamples: number of bootstrap resamples over units.
+        seed: random seed of the resampling.
 
     Returns:
         One row: ``damage, base, added, r2_base, r2_full, increase`` with ``low`` and ``high``, ``slope`` with
-        ``slope_low`` and ``slope_high``, ``channels`` and ``layers`` that enter.
+        ``slope_low`` and ``slope_high``, and the numbers of ``channels`` and ``layers``.
 
     Raises:
-        ValueError: for unknown columns, or if no layer has 3 channels for which all of them are defined.
+        ValueError: if a column is unknown, or no layer has 3 channels for which all columns are defined.
     """
     columns = [damage, *base, added]
     with naming("rank_regression"):
@@ -112,28 +110,28 @@ def matched_comparison(
     resamples: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Damage of channels with much and with little peer support that are alike in what they say about the task.
+    """Compare the damage of channels with much and with little peer support that match in another metric.
 
-    In each layer the channels above the median of ``support`` are paired one to one with those below it, so that
-    partners' ranks of ``matched`` lie as near to each other as can be; pairs further apart than :data:`CALIPER` (in
-    a small layer: than neighbours) are left out.
+    In each layer, the channels above the median of ``support`` are paired one to one with those below it, so that the
+    partners' ranks of ``matched`` are as close as possible. Pairs further apart than :data:`CALIPER` are left out; in
+    a small layer, pairs of neighbours always stay.
 
     Args:
-        table: of :func:`join_axes`.
-        damage: the column to compare.
-        support: what splits the channels.
-        matched: what partners have in common.
-        resamples: of the bootstrap, over the units of the pairs' upper halves.
-        seed: of the resamples.
+        table: table of :func:`join_axes`.
+        damage: column to compare.
+        support: metric that splits the channels.
+        matched: metric in which partners match.
+        resamples: number of bootstrap resamples over the units of the channels with much support.
+        seed: random seed of the resampling.
 
     Returns:
-        Two rows, ``scale`` ``"value"`` in the unit of ``damage`` and ``"rank"``, its rank in the layer from 0 to 1:
-        ``damage, support, matched, scale``, the means of ``much`` and ``little`` support, their ``difference`` with
-        ``low`` and ``high``, ``imbalance`` (mean difference of the partners' ranks of ``matched``), ``pairs`` and
-        ``layers``.
+        Two rows, with ``scale`` ``"value"`` (in the unit of ``damage``) and ``"rank"`` (rank of damage in the layer,
+        from 0 to 1): ``damage, support, matched, scale``, the means for ``much`` and ``little`` support, their
+        ``difference`` with ``low`` and ``high``, ``imbalance`` (mean difference of the partners' ranks of
+        ``matched``), and the numbers of ``pairs`` and ``layers``.
 
     Raises:
-        ValueError: for unknown columns, or if no layer has 3 channels for which all of them are defined.
+        ValueError: if a column is unknown, or no layer has 3 channels for which all columns are defined.
     """
     columns = [damage, support, matched]
     with naming("matched_comparison"):
@@ -147,7 +145,7 @@ def matched_comparison(
     weights = _draws(usable, resamples, seed)[:, much]
     result = []
     for scale, hurt in (("value", values[:, 0]), ("rank", ranks[:, 0] + 0.5)):
-        with np.errstate(invalid="ignore"):  # no pair at all
+        with np.errstate(invalid="ignore"):  # there may be no pair
             drawn = weights @ (hurt[much] - hurt[little]) / weights.sum(1)
         row = {"damage": damage, "support": support, "matched": matched, "scale": scale}
         row |= {"much": _mean(hurt[much]), "little": _mean(hurt[little]), "difference": drawn[0]}
@@ -159,22 +157,22 @@ def matched_comparison(
 def score_damage_correlation(
     table: pd.DataFrame, scores: Sequence[str], damage: str = "zero_loss", resamples: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
-    """Spearman correlation of some scores with damage within each layer, and its mean over layers.
+    """Compute the Spearman correlation of some scores with damage within each layer, and its mean over layers.
 
     Args:
-        table: of :func:`join_axes`, with any further scores as columns.
-        scores: the columns to compare with damage; the same resamples serve all, so that they can be compared.
-        damage: the column.
-        resamples: of the bootstrap, over units.
-        seed: of the resamples.
+        table: table of :func:`join_axes`, with any further scores as columns.
+        scores: columns to compare with damage; they share the resamples, so that they can be compared.
+        damage: column of the damage.
+        resamples: number of bootstrap resamples over units.
+        seed: random seed of the resampling.
 
     Returns:
-        One row per score and layer, and one with the mean, layer ``"network"``: ``score, damage, layer, rho, low,
-        high, n``, the channels for which both are defined; NaN where these are fewer than 3, or a score or the damage
-        is the same for all of them.
+        One row per score and layer, and one for the layer ``"network"`` with the mean over layers: ``score, damage,
+        layer, rho, low, high`` and ``n``, the number of channels for which both are defined. The correlation is NaN if
+        there are fewer than 3 of them, or all have the same score or damage.
 
     Raises:
-        ValueError: for unknown columns, or if no layer has 3 channels whose damage is defined.
+        ValueError: if a column is unknown, or no layer has 3 channels whose damage is defined.
     """
     with naming("score_damage_correlation"):
         usable = _usable(table, [damage], others=scores)
@@ -186,7 +184,7 @@ def score_damage_correlation(
     )
     sizes = np.stack([np.isfinite(values[rows]).sum(0) for rows in layers])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # no layer has one
+        warnings.simplefilter("ignore", RuntimeWarning)  # the mean is NaN if no layer has a value
         draws = np.concatenate([draws, np.nanmean(draws, 1, keepdims=True)], 1)
     low, high = bounds(draws[1:])
     names = [*(usable["layer"].iloc[rows[0]] for rows in layers), NETWORK]
@@ -196,7 +194,7 @@ def score_damage_correlation(
 
 
 def _usable(table: pd.DataFrame, columns: Sequence[str], others: Sequence[str] = ()) -> pd.DataFrame:
-    """The rows for which all columns are defined, of the layers that have at least 3 of them; others only exist."""
+    """Return the rows with all columns defined, of layers with at least 3 of them; ``others`` only need to exist."""
     missing = [column for column in (*columns, *others) if column not in table]
     if missing:
         raise InputError(f"no column {', '.join(map(repr, missing))}; there are {', '.join(table.columns)}")
@@ -213,9 +211,9 @@ def _rows_of_layers(rows: pd.DataFrame) -> list[np.ndarray]:
 
 
 def _draws(rows: pd.DataFrame, resamples: int, seed: int) -> np.ndarray:
-    """``[1 + resamples, n]``, how often each row is drawn; those of one unit together, units within their group.
+    """Count how often each row is drawn, ``[1 + resamples, n]``: whole units, resampled within their group.
 
-    The first takes every row once: what is measured.
+    The first entry takes every row once, which gives the measured value.
     """
     own = rows["layer"] + "[" + rows["channel"].astype(str) + "]"
     unit = own if "unit" not in rows else rows["unit"].where(rows["unit"] != "", own)
@@ -230,7 +228,7 @@ def _draws(rows: pd.DataFrame, resamples: int, seed: int) -> np.ndarray:
 
 
 def _within(ranks: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """``[resamples, k, k]`` centred sums of products of ``[n, k]`` ranks, each row counted so often."""
+    """Return the centred sums of products of ``[n, k]`` ranks, weighted by the counts, ``[resamples, k, k]``."""
     width = ranks.shape[1]
     sums = counts @ ranks
     products = counts @ (ranks[:, :, None] * ranks[:, None, :]).reshape(len(ranks), -1)
@@ -239,7 +237,7 @@ def _within(ranks: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def _fit(products: np.ndarray, predictors: int, freedom: int) -> tuple[np.ndarray, np.ndarray]:
-    """Adjusted R² of variable 0 on the next ones, and the last one's slope, for each of the resamples."""
+    """Return the adjusted R² of variable 0 on the next ones, and the slope of the last one, in each resample."""
     among, toward = products[:, 1 : predictors + 1, 1 : predictors + 1], products[:, 1 : predictors + 1, 0]
     slopes = (np.linalg.pinv(among, rcond=1e-10, hermitian=True) @ toward[:, :, None])[:, :, 0]
     total = products[:, 0, 0]
@@ -249,12 +247,13 @@ def _fit(products: np.ndarray, predictors: int, freedom: int) -> tuple[np.ndarra
 
 
 def _pairs(support: np.ndarray, matched: np.ndarray) -> list[np.ndarray]:
-    """Places ``[2]`` of a channel of much and one of little support, for each pair of a layer."""
+    """Return the places ``[2]`` of a channel with much support and one with little, for each pair of a layer."""
     much, little = np.flatnonzero(support > np.median(support)), np.flatnonzero(support < np.median(support))
     apart = np.abs(matched[much][:, None] - matched[little])
     limit = max(CALIPER, 1.5 / len(support))
     near = apart <= limit
-    first, second = linear_sum_assignment(np.minimum(apart, limit))  # no pair is stretched to make room for another
+    # Capped distances, so that no pair gets worse for the sake of one that is left out.
+    first, second = linear_sum_assignment(np.minimum(apart, limit))
     return [np.array([much[i], little[j]]) for i, j in zip(first, second, strict=True) if near[i, j]]
 
 

@@ -1,4 +1,4 @@
-"""Pruning grids: area under the curve, and paired differences between scores."""
+"""Analysis of pruning grids: area under the curve, and paired differences between scores."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from chanaxes_pl.tables import DENSE, read_grid
 
 
 def read_grids(tables: str) -> pd.DataFrame:
-    """The pruning grids that a glob names, told apart by ``run``, the folder they are in.
+    """Read the pruning grids that match a glob; the column ``run`` holds the folder of each.
 
     Args:
         tables: glob over files, such as ``"runs/NAME/version_*/pruning.parquet"``.
 
     Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if one is no pruning grid.
+        FileNotFoundError: if no file matches.
+        ValueError: if a file is not a pruning grid.
     """
     paths = sorted(glob(tables))
     if not paths:
-        raise FileNotFoundError(f"no file matches {tables!r}; expected what `chanaxes prune` wrote, pruning.parquet")
+        raise FileNotFoundError(f"no file matches {tables!r}; expected pruning.parquet, which `chanaxes prune` writes")
     grids = [read_grid(Path(path)).assign(run=str(Path(path).parent)) for path in paths]
     return pd.concat(grids, ignore_index=True)
 
 
 def area_under_curve(grid: pd.DataFrame, value: str = "accuracy") -> pd.DataFrame:
-    """Mean of a column over MACs, for every score, allocation and compensation of every run.
+    """Average a column over MACs, for every score, allocation and compensation of every run.
 
-    The curve is linear between the achieved MACs of the grid's networks, from the smallest to the dense one, and the
-    area under it is divided by that range.
+    The curve is linear between the achieved MACs of the grid's networks, from the smallest to the dense one. The area
+    under it is divided by that range.
 
     Args:
-        grid: from :func:`pruning_grid`; several, told apart by a column ``run``.
-        value: the column.
+        grid: table of :func:`pruning_grid`, or several with a column ``run``.
+        value: column to average.
 
     Returns:
-        ``run`` (where there), ``score, family, allocation, compensate`` and ``area``.
+        ``run`` (if the grid has it), ``score, family, allocation, compensate`` and ``area``.
     """
     runs = ["run"] if "run" in grid else []
     rows = []
@@ -60,14 +60,14 @@ def area_under_curve(grid: pd.DataFrame, value: str = "accuracy") -> pd.DataFram
 def paired_difference(
     areas: pd.DataFrame, first: Sequence[str], second: Sequence[str], resamples: int = 2000, seed: int = 0
 ) -> pd.DataFrame:
-    """How much better some scores do than others on the same checkpoints, under each allocation and compensation.
+    """Compare two sets of scores on the same checkpoints, under each allocation and compensation.
 
     Args:
-        areas: from :func:`area_under_curve`, of several runs.
-        first: scores, averaged within a run.
-        second: the scores that are subtracted.
-        resamples: bootstrap resamples over runs.
-        seed: of the resamples.
+        areas: table of :func:`area_under_curve`, of several runs.
+        first: scores to average within a run.
+        second: scores whose average is subtracted.
+        resamples: number of bootstrap resamples over runs.
+        seed: random seed of the resampling.
 
     Returns:
         ``allocation, compensate, mean, std, low, high, runs`` of the difference, see
@@ -81,12 +81,12 @@ def paired_difference(
 
 
 def score_differences(grid: pd.DataFrame, value: str = "accuracy", against: str = "l1") -> pd.DataFrame:
-    """Area under the curve of each score less that of one other, and of local-axis less target-axis scores, run by run.
+    """Compare the area under the curve of each score with a reference, and local-axis with target-axis scores.
 
     Args:
-        grid: of several runs, told apart by ``run``.
-        value: the column under whose curve the area is.
-        against: the score that is subtracted; without it in the grid the axes alone are compared.
+        grid: pruning grids of several runs, with a column ``run``.
+        value: column of the curve.
+        against: reference score, which is subtracted; if the grid lacks it, only the axes are compared.
 
     Returns:
         ``allocation, compensate, scores, against`` and ``mean, std, low, high, runs`` of the difference.

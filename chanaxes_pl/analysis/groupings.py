@@ -1,4 +1,4 @@
-"""Do the two axes sort a layer's channels into the same groups?"""
+"""Groupings: whether the two axes sort a layer's channels into the same groups."""
 
 from __future__ import annotations
 
@@ -15,15 +15,23 @@ from chanaxes_pl.analysis.correlations import AXES, checkpoints, layer_columns
 from chanaxes_pl.core.statistics import z_scores
 from chanaxes_pl.tables import HALVES
 
+#: Number of groups per layer, k of k-means.
 GROUPS = 4
 
 
 def groupings(table: pd.DataFrame, seed: int = 0, starts: int = 10) -> pd.DataFrame:
-    """Do the two axes group a layer's channels alike? Keys, ``layer, ari, ceiling_local, ceiling_target, n``.
+    """Measure how well the groupings of a layer's channels by the two axes agree.
 
-    ``ari`` is the adjusted Rand index between the k-means partitions (k = 4) on the z-scored local pair
-    and on the z-scored target pair; a ceiling is the index of the same axis between the two probe halves.
-    NaN where fewer than 4 channels are live, or the halves were not kept apart.
+    Args:
+        table: table of channels of one checkpoint or several.
+        seed: random seed of k-means.
+        starts: number of starts of k-means.
+
+    Returns:
+        The checkpoint's keys, ``layer, ari, ceiling_local, ceiling_target, n``. ``ari`` is the adjusted Rand index
+        between the k-means partitions (k = 4) by the z-scored local metrics and by the z-scored target metrics. A
+        ceiling is the index between the partitions of one axis on the two halves of the probe. The values are NaN if
+        fewer than 4 channels are live, or the halves were not kept apart.
     """
     rows = []
     for keys, checkpoint in checkpoints(table):
@@ -48,11 +56,11 @@ def groupings(table: pd.DataFrame, seed: int = 0, starts: int = 10) -> pd.DataFr
 
 
 def _clusters(values: np.ndarray, seed: int, starts: int) -> np.ndarray | None:
-    """``[n]`` k-means labels of ``[n, 2]`` points, z-scored; ``None`` where there is nothing to group."""
+    """Return the k-means labels ``[n]`` of z-scored points ``[n, 2]``, or ``None`` if they cannot be grouped."""
     if len(values) < GROUPS or not np.isfinite(values).all():
         return None
     points = z_scores(values, constant=0.0)
-    # On so few points threads only wait for each other: on a busy machine twenty times as long.
+    # On so few points, threads only wait for each other, on a busy machine twenty times as long.
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct points than groups: some stay empty
         model = KMeans(GROUPS, n_init=starts, random_state=seed)  # pyright: ignore[reportArgumentType]

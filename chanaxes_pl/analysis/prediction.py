@@ -1,4 +1,4 @@
-"""Early prediction: how well the axes at a checkpoint predict the damage and the pruning order at the end of a run."""
+"""Early prediction: how well the axes at each checkpoint predict the damage and the pruning order at the end."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from chanaxes_pl.core.errors import naming
 from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.tables import KEYS, read_parquet
 
-#: What predicts.
+#: Metrics and axis coordinates that predict.
 PREDICTORS = (*METRICS, "peer_r2", *AXES)
-#: What is predicted.
+#: Outcomes that are predicted.
 TARGETS = ("damage", "order")
-#: Minimum rank correlation of input capture for lesions to belong to this run.
+#: Minimum rank correlation of input capture between a run and its lesions.
 SAME_NETWORK = 0.5
 _CHANNEL = ["layer", "channel"]
 
@@ -34,36 +34,34 @@ def early_prediction(
     resamples: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Rank correlation of every metric, at every checkpoint of a run, with what becomes of the channels in the end.
+    """Correlate every metric at every checkpoint of a run with two outcomes at its end: damage and pruning order.
 
-    Two ends are predicted: the damage that lesions of the trained network do, and the order in which pruning it would
-    remove the channels of a layer, a score's ranks at the last checkpoint (low goes first: where the correlation is
-    positive, channels with more of the metric stay longer).
+    Damage is that of lesions of the trained network. The pruning order is the order in which a score at the last
+    checkpoint would remove the channels of a layer. The lowest go first, so a positive correlation means that channels
+    with more of the metric stay longer.
 
-    Intervals are 95 % percentile bootstraps as in :func:`score_damage_correlation`:
-    over units for damage, which coupled channels share, and over channels for the order. All checkpoints and metrics
-    are measured on the same resamples.
+    Intervals are 95 % percentile bootstraps as in :func:`score_damage_correlation`: over units for damage, which
+    coupled channels share, and over channels for the order. All checkpoints and metrics share the resamples.
 
     Args:
-        run: from :func:`~chanaxes_pl.analysis.runs.read_runs`.
-        lesions: the table of ``chanaxes lesion`` or where it is; default the run's own.
-        damage: its column to predict.
-        order: the score that orders channels, by its name in :mod:`scores`: one of ours
-            (``"input_capture"``, ``"keep_both"``, ``"minus_peer_r2"``, ``"reverse_input_capture"``), or a baseline
-            such as ``"l1"``, of the lesioned channels alone, where the lesions' table holds it. ``"local_axis"``, which
-            is among :data:`PREDICTORS`, is an axis coordinate and no score.
-        resamples: of the bootstrap; 0 for no intervals.
-        seed: of the resamples.
+        run: run from :func:`~chanaxes_pl.analysis.runs.read_runs`.
+        lesions: table of ``chanaxes lesion``, or its path; default the table in the run folder.
+        damage: column of damage to predict.
+        order: name of the score that orders the channels, see :mod:`scores`: one of our own, such as
+            ``"input_capture"`` or ``"reverse_input_capture"``; or a baseline such as ``"l1"`` that the table of lesions
+            holds, for the lesioned channels only. ``"local_axis"`` is an axis coordinate, not a score.
+        resamples: number of bootstrap resamples; 0 for no intervals.
+        seed: random seed of the resampling.
 
     Returns:
         One row per target (:data:`TARGETS`), checkpoint, metric (:data:`PREDICTORS`) and layer: ``run, epoch, step,
         target, metric, layer, rho, low, high, n`` (channels) and ``reason``, which says why there is no ``rho``. The
-        mean over layers is the layer ``"network"``. Without lesions, damage has rows for that alone.
-        ``attrs["order"]`` and ``attrs["damage"]`` name what was predicted.
+        layer ``"network"`` holds the mean over layers; without lesions, it is the only layer of damage.
+        ``attrs["order"]`` and ``attrs["damage"]`` name the score and the column.
 
     Raises:
-        FileNotFoundError: if there are no lesions where they should be.
-        ValueError: if their file is cut off, the lesions are not of this network, a column or score does not exist, or
+        FileNotFoundError: if there is no file of lesions at the given path.
+        ValueError: if that file is cut off, the lesions are of another network, a column or score does not exist, or
             the run has several tables of lesions.
     """
     table = run.table
@@ -84,7 +82,7 @@ def early_prediction(
 
 
 def _lesions(run: Run, given: str | Path | pd.DataFrame | None) -> pd.DataFrame | None:
-    """The table of lesions, the given one or the run's own; ``None`` where it has none."""
+    """Return the given table of lesions or else the run's own, or ``None`` if there is none."""
     if isinstance(given, pd.DataFrame):
         return given
     if given is not None:
@@ -94,43 +92,43 @@ def _lesions(run: Run, given: str | Path | pd.DataFrame | None) -> pd.DataFrame 
     if len(run.lesions) > 1:
         raise ValueError(
             f"early_prediction: {run.folder} holds {len(run.lesions)} tables of lesions, in "
-            f"{', '.join(list(run.lesions)[:3])}; pass lesions=, the one of the last checkpoint"
+            f"{', '.join(list(run.lesions)[:3])}; pass that of the last checkpoint as lesions="
         )
     return next(iter(run.lesions.values()), None)
 
 
 def _check_same_network(last: pd.DataFrame, lesions: pd.DataFrame) -> None:
-    """Names can agree by chance of architecture; a network's variances cannot."""
+    """Raise ValueError if lesions are of another network: equal names may be chance, so compare input capture."""
     joined = join_axes(last, lesions[_CHANNEL])
     if len(joined) < len(lesions):
         known = pd.MultiIndex.from_frame(last[_CHANNEL])
         layer, channel = lesions[~pd.MultiIndex.from_frame(lesions[_CHANNEL]).isin(known)].iloc[0][_CHANNEL]
         raise ValueError(f"early_prediction: lesions of another network: the run has no channel {channel} of {layer!r}")
-    if "input_capture" not in lesions:  # as lesion_table leaves it
+    if "input_capture" not in lesions:  # the table is from lesion_table
         return
     both = joined.merge(lesions[[*_CHANNEL, "input_capture"]], on=_CHANNEL, suffixes=("", "_lesions"))
     agreement = score_damage_correlation(both, ["input_capture"], "input_capture_lesions", resamples=0)["rho"].iloc[-1]
     if agreement < SAME_NETWORK:
         raise ValueError(
-            f"early_prediction: lesions of another network than the run's last checkpoint: within layers the input "
-            f"capture in both tables has rank correlation {agreement:.2f}, expected nearly 1; make the lesions from "
-            "this run's last checkpoint (chanaxes lesion --ckpt_path RUN/checkpoints/last.ckpt)"
+            f"early_prediction: lesions of another network than the run's last checkpoint: within layers, "
+            f"the rank correlation of input capture in both tables is {agreement:.2f}, expected nearly 1; make them "
+            "from this run's last checkpoint (chanaxes lesion --ckpt_path RUN/checkpoints/last.ckpt)"
         )
 
 
 def _wide(run: pd.DataFrame) -> pd.DataFrame:
-    """A row a channel, a column for each step and metric."""
+    """Return a table with a row per channel and a column per step and metric."""
     live, axes = ~run["dead"].to_numpy(bool), np.full((len(run), len(AXES)), np.nan)
     for rows in run.groupby(["step", "layer"], sort=False).indices.values():
         found = layer_columns(run.iloc[rows])
         axes[rows[live[rows]]] = np.stack([found[axis] for axis in AXES], 1)
     run = run.assign(**dict(zip(AXES, axes.T, strict=True)))
     wide = run.pivot(index=_CHANNEL, columns="step", values=list(PREDICTORS))
-    return wide.loc[pd.MultiIndex.from_frame(run[_CHANNEL].drop_duplicates())]  # as they lie in the network
+    return wide.loc[pd.MultiIndex.from_frame(run[_CHANNEL].drop_duplicates())]  # in the order of the network
 
 
 def _order(last: pd.DataFrame, lesions: pd.DataFrame | None, score: str) -> pd.DataFrame:
-    """``layer, channel, order``, the rank within its layer at which each channel is removed; dead ones go first."""
+    """Return ``layer, channel, order``: the rank in its layer at which a channel goes; dead channels go first."""
     with naming("early_prediction"):
         family = score_family(score)
     if family == "baseline":
@@ -153,7 +151,7 @@ def _order(last: pd.DataFrame, lesions: pd.DataFrame | None, score: str) -> pd.D
 def _predicted(
     target: str, table: pd.DataFrame | None, column: str, values: pd.DataFrame, resamples: int, seed: int
 ) -> pd.DataFrame:
-    """``step, target, metric, layer, rho, low, high, n, reason`` for one column of a table of channels."""
+    """Return ``step, target, metric, layer, rho, low, high, n, reason`` for one outcome."""
     names = {f"{metric} at {step}": (metric, step) for metric, step in values.columns}
     if table is None:
         rows = pd.DataFrame({"score": list(names), "layer": NETWORK, "n": 0}).assign(

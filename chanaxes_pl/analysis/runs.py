@@ -1,4 +1,4 @@
-"""Run folders: everything that training, lesions and pruning left in them, of one run or of several side by side."""
+"""Runs: everything that training, lesions and pruning wrote into the folders of one run or several."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from chanaxes_pl.core.statistics import MIN_CHANNELS, mean_over_runs
 from chanaxes_pl.run_folder import ABOUT, RunFolder, table_paths
 from chanaxes_pl.tables import read_channels, read_grid, read_lesions
 
-#: Columns of damage, in the order in which one is chosen.
+#: Columns of damage, in the order of preference.
 DAMAGES = ("zero_loss", "mean_loss", "peer_loss", "hull_loss")
 _PAIR = ["layer", "local", "target"]
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one run folder holds.
+    """Contents of one run folder.
 
     Attributes:
-        name: tells it apart from the runs beside it.
+        name: name that tells the run apart from the others.
         folder: the run folder.
-        tracker: name of the tracker whose tables these are.
-        table: the channels of all checkpoints, see :func:`read_run`; its column ``run`` is ``name``.
-        config: the configuration that it was started with, empty where none was saved.
-        scalars: what the CSV logger wrote, also before the run was interrupted and when it was tested; empty where
-            none did.
-        lesions: tables of lesions, by the folder they are in, relative to the run's.
-        pruning: pruning grids, by the same.
-        notes: what could not be read, and why.
+        tracker: name of the tracker that wrote the tables of channels.
+        table: table of channels of all checkpoints, see :func:`read_run`; its column ``run`` is ``name``.
+        config: configuration of the run; empty if none was saved.
+        scalars: values from the CSV logger, including those from before interruptions and from tests; empty if there
+            was no such logger.
+        lesions: folder relative to the run folder → the table of lesions in it.
+        pruning: folder relative to the run folder → the pruning grid in it.
+        notes: messages about what could not be read, and why.
         about: data set, seed, epochs and versions as the tracker wrote them; empty for runs of older versions.
     """
 
@@ -57,12 +57,12 @@ class Run:
 
     @cached_property
     def steps(self) -> list[int]:
-        """Optimiser steps of its checkpoints, in order."""
+        """Optimiser steps of the checkpoints, in order."""
         return sorted(self.table["step"].unique().tolist())
 
     @cached_property
     def widths(self) -> dict[str, int]:
-        """Channels by layer."""
+        """Layer name → number of channels."""
         return {
             str(name): int(count)
             for name, count in self.table.groupby("layer", sort=False)["channel"].nunique().items()
@@ -71,14 +71,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Damage:
-    """What lesions of one run, or of several, cost, and what that correlates with.
+    """Damage of lesions in one run or several, and its correlations.
 
     Attributes:
-        column: of the damage, the loss of the first operation that was tried.
-        tables: lesioned channels of all runs; ``run`` and ``place`` tell them apart.
+        column: column of the damage: the loss of the preferred operation, see :data:`DAMAGES`.
+        tables: lesioned channels of all runs, with columns ``run`` and ``place``.
         correlations: ``run, place`` and the columns of :func:`score_damage_correlation`.
-        over_runs: ``score, mean, std, low, high, runs`` of the mean over layers; the interval is over units of one
-            table of lesions, over runs of several.
+        over_runs: ``score, mean, std, low, high, runs`` of the mean over layers; the interval is over units for one
+            table of lesions, and over runs for several.
     """
 
     column: str
@@ -89,11 +89,11 @@ class Damage:
 
 @dataclass(frozen=True)
 class Runs:
-    """Some runs of one network, such as several seeds, measured at the same steps.
+    """Several runs of one network, such as several seeds, measured at the same steps.
 
     Attributes:
-        each: the runs, in the order they were given.
-        resamples: of the bootstraps over channels and over runs.
+        each: the runs, in the given order.
+        resamples: number of resamples of the bootstraps over channels and over runs.
     """
 
     each: tuple[Run, ...]
@@ -101,12 +101,12 @@ class Runs:
 
     @cached_property
     def steps(self) -> list[int]:
-        """The steps at which all of them have a checkpoint, in order."""
+        """Steps at which all runs have a checkpoint, in order."""
         return sorted(set.intersection(*(set(run.steps) for run in self.each)))
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """Channels of all runs, told apart by ``run``, at the steps that they share."""
+        """Table of channels of all runs, with a column ``run``, at the steps that they share."""
         whole = pd.concat([run.table for run in self.each], ignore_index=True)
         return whole[whole["step"].isin(self.steps)].reset_index(drop=True)
 
@@ -117,16 +117,16 @@ class Runs:
 
     @cached_property
     def landmarks(self) -> dict[str, int]:
-        """Steps of the first checkpoint, of that with the highest headline correlation (mean of runs), of the last."""
+        """Steps of the first checkpoint, of the highest headline correlation (mean of runs), and of the last."""
         mean = main_correlation(self.correlations).groupby("step")["rho"].mean().fillna(-2.0)
         highest = self.steps[int(mean.to_numpy().argmax())]
         return {"first": self.steps[0], "highest": highest, "last": self.steps[-1]}
 
     @cached_property
     def damage(self) -> Damage | None:
-        """What lesions cost, by the first operation that all tables of lesions have.
+        """Damage of the first operation that all tables of lesions have.
 
-        ``None`` without lesions, or where some table has too few channels for a rank correlation.
+        It is ``None`` without lesions, or if a table has too few channels for a rank correlation.
         """
         found = [(run.name, place, table) for run in self.each for place, table in run.lesions.items()]
         columns = [name for name in DAMAGES if all(_can_be_ranked(table, name) for _, _, table in found)]
@@ -147,18 +147,18 @@ class Runs:
         return Damage(column, tables, correlations, over)
 
     def mean(self, value: str = "rho") -> pd.DataFrame:
-        """Mean over runs of a column of the correlations, with its spread: see :func:`mean_over_runs`."""
+        """Average a column of the correlations over runs, see :func:`mean_over_runs`."""
         return mean_over_runs(self.correlations, value, self.resamples)
 
     def change(self, since: int, until: int) -> pd.DataFrame:
-        """How much each axis correlation changed between two steps, run by run.
+        """Compute the change of each axis correlation between two steps, run by run.
 
         Args:
-            since: a step that all runs share.
-            until: another.
+            since: first step, which all runs share.
+            until: second step, which all runs share.
 
         Returns:
-            ``layer, local, target, mean, std, low, high, runs`` of ρ at ``until`` less ρ at ``since``: the bootstrap
+            ``layer, local, target, mean, std, low, high, runs`` of ρ at ``until`` minus ρ at ``since``. The bootstrap
             draws runs, each with both of its checkpoints.
         """
         keys = ["run", *_PAIR]
@@ -166,10 +166,10 @@ class Runs:
         return mean_over_runs((ends[1] - ends[0]).rename("change").reset_index(), "change", self.resamples)
 
     def beyond_headline(self, step: int) -> pd.DataFrame:
-        """How much higher the other metric pairs correlate than the headline's, on the same checkpoints.
+        """Compare the correlation of every pair with the headline correlation at one step, run by run.
 
         Returns:
-            ``layer, local, target, mean, std, low, high, runs`` of the network's ρ less the headline's, run by run.
+            ``layer, local, target, mean, std, low, high, runs`` of the network's ρ minus the headline's.
         """
         rows = self.correlations[(self.correlations["step"] == step) & (self.correlations["layer"] == NETWORK)]
         main = main_correlation(rows).set_index("run")["rho"]
@@ -178,7 +178,7 @@ class Runs:
 
 
 def _can_be_ranked(lesions: pd.DataFrame, damage: str) -> bool:
-    """Whether some layer has enough channels whose damage is defined."""
+    """Return whether a layer has enough channels whose damage is defined."""
     if damage not in lesions:
         return False
     defined = lesions[np.isfinite(lesions[damage].to_numpy(float))]
@@ -186,18 +186,18 @@ def _can_be_ranked(lesions: pd.DataFrame, damage: str) -> bool:
 
 
 def read_runs(folders: Sequence[str | Path], resamples: int = 1000) -> Runs:
-    """Several run folders side by side.
+    """Read several run folders.
 
     Args:
-        folders: of runs of one network: same layers, same widths.
-        resamples: of the bootstraps over channels and over runs.
+        folders: folders of runs of one network, with the same layers and widths.
+        resamples: number of resamples of the bootstraps over channels and over runs.
 
     Raises:
-        FileNotFoundError: if one is no run folder.
-        ValueError: if none is given, one is given twice, they are of different networks, or no step is common to all.
+        FileNotFoundError: if a folder is not a run folder.
+        ValueError: if no folder is given, one is given twice, the networks differ, or the runs share no step.
     """
     if not folders:
-        raise ValueError("no run folder given: expected what training with AxisTracker wrote, RUNS/NAME/version_0")
+        raise ValueError("no run folder given: expected one that training with AxisTracker wrote, RUNS/NAME/version_0")
     found = [RunFolder.find(folder) for folder in folders]
     trackers = [tracker for _, tracker, _ in found]
     for place, tracker in enumerate(trackers):
@@ -216,7 +216,7 @@ def read_runs(folders: Sequence[str | Path], resamples: int = 1000) -> Runs:
 
 
 def _names(roots: Sequence[Path]) -> list[str]:
-    """The shortest ends of their paths that tell the runs apart, of two parts at the least."""
+    """Name the runs by the shortest ends of their paths that tell them apart, with at least two parts."""
     length = 2
     while len({root.parts[-length:] for root in roots}) < len(roots):
         length += 1
@@ -228,19 +228,19 @@ def _read(run: RunFolder, tracker: Path, newest: str, name: str) -> Run:
     table = _tables(tracker, notes).assign(run=name)
     config, scalars = _config(run, notes), _scalars(run, notes)
     lesions, pruning = (
-        {place: _noted(read, path, notes) for place, path in run.experiments(kind).items()}
-        for kind, read in {"lesions": read_lesions, "pruning": read_grid}.items()
-    )
-    lesions, pruning = (
-        {place: table.assign(run=name) for place, table in found.items() if table is not None}
-        for found in (lesions, pruning)
+        {
+            place: found.assign(run=name)
+            for place, path in paths.items()
+            if (found := _noted(read, path, notes)) is not None
+        }
+        for paths, read in ((run.experiments("lesions"), read_lesions), (run.experiments("pruning"), read_grid))
     )
     about = ((tracker / ABOUT).is_file() and _noted(_read_json, tracker / ABOUT, notes)) or {}
     return Run(name, run.path, tracker.name, table, config, scalars, lesions, pruning, tuple(notes), about)
 
 
 def _tables(tracker: Path, notes: list[str]) -> pd.DataFrame:
-    """All checkpoints that can be read, and are of the network that most of them are of."""
+    """Read all intact checkpoints of the network that most of them belong to."""
     found = {path: _noted(read_channels, path, notes) for path in table_paths(tracker)}
     whole = {path: frame for path, frame in found.items() if frame is not None}
     if not whole:
@@ -271,10 +271,10 @@ def _config(run: RunFolder, notes: list[str]) -> dict[str, Any]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    """Settings as plain values.
+    """Read settings as plain values.
 
     Raises:
-        ValueError: if the file holds none; PyYAML raises what its parser and its constructors meet.
+        ValueError: if the file holds no settings. PyYAML raises many kinds of errors, all of which become this one.
     """
     try:
         read = yaml.safe_load(path.read_text())
@@ -284,7 +284,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(read, dict | None):
-        raise ValueError(f"expected settings by name, it holds a {type(read).__name__}")
+        raise ValueError(f"expected settings by name, but it holds a {type(read).__name__}")
     return read or {}
 
 
@@ -294,12 +294,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(read, dict):
-        raise ValueError(f"expected facts by name, it holds a {type(read).__name__}")
+        raise ValueError(f"expected facts by name, but it holds a {type(read).__name__}")
     return read
 
 
 def _scalars(run: RunFolder, notes: list[str]) -> pd.DataFrame:
-    """What was logged before each interruption, up to where the run went on, then the rest, and then the test."""
+    """Join the logs from before each interruption, up to where the run continued, the last one, and the test's."""
     whole = pd.DataFrame()
     for path in run.scalars:
         part = _noted(_read_csv, path, notes)
@@ -311,10 +311,10 @@ def _scalars(run: RunFolder, notes: list[str]) -> pd.DataFrame:
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
-    """Scalars by step.
+    """Read scalars by step.
 
     Raises:
-        ValueError: if it is no CSV file, lacks ``epoch`` or ``step``, or holds text.
+        ValueError: if the file is not CSV, lacks ``epoch`` or ``step``, or holds text.
     """
     scalars = pd.read_csv(path)
     missing = [name for name in ("epoch", "step") if name not in scalars]
@@ -327,7 +327,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
 
 
 def _noted(read: Callable[[Path], Any], path: Path, notes: list[str]) -> Any:
-    """What ``read`` makes of a file; ``None``, and a note, where the file is damaged."""
+    """Read a file with ``read``; if it is damaged, add a note and return ``None``."""
     try:
         return read(path)
     except (OSError, ValueError) as error:

@@ -1,32 +1,34 @@
-"""Scores by name: which axis each stands for, and those that follow from the table of channels; low = remove.
+"""Names of scores, the axis that each represents, and the scores from the table of channels; low = remove.
 
-A score has one name everywhere: in a pruning grid, a table of lesions, a plot, and ``early_prediction(order=…)``.
+A score has the same name in a pruning grid, a table of lesions, a plot, and ``early_prediction(order=…)``.
 
-- The name of a metric, such as ``input_capture``, is that metric.
-- ``minus_<metric>`` is the layer's maximum less the metric, for metrics that are high where a channel is redundant.
+- The name of a metric, such as ``input_capture``, means that metric.
+- ``minus_<metric>`` is the layer's maximum minus the metric, for metrics that are high if a channel is redundant.
 - ``keep_local``, ``keep_target`` and ``keep_both`` are means of signed z-scores, see :data:`COMPOSITES`.
-- ``reverse_<score>`` is the control: the opposite order of one of the above.
+- ``reverse_<score>`` is a control: the opposite order of one of the above.
 - Any other name is a baseline.
 
-A table of lesions holds metrics and scores of the same channels. There the column of a score is :data:`SCORE_COLUMN`
-and its name, as in ``score_keep_local``. ``local_axis`` and ``target_axis`` are axis coordinates, not scores: see
-:data:`AXES`.
+A table of lesions holds metrics and scores of the same channels, so there the columns of scores have a prefix
+(:data:`SCORE_COLUMN`), as in ``score_keep_local``. ``local_axis`` and ``target_axis`` are axis coordinates, not scores:
+see :data:`AXES`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from difflib import get_close_matches
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from chanaxes_pl.core.errors import ArgumentError
+from chanaxes_pl.core.errors import ArgumentError, nearest
 from chanaxes_pl.core.statistics import composite
 
-#: Score → which axis it stands for.
-SCORES = {
+#: Family of a score: the axis that it represents, or ``"baseline"``.
+Family = Literal["local", "target", "both", "baseline"]
+#: Score → its family.
+SCORES: dict[str, Family] = {
     "input_capture": "local",
     "minus_peer_overlap": "local",
     "minus_peer_r2": "local",
@@ -46,12 +48,13 @@ SCORES = {
     "hrank": "baseline",
     "chip": "baseline",
 }
-#: Before the name of one of our own scores: its control, in the opposite order.
+#: Prefix of a control, which orders channels opposite to one of our own scores.
 REVERSE = "reverse_"
+#: Scores from our own metrics: all but the baselines.
 OWN_SCORES = tuple(name for name, family in SCORES.items() if family != "baseline")
-#: Before the name of a metric that is high where a channel is redundant.
+#: Prefix of a score that is high if its metric is low.
 MINUS = "minus_"
-#: Before the name of a score in a table of lesions, which holds the metrics' columns too.
+#: Prefix of the columns of scores in a table of lesions, which holds columns of metrics too.
 SCORE_COLUMN = "score_"
 _LOCAL, _TARGET = {"input_capture": 1, "peer_overlap": -1}, {"task_information": 1, "target_excess": 1}
 #: Composite → the signs of the metrics whose within-layer z-scores it averages.
@@ -66,15 +69,15 @@ _RENAMED = {
 }
 
 
-def score_family(score: str) -> str:
-    """Which axis a score stands for: ``"local"``, ``"target"``, ``"both"``, or ``"baseline"``.
+def score_family(score: str) -> Family:
+    """Return the axis that a score represents (``"local"``, ``"target"`` or ``"both"``), or ``"baseline"``.
 
     Args:
-        score: a key of :data:`SCORES`, one of our own (no baseline) after ``"reverse_"``, or ``"random_1"``,
-            ``"random_2"`` and so on for further draws.
+        score: a key of :data:`SCORES`; ``"reverse_"`` and the name of a score that is no baseline; or ``"random_1"``,
+            ``"random_2"``, … for further random draws.
 
     Raises:
-        ValueError: for any other name.
+        ValueError: if there is no such score.
 
     Example:
         >>> score_family("reverse_input_capture"), score_family("random_3")
@@ -83,37 +86,36 @@ def score_family(score: str) -> str:
     base = base_score(score)
     if base in SCORES and (score == base or base == "random" or base in OWN_SCORES):
         return SCORES[base]
-    near = get_close_matches(score, [*SCORES, *(REVERSE + name for name in OWN_SCORES)], n=2)
+    names = [*SCORES, *(REVERSE + name for name in OWN_SCORES)]
     if base in _RENAMED:
-        near = [score.removesuffix(base) + _RENAMED[base]]
+        names = [score.removesuffix(base) + _RENAMED[base]]
     raise ArgumentError(
         f"score={score!r}",
-        f"no such score{'; did you mean ' + ' or '.join(map(repr, near)) if near else ''}? "
-        f"Expected one of {', '.join(SCORES)}; random_1, random_2, … for further draws; {REVERSE}NAME for the "
-        f"opposite of {', '.join(OWN_SCORES)}",
+        f"no such score; {nearest(score, names)} Expected one of {', '.join(SCORES)}; random_1, random_2, … for "
+        f"further random draws; {REVERSE}NAME for the opposite order of {', '.join(OWN_SCORES)}",
     )
 
 
 def base_score(score: str) -> str:
-    """The key of :data:`SCORES` behind a score's name: without ``reverse_``, or the number of a random draw."""
+    """Return a score's key in :data:`SCORES`: its name without ``reverse_`` and without the number of a random draw."""
     kind, _, draw = score.rpartition("_")
     return "random" if kind == "random" and draw.isdecimal() else score.removeprefix(REVERSE)
 
 
 def from_maximum(values: Tensor, finite: Tensor) -> Tensor:
-    """``[C]`` values subtracted from the largest finite one, so that the highest comes first."""
+    """Subtract ``[C]`` values from the largest finite one, so that the highest goes first."""
     return values[finite].max() - values if finite.any() else values
 
 
 def own_scores(columns: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    """Our own scores of one layer; low = remove.
+    """Compute our own scores of one layer; low = remove.
 
     Args:
-        columns: a layer's columns of the table of channels, ``[C]`` each.
+        columns: the layer's columns of the table of channels, ``[C]`` each.
 
     Returns:
-        ``[C]`` each: nats for metrics, unitless for ``minus_peer_r2`` and the composites; −inf for dead channels. A
-        metric that needs peers ties all live channels at 0 where there are too few of them.
+        Score → ``[C]``, in nats for metrics, unitless for ``minus_peer_r2`` and the composites; −inf for dead channels.
+        If a layer has too few live channels for a metric that needs peers, they all get 0.
     """
     live = ~columns["dead"]
     metrics = {name: np.nan_to_num(columns[name][live].astype(float)) for name in _METRICS}

@@ -1,10 +1,10 @@
-"""Structure within a layer: graphs of its channels, what triplets add to pairs, and what weights carry onwards."""
+"""Structure within a layer: graphs of its channels, triplets of channels, and propagation of metrics by weights."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -25,9 +25,9 @@ from chanaxes_pl.network.recording import LayerMoments, Settings, record
 from chanaxes_pl.analysis.upstream import Upstream, find_upstream, input_spread
 from chanaxes_pl.tables import associations, measure
 
-#: Weighted graphs over a layer's channels.
+#: Weighted graphs over the channels of a layer.
 GRAPHS = ("overlap", "excess")
-#: Triplets of a layer that are averaged over, at most.
+#: Maximum number of triplets of a layer to average over.
 TRIPLETS = 20_000
 _EXCESS = ("pair_excess", "triplet_excess", "pair_excess_null", "triplet_excess_null")
 _UNREACHED = "the forward pass did not reach it"
@@ -38,7 +38,7 @@ def layer_structure(
     probe: DataLoader | Dataset,
     *,
     layers: LayerSpec = "conv",
-    positions: int | str = 16,
+    positions: int | Literal["all"] = 16,
     target: TargetSpec = "logit_margin",
     probe_size: int = 5000,
     step: Step | None = None,
@@ -47,52 +47,52 @@ def layer_structure(
     nulls: int = 10,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """How the channels of each layer hang together; the model is left as it was.
+    """Measure structure among the channels of each layer; the model does not change.
 
-    *Graphs.* Channels are joined by peer overlap (−½ ln(1 − ρ²) over local samples), and by excess (Gaussian MMI
-    synergy of a pair about the target, over image means). Louvain's communities, their modularity, and the same where
-    the weights have been dealt to other pairs at random.
+    *Graphs.* One graph connects channels by peer overlap (−½ ln(1 − ρ²) over local samples), another by excess
+    (Gaussian MMI synergy of a pair about the target, over image means). Louvain's method finds communities. Their
+    modularity is compared with that of graphs whose weights are shuffled between pairs.
 
-    *Triplets.* I(T; y_i, y_j, y_k) less the largest of what its pairs say, and I(T; y_i, y_j) less the larger of what
-    its members say. Means over all pairs, and over all triplets or :data:`TRIPLETS` drawn with a fixed seed; and the
-    same about the null target, which shows what so few images make of nothing.
+    *Triplets.* The excess of a pair is I(T; y_i, y_j) minus the larger information of its members; the excess of a
+    triplet is I(T; y_i, y_j, y_k) minus the largest information of its pairs. Both are averaged, over all pairs and
+    over all triplets or :data:`TRIPLETS` random ones. The same with a null target shows the bias of so few images.
 
-    *Propagation.* A layer's routed metric is what its inputs' metrics come to when each channel takes their mean,
-    weighted by ‖W_ij‖ times the standard deviation of input j as the layer reads it (behind norm and activation). Its
-    Spearman correlation with the layer's own metric, and the same with each channel's ‖W_ij‖ dealt to other inputs.
-    Inputs' metrics are z-scores within the layer that gives them; where several do, be it as a sum, their mean.
+    *Propagation.* A routed metric averages the metric of a channel's inputs, weighted by ‖W_ij‖ times the standard
+    deviation of input j as the layer reads it (after norm and activation). Its Spearman correlation with the layer's
+    own metric is compared with that after shuffling each channel's ‖W_ij‖ between inputs. The metrics of inputs are
+    z-scored within the layer that produces them, and averaged if an input reads several layers.
 
     Args:
-        model: ``model(images)`` gives logits ``[B, K]``.
-        probe: the probe set: a DataLoader or Dataset of images and labels.
-        layers: see :func:`select_layers`; only these are looked at, also as givers of inputs.
-        positions: local samples an image, or ``"all"``.
-        target: the task variable.
-        probe_size: images at most.
+        model: network such that ``model(images)`` gives logits ``[B, K]``.
+        probe: probe set: a DataLoader or Dataset of images and labels.
+        layers: layers to measure, also as producers of inputs; see :func:`select_layers`.
+        positions: number of local samples per image, or ``"all"``.
+        target: task variable.
+        probe_size: maximum number of probe images.
         step: ``(model, batch) → (logits, labels)`` for other batches or outputs.
-        example_input: ``[B, …]`` images to follow channels with; default the probe's first.
-        widest: layers of more live channels than this have no graphs: one takes about 0.2 s for 128 channels, 2 s for
-            512, 16 s for 1,280, and there are 2 × (1 + ``nulls``) of them.
-        nulls: random graphs, and random weights.
-        seed: of communities, nulls and triplets.
+        example_input: ``[B, …]`` images for tracing the channels; default the first of the probe.
+        widest: largest number of live channels for which graphs are made. A graph takes about 0.2 s for 128 channels,
+            2 s for 512 and 16 s for 1,280, and a layer has 2 × (1 + ``nulls``) of them.
+        nulls: number of shuffled graphs, and of shuffled weights.
+        seed: random seed of communities, nulls and triplets.
 
     Returns:
-        One row a layer, in order of the model: ``layer, channels`` (live); for each of :data:`GRAPHS`
-        ``<graph>_modularity``, ``<graph>_null`` and ``<graph>_null_sd``, ``<graph>_communities``; ``agreement``, the
-        adjusted Rand index of both partitions; ``pair_excess``, ``triplet_excess``, ``pair_excess_null``,
-        ``triplet_excess_null`` (nats) and the number of ``triplets``; ``producers``, the layers that give its inputs,
-        and for each metric ``routed_<metric>`` with ``routed_<metric>_null`` and ``…_null_sd``; ``reason`` and
-        ``routed_reason``, why there is none.
+        One row per layer, in the order of the model: ``layer, channels`` (live). For each of :data:`GRAPHS`,
+        ``<graph>_modularity``, ``<graph>_null``, ``<graph>_null_sd`` and ``<graph>_communities``; ``agreement``, the
+        adjusted Rand index between both partitions. ``pair_excess``, ``triplet_excess``, ``pair_excess_null``,
+        ``triplet_excess_null`` (nats) and the number of ``triplets``. ``producers``, the layers that produce its
+        inputs, and for each metric ``routed_<metric>``, ``routed_<metric>_null`` and ``routed_<metric>_null_sd``.
+        ``reason`` and ``routed_reason`` say why values are missing.
 
     Raises:
-        ValueError: for settings out of range, a probe that does not fit, or no layer that matches.
+        ValueError: if a setting is out of range, the probe does not fit, or no layer matches.
     """
     with naming("layer_structure"):
         settings = Settings(
             layers=layers, positions=positions, target=target, reliability=False, step=step, probe_size=probe_size
         )
         if nulls < 2:
-            raise ArgumentError(f"nulls={nulls}", "expected at least 2, for their mean and spread")
+            raise ArgumentError(f"nulls={nulls}", "expected at least 2, to compute their mean and spread")
         place = Placement.of(model)
         tracked = select_layers(model, layers)
         example = image_batches(probe, MIN_IMAGES, place)[0][:1] if example_input is None else example_input
@@ -109,7 +109,7 @@ def layer_structure(
 
 
 def joint_information(association: Association) -> Tensor:
-    """``[C, C]`` nats: what each pair of channels says about the target together; each alone on the diagonal."""
+    """Compute the joint information of each pair about the target, ``[C, C]`` nats; single channels on the diagonal."""
     single = association.single
     own = torch.arange(len(single), device=single.device)[:, None]
     peers = (own + own.mT[:, 1:]) % len(single)
@@ -117,13 +117,13 @@ def joint_information(association: Association) -> Tensor:
 
 
 def pair_excess(association: Association) -> Tensor:
-    """``[C, C]`` nats ≥ 0: what each pair of channels says about the target beyond the better of the two."""
+    """Compute the information of each pair about the target beyond the better channel, ``[C, C]`` nats ≥ 0."""
     single = association.single
     return (joint_information(association) - torch.maximum(single[:, None], single)).clamp(min=0)
 
 
 def triplet_excess(association: Association, triplets: Tensor) -> Tensor:
-    """``[n]`` nats: what channels ``triplets [n, 3]`` say about the target beyond the best of their three pairs."""
+    """Compute the information of ``triplets [n, 3]`` about the target beyond their best pair, ``[n]`` nats."""
     pairs = joint_information(association)
     first, second, third = triplets.T
     best = torch.stack([pairs[first, second], pairs[first, third], pairs[second, third]]).amax(0)
@@ -131,24 +131,24 @@ def triplet_excess(association: Association, triplets: Tensor) -> Tensor:
 
 
 def choose_triplets(channels: int, rng: np.random.Generator, most: int = TRIPLETS) -> Tensor:
-    """``[n, 3]``: all triplets of so many channels, or ``most`` drawn with replacement where there are more."""
+    """List all triplets of channels, ``[n, 3]``, or draw ``most`` with replacement if there are more."""
     if math.comb(channels, 3) <= most:
         return torch.combinations(torch.arange(channels), 3)
     first, second, third = (rng.integers(channels - taken, size=most) for taken in range(3))
-    second += second >= first  # the second of those that are left, and so on
+    second += second >= first  # an index among the remaining channels
     for taken in (np.minimum(first, second), np.maximum(first, second)):
         third += third >= taken
     return torch.from_numpy(np.stack([first, second, third], 1))
 
 
 def communities(weights: np.ndarray, seed: int = 0) -> tuple[np.ndarray, float]:
-    """Louvain communities of a weighted graph: labels ``[C]``, and their modularity; NaN without any weight.
+    """Find the Louvain communities of a weighted graph: labels ``[C]``, and their modularity, NaN without weights.
 
     Args:
-        weights: ``[C, C]``, symmetric, ≥ 0; the diagonal is not read.
-        seed: of the order in which the algorithm visits channels.
+        weights: ``[C, C]``, symmetric, ≥ 0; the diagonal is ignored.
+        seed: random seed of the order in which the algorithm visits channels.
     """
-    import networkx as nx  # 0.4 s, for those who ask for this alone
+    import networkx as nx  # takes 0.4 s, and only this function needs it
 
     off = np.where(np.eye(len(weights), dtype=bool), 0.0, weights)
     if not off.any():
@@ -164,7 +164,7 @@ def communities(weights: np.ndarray, seed: int = 0) -> tuple[np.ndarray, float]:
 def _layer_row(
     moments: LayerMoments | None, widest: int, nulls: int, rng: np.random.Generator
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """A layer's graphs and triplets, and its metrics."""
+    """Measure the graphs and triplets of a layer, and return its metrics too."""
     names = [f"{graph}_{value}" for graph in GRAPHS for value in ("modularity", "null", "null_sd", "communities")]
     row: dict[str, Any] = {"channels": 0} | dict.fromkeys([*names, "agreement", *_EXCESS], math.nan)
     row |= {"triplets": 0, "reason": _UNREACHED}
@@ -203,7 +203,7 @@ def _mean_excess(association: Association, triplets: Tensor) -> tuple[float, flo
 
 
 def _graph(weights: np.ndarray, nulls: int, rng: np.random.Generator) -> tuple[np.ndarray, dict[str, float]]:
-    """Labels, and modularity beside that of graphs whose weights lie at random."""
+    """Return community labels, and the modularity beside that of graphs with shuffled weights."""
     pairs = np.triu_indices(len(weights), 1)
     labels, found = communities(weights)
     shuffled = []
@@ -218,7 +218,7 @@ def _graph(weights: np.ndarray, nulls: int, rng: np.random.Generator) -> tuple[n
 def _propagation(
     upstream: Upstream, metrics: Mapping[str, dict[str, np.ndarray]], nulls: int, rng: np.random.Generator
 ) -> dict[str, Any]:
-    """Spearman correlation of a layer's own metrics with those that its weights route to it, beside nulls."""
+    """Correlate a layer's metrics with those routed to it by its weights, and by shuffled weights."""
     names = [f"routed_{metric}{end}" for metric in METRICS for end in ("", "_null", "_null_sd")]
     row: dict[str, Any] = {"producers": ", ".join(upstream.channels)} | dict.fromkeys(names, math.nan)
     row["routed_reason"] = upstream.reason or ("" if all(metrics[name] for name in upstream.channels) else _UNREACHED)

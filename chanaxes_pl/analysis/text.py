@@ -1,4 +1,4 @@
-"""Results as text: numbers and intervals as cells, and what an experiment found in a few lines."""
+"""Results as text: cells with numbers and intervals, and short descriptions of experiments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.core.statistics import mean_over_runs
 from chanaxes_pl.tables import DENSE, VARIANT
 
-#: What each operation of a lesion does to a channel.
+#: Operation of a lesion → what it does to a channel.
 _DOES = {
     "zero": "removed",
     "mean": "set to its mean",
@@ -23,7 +23,7 @@ _DOES = {
 
 
 def number(value: float, digits: int = 2, sign: bool = False) -> str:
-    """A number as a cell shows it; a dash where it is undefined.
+    """Format a number for a cell; an undefined one becomes a dash.
 
     Example:
         >>> number(-0.256, 1), number(0.26, 1, sign=True), number(float("nan")), number(-0.001)
@@ -34,14 +34,14 @@ def number(value: float, digits: int = 2, sign: bool = False) -> str:
 
 
 def interval(row: pd.Series, digits: int = 2, sign: bool = False, spread: bool = True, scale: float = 1.0) -> str:
-    """``mean ± std [low, high]`` of a row of :func:`mean_over_runs`, as far as it is defined.
+    """Format a row of :func:`mean_over_runs` as ``mean ± std [low, high]``, without the parts that are undefined.
 
     Args:
-        row: with ``mean``, and ``low`` and ``high``, the ends of its interval.
-        digits: of every number.
-        sign: write + before a positive mean.
-        spread: write the standard deviation too, ``std``.
-        scale: factor on all numbers, 100 for percent.
+        row: row with ``mean``, ``std``, and the ends of the interval, ``low`` and ``high``.
+        digits: decimals of every number.
+        sign: whether to write + before a positive mean.
+        spread: whether to write the standard deviation.
+        scale: factor for all numbers, such as 100 for percent.
     """
     text = number(scale * row["mean"], digits, sign)
     defined = row["std" if spread else "low"]
@@ -54,7 +54,7 @@ def interval(row: pd.Series, digits: int = 2, sign: bool = False, spread: bool =
 
 
 def plain(text: str) -> str:
-    """Text for a terminal, from which numbers can be copied: ASCII minus signs and spaces."""
+    """Replace minus signs and no-break spaces by ASCII, so that numbers can be copied from a terminal."""
     return text.replace("−", "-").replace("\N{NO-BREAK SPACE}", " ")
 
 
@@ -66,15 +66,15 @@ def intervals(
     spread: bool = True,
     scale: float = 1.0,
 ) -> pd.DataFrame:
-    """Rows of :func:`mean_over_runs` as a table of text, in the order in which they come.
+    """Format rows of :func:`mean_over_runs` as a table of text, in the same order.
 
     Args:
-        means: the rows.
-        index: the column, or columns, that name a row of the table.
-        columns: the column that names a column of the table.
-        digits: of every number.
-        spread: see :func:`interval`.
-        scale: see :func:`interval`.
+        means: rows to format.
+        index: column, or columns, whose values name the rows of the table.
+        columns: column whose values name the columns of the table.
+        digits: decimals of every number.
+        spread: whether to write the standard deviation.
+        scale: factor for all numbers.
 
     Example:
         >>> means = pd.DataFrame({"layer": ["a", "b"], "step": 0, "mean": [0.5, 0.25], "std": float("nan")})
@@ -86,10 +86,10 @@ def intervals(
 
 
 def describe_correlations(rows: pd.DataFrame) -> str:
-    """The headline correlation of some checkpoints as text, a line each.
+    """Describe the headline correlation at some checkpoints, one line for each.
 
     Args:
-        rows: from :func:`main_correlation`; ``when``, where it has that column, is what to call each.
+        rows: rows of :func:`main_correlation`, optionally with a column ``when`` that names the checkpoints.
     """
     lines = ["ρ(input capture, task information), mean over layers; 95 % interval over channels"]
     lines.append(f"{'':18}{'epoch':>8}{'step':>8}{'ρ':>8}{'interval':>17}{'ceiling':>9}{'corrected':>11}{'null':>8}")
@@ -105,12 +105,12 @@ def describe_correlations(rows: pd.DataFrame) -> str:
 
 
 def describe_grids(grid: pd.DataFrame, value: str = "accuracy", against: str = "l1") -> str:
-    """Pruning grids of several runs: mean by budget, and paired differences of the area under the curve.
+    """Describe pruning grids of several runs: means by budget, and paired differences of the area under the curve.
 
     Args:
-        grid: from :func:`pruning_grid`, several told apart by ``run``.
-        value: the column, in percent for an accuracy, else in nats.
-        against: the score that the others are compared with.
+        grid: pruning grids with a column ``run``.
+        value: column to describe, in percent for an accuracy, else in nats.
+        against: score that the others are compared with.
 
     Raises:
         ValueError: if there is no such column.
@@ -127,38 +127,38 @@ def describe_grids(grid: pd.DataFrame, value: str = "accuracy", against: str = "
     ]
     differences = score_differences(grid, value, against)
     for keys, part in grid[grid["score"] != DENSE].groupby(["allocation", "compensate"], sort=False):
-        allocation, strength = map(str, keys)
+        allocation, compensate = map(str, keys)
         means = mean_over_runs(part[["run", *VARIANT, value]], value)
         cells = intervals(means, "score", "budget", digits=1, spread=False, scale=scale).fillna("–")
         cells = cells[sorted(cells.columns, reverse=True)]
         lines += [
             "",
-            variant(allocation, strength),
+            variant(allocation, compensate),
             f"{'':26}" + "".join(f"{f'{100 * float(b):g} %':>19}" for b in cells.columns),
         ]
         lines += [
             f"{score:26}" + "".join(f"{cell:>19}" for cell in row)
             for score, row in zip(cells.index, cells.to_numpy(), strict=True)
         ]
-        pairs = differences[(differences["allocation"] == allocation) & (differences["compensate"] == strength)]
+        pairs = differences[(differences["allocation"] == allocation) & (differences["compensate"] == compensate)]
         if len(pairs):
             lines.append("area under the curve, difference on the same runs:")
         for _, row in pairs.iterrows():
-            pair = f"{row['scores']} less {row['against']}"
+            pair = f"{row['scores']} minus {row['against']}"
             lines.append(f"  {pair:40}{interval(row, 1, spread=False, scale=scale):>19}")
     return plain("\n".join(lines))
 
 
 def variant(allocation: str, compensate: str) -> str:
-    """What to call an allocation with a compensation."""
+    """Name an allocation with a compensation."""
     return f"{allocation}, {'no compensation' if compensate == 'none' else compensate}"
 
 
 def describe_lesions(table: pd.DataFrame) -> str:
-    """Mean damage by operation, its correlations with metrics and scores, and whether peer support explains more of it.
+    """Describe damage: means by operation, correlations with metrics and scores, and what peer support adds.
 
     Args:
-        table: of :func:`join_axes`.
+        table: table of :func:`join_axes`.
     """
     operations = [operation for operation in _DOES if f"{operation}_loss" in table]
     means = [f"{_DOES[operation]} {table[f'{operation}_loss'].mean():+.4f}" for operation in operations]
@@ -180,7 +180,7 @@ def describe_lesions(table: pd.DataFrame) -> str:
     )
     (rank,) = (row for row in matched_comparison(table, damage).to_dict("records") if row["scale"] == "rank")
     lines.append(
-        f"channels of much and of little {rank['support']}, alike in {rank['matched']}: mean rank of {damage} "
+        f"channels with high and low {rank['support']}, matched in {rank['matched']}: mean rank of {damage} "
         f"{rank['much']:.2f} and {rank['little']:.2f}, difference {rank['difference']:+.2f} "
         f"[{rank['low']:.2f}, {rank['high']:.2f}], {rank['pairs']} pairs"
     )
@@ -188,10 +188,10 @@ def describe_lesions(table: pd.DataFrame) -> str:
 
 
 def describe_pruning(grid: pd.DataFrame) -> str:
-    """Accuracy by budget, for every allocation, compensation and score.
+    """Describe a pruning grid: accuracy by budget, for every allocation, compensation and score.
 
     Args:
-        grid: from :func:`pruning_grid`.
+        grid: table of :func:`pruning_grid`.
     """
     value = "tuned_accuracy" if "tuned_accuracy" in grid else "accuracy"
     pruned = grid[grid["score"] != DENSE]
@@ -200,8 +200,8 @@ def describe_pruning(grid: pd.DataFrame) -> str:
     keys = ["allocation", "compensate", "score"]
     table = rows.pivot_table(index=keys, columns="budget", values="percent", sort=False, observed=True)
     dense = 100 * grid.loc[grid["score"] == DENSE, "accuracy"].mean()
-    tuned = "after fine-tuning" if value != "accuracy" else "nothing retrained"
+    tuned = "after fine-tuning" if value != "accuracy" else "without retraining"
     return (
-        f"test accuracy in % with so much of the multiply–accumulates left, {tuned}; dense {dense:.1f}\n"
+        f"test accuracy in % by the share of multiply–accumulates that remains, {tuned}; dense {dense:.1f}\n"
         f"{table.round(1).to_string()}"
     )

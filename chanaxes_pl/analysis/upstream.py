@@ -1,4 +1,4 @@
-"""Upstream channels: which channels of which layers each layer reads, and with what weight."""
+"""Upstream channels: which channels of which layers each layer reads, and with which weights."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Upstream:
     """The channels that one layer reads.
 
     Attributes:
-        layer: its name.
-        channels: for each layer that gives inputs, with no other layer between, ``[F]``: the index of its channel
-            behind each input, −1 if none. An input may read several layers, whose maps have been summed.
-        norms: ``[C, F / groups]``, the norm of the weights between each channel and each input that it reads.
-        spread: ``[F]``, the inputs' standard deviations.
-        reason: why the inputs cannot be followed; empty where they can.
+        layer: name of that layer.
+        channels: name of a layer whose outputs it reads directly → ``[F]``, that layer's channel behind each input, or
+            −1. An input may read a sum of several layers' maps.
+        norms: ``[C, F / groups]``, norm of the weights between each channel and each input that it reads.
+        spread: ``[F]``, standard deviation of each input.
+        reason: why the inputs cannot be traced to channels; empty if they can.
     """
 
     layer: str
@@ -40,12 +40,12 @@ class Upstream:
     reason: str
 
     def from_upstream(self, given: Mapping[str, np.ndarray], norms: np.ndarray | None = None) -> np.ndarray:
-        """``[C]``: what inputs are worth to each channel, their mean weighted by ‖W‖ times their standard deviation.
+        """Average a metric over each channel's inputs, weighted by ‖W‖ times their standard deviation, ``[C]``.
 
         Args:
-            given: layer → ``[C']``, the worth of its channels; z-scored here, so that layers can be averaged. Inputs
-                that read only undefined ones are left out.
-            norms: ``[C, F / groups]``, in place of the layer's own.
+            given: layer → ``[C']``, metric of its channels, which is z-scored here so that layers can be averaged.
+                Inputs that read only undefined values are left out.
+            norms: ``[C, F / groups]``, norms to use in place of the layer's own.
         """
         worth = np.full((len(self.channels), len(self.spread)), np.nan)
         for row, (name, channels) in zip(worth, self.channels.items(), strict=True):
@@ -60,7 +60,7 @@ class Upstream:
         return np.divide(weights @ mean, total, out=np.full_like(total, np.nan), where=total > 0)
 
     def _whole(self, norms: np.ndarray) -> np.ndarray:
-        """``[C, F]`` from ``[C, F / groups]``: 0 between a channel and the inputs of other groups."""
+        """Expand ``[C, F / groups]`` to ``[C, F]``, with 0 between a channel and the inputs of other groups."""
         groups = len(self.spread) // norms.shape[1]
         whole = np.zeros((groups, len(norms) // groups, groups, norms.shape[1]))
         each = np.arange(groups)
@@ -71,17 +71,17 @@ class Upstream:
 def find_upstream(
     model: nn.Module, layers: Mapping[str, nn.Module], spread: Mapping[str, Tensor], example: Tensor
 ) -> dict[str, Upstream]:
-    """What each of some layers reads from the others; the model is left as it was.
+    """Find what each of some layers reads from the others; the model does not change.
 
-    Layers are followed back along autograd's graph of one forward pass, channels by their removable units.
+    Autograd's graph of one forward pass connects the layers, and removable units connect the channels.
 
     Args:
-        model: gives logits.
-        layers: convolutions and Linear layers of the model, by the names to give them.
-        spread: from :func:`input_spread`; a layer that is missing was not reached.
+        model: network that gives logits.
+        layers: name → convolution or Linear layer of the model.
+        spread: layer name → standard deviations, from :func:`input_spread`; without layers that did not run.
         example: ``[B, …]`` images.
     """
-    spelt = {module: name for name, module in model.named_modules()}  # as units spell compiled layers
+    spelt = {module: name for name, module in model.named_modules()}  # units name compiled layers like this
     ours = {spelt[module]: name for name, module in layers.items()}
     try:
         units, refused = find_units(model, example), ""
@@ -103,10 +103,10 @@ def find_upstream(
 
 
 def direct_producers(model: nn.Module, example: Tensor) -> dict[str, list[str]]:
-    """For each convolution and Linear layer those whose outputs reach its input with none of them between.
+    """Find, for each convolution and Linear layer, the others whose outputs reach its input directly.
 
     Args:
-        model: left as it is.
+        model: model to search; it does not change.
         example: ``[B, …]`` images.
     """
     copied = clone(model).eval().requires_grad_(True)
@@ -142,12 +142,12 @@ def _reached(node: Any, outputs: Mapping[Any, str]) -> set[str]:
 
 
 def _read(units: Units, layer: str, giver: str, inputs: int) -> np.ndarray:
-    """``[F]``: which channel of one layer each input of another reads; −1 for none."""
+    """Return which channel of the giver each input of a layer reads, or −1, ``[F]``."""
     read = np.full(inputs, -1)
     for group in units.groups.values():
         if layer in group.consumers and giver in group.producers:
             places, channels = group.consumers[layer].flatten(), group.producers[giver].flatten()
-            # Behind a flattened map a channel has several inputs, one after another.
+            # Behind a flattened map, a channel has several consecutive inputs.
             read[places] = channels.repeat_interleave(len(places) // len(channels))
     return read
 
@@ -173,16 +173,19 @@ def _why_unknown(
 
 @contextmanager
 def input_spread(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Standard deviation ``[F]`` of every input of some layers over positions and images, once the block is through.
+    """Measure the standard deviation ``[F]`` of every input of some layers, over all positions and images of the block.
 
     Args:
-        layers: convolutions and Linear layers, by name; one that does not run in the block is left out.
+        layers: name → convolution or Linear layer; layers that do not run in the block are left out.
+
+    Yields:
+        Layer name → standard deviations, filled at the end of the block.
     """
     moments: dict[str, Moments] = {}
 
     def read(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         rows = inputs[0].movedim(-1 if isinstance(layer, nn.Linear) else 1, 0).flatten(1)
-        part = Moments.of(rows[:, :, None])  # each input a block of its own: their covariances are not asked for
+        part = Moments.of(rows[:, :, None])  # each input is its own block, which skips covariances
         moments[name] = moments[name].merge_(part) if name in moments else part
 
     spread: dict[str, Tensor] = {}

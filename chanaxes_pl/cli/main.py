@@ -1,29 +1,36 @@
-"""The ``chanaxes`` command: finds the verb, and imports only what that verb needs."""
+"""The ``chanaxes`` command: find the verb, and import only what that verb needs."""
 
 from __future__ import annotations
 
 import json
 import sys
-from difflib import get_close_matches
 from importlib import import_module
 from itertools import pairwise, takewhile
 from typing import NamedTuple
 
+from chanaxes_pl.core.errors import nearest
+
 TRAINER_VERBS = {
-    "fit": "train a network and track its axes; every Trainer flag, --config, --print_config",
+    "fit": "train a network and track its axes (takes every Trainer flag, --config and --print_config)",
     "validate": "evaluate a checkpoint on the validation split",
     "test": "evaluate a checkpoint on the test split",
-    "lesion": "damage of lesioning and replacing channels of a checkpoint, beside their axes",
-    "prune": "accuracy over MACs of a checkpoint under every score, allocation and compensation",
+    "lesion": "lesion the channels of a checkpoint one by one, and list the damage beside their axes",
+    "prune": "prune a checkpoint by every score, allocation and compensation, and measure the accuracy",
 }
 
 
 class Verb(NamedTuple):
-    """A verb that needs no Trainer."""
+    """A verb that needs no Trainer.
 
-    target: str  # module:function; the function's parameters are the verb's flags
+    Attributes:
+        target: ``module:function``; the function's parameters are the verb's flags.
+        summary: line that the list of verbs shows.
+        many: whether the first parameter takes all arguments before the first flag, as a list.
+    """
+
+    target: str
     summary: str
-    many: bool = False  # its first parameter takes all arguments before the first flag, as a list
+    many: bool = False
 
 
 #: Flags of these verbs that need no value.
@@ -31,24 +38,26 @@ SWITCHES = ("--text", "--all_checkpoints")
 VERBS = {
     "demo": Verb("chanaxes_pl.cli.demo:demo", "train on photographs, track, lesion, prune and report"),
     "dashboard": Verb(
-        "chanaxes_pl.tracking.workspace:dashboard", "a W&B page for tracked runs, as JSON or sent to W&B"
+        "chanaxes_pl.tracking.workspace:dashboard", "make a W&B page for tracked runs, as JSON or on W&B"
     ),
     "simulate": Verb(
         "chanaxes_pl.cli.simulate:simulation",
         "simulate linear Gaussian channels under gradient flow on both information terms",
     ),
     "report": Verb(
-        "chanaxes_pl.cli.report:report", "what a run, or several of one network, have shown: a page, or text", many=True
+        "chanaxes_pl.cli.report:report",
+        "report on one run, or on several of the same network, as a page or as text",
+        many=True,
     ),
 }
 
 
 def main() -> None:
-    """Run the verb that ``sys.argv`` names; without one, or with ``--help``, list the verbs.
+    """Run the verb that ``sys.argv`` names; without a verb, or with ``--help``, list the verbs.
 
     Raises:
-        SystemExit: with status 2 for a verb or an argument that does not exist, and where the verb raises ValueError
-            or OSError, which is printed as one message.
+        SystemExit: with status 2 if a verb or an argument does not exist, or if the verb raises ValueError or OSError,
+            which is printed as one message.
     """
     try:
         _run()
@@ -73,13 +82,12 @@ def _run() -> None:
         arguments = _listed(arguments) if VERBS[verb].many else arguments
         auto_cli(getattr(import_module(module), function), args=arguments, prog=f"chanaxes {verb}")
     else:
-        (nearest,) = get_close_matches(verb, _summaries(), n=1, cutoff=0)
-        print(f"error: unknown verb {verb!r}; did you mean {nearest!r}?\n\n{_overview()}", file=sys.stderr)
+        print(f"error: unknown verb {verb!r}; {nearest(verb, _summaries())}\n\n{_overview()}", file=sys.stderr)
         raise SystemExit(2)
 
 
 def _switched(arguments: list[str]) -> list[str]:
-    """``--text`` and ``--all_checkpoints`` on their own mean true; the parser wants that said."""
+    """Write a lone ``--text`` or ``--all_checkpoints`` as ``…=true``, which the parser needs."""
     return [
         f"{argument}=true" if argument in SWITCHES and after.startswith("--") else argument
         for argument, after in pairwise([*arguments, "--"])
@@ -87,7 +95,7 @@ def _switched(arguments: list[str]) -> list[str]:
 
 
 def _listed(arguments: list[str]) -> list[str]:
-    """The arguments before the first flag as one, which the parser reads as a list."""
+    """Join the arguments before the first flag into one, which the parser reads as a list."""
     first = list(takewhile(lambda argument: not argument.startswith("-"), arguments))
     return [json.dumps(first), *arguments[len(first) :]] if first else arguments
 

@@ -1,4 +1,4 @@
-"""``chanaxes report``: what one run, or several of the same network, have shown, as a page or as text."""
+"""``chanaxes report``: report on one run, or several of the same network, as a page or as text."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def report(
     all_checkpoints: bool = False,
     resamples: int = 1000,
 ) -> None:
-    """Write a page about one run, or about several of the same network: one HTML file that needs no network.
+    """Write a page about one run, or about several of the same network: one HTML file that opens offline.
 
     Args:
         runs: run folders, such as runs/NAME/version_0 runs/NAME/version_1.
         out: folder for index.html, and for each figure as PDF with its numbers as CSV; default "report" in the run
-            folder, or in the working directory for several.
-        text: print the axis correlations, and the pruning curves with paired differences, instead of the page.
-        against: the pruning score that every other is compared with on the same runs.
-        value: the column of the pruning curves in the text: accuracy, loss, margin, tuned_accuracy, ….
-        all_checkpoints: print the correlations of every checkpoint, not of the first, the highest and the last alone.
-        resamples: of the bootstraps over channels and over runs.
+            folder, or in the working directory for several runs.
+        text: print the axis correlations, and the pruning curves with paired differences, instead of making a page.
+        against: pruning score that every other score is compared with on the same runs.
+        value: column of the pruning grids that the text shows, such as accuracy, loss, margin or tuned_accuracy.
+        all_checkpoints: print the correlations of every checkpoint, not just the first, the highest and the last.
+        resamples: number of resamples of the bootstraps over channels and over runs.
 
     Raises:
-        FileNotFoundError: if a folder is no run folder.
+        FileNotFoundError: if a folder is not a run folder.
         ValueError: if nothing of a run can be read, the runs are of different networks, or a column does not exist.
         OSError: if the page cannot be written.
     """
@@ -56,12 +56,12 @@ def report(
 
 
 def describe(runs: Runs, value: str = "accuracy", against: str = "l1", all_checkpoints: bool = False) -> str:
-    """Axis correlations of each run, and the pruning grids of all of them, as text.
+    """Describe the axis correlations of each run, and the pruning grids of all runs, as text.
 
     Args:
-        runs: of one network.
-        value: a column of the pruning grids.
-        against: the score that the others are compared with.
+        runs: runs of one network.
+        value: column of the pruning grids.
+        against: score that the others are compared with.
         all_checkpoints: whether to show every checkpoint.
 
     Raises:

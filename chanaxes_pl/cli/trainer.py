@@ -1,6 +1,6 @@
 """The verbs that run a Trainer: LightningCLI with this package's defaults and one more check.
 
-Apart from ``main`` because importing LightningCLI takes seconds.
+They are not in ``main`` because importing LightningCLI takes seconds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from chanaxes_pl.prune_module import Experiment, PruneModule
 from chanaxes_pl.pruning.grid import PruningExperiment
 from chanaxes_pl.run_folder import RunFolder
 
-# What `fabric run` tells its processes, and the Trainer argument that means the same.
+# Environment variable that `fabric run` sets → the Trainer argument with the same meaning.
 FABRIC_RUN = {
     "LT_ACCELERATOR": "accelerator",
     "LT_STRATEGY": "strategy",
@@ -35,14 +35,14 @@ FABRIC_RUN = {
 
 
 class _Parser(LightningArgumentParser):
-    """A parser whose errors are not preceded by fifty lines of usage."""
+    """Parser that does not print fifty lines of usage before an error."""
 
     def print_usage(self, file: Any = None) -> None:
-        """Print nothing: the message that follows names the key at fault and points to ``--help``."""
+        """Print nothing: the error message names the key at fault and points to ``--help``."""
 
 
 class PruningTrainer(Trainer):
-    """A Trainer with the verbs ``lesion`` and ``prune``, for checkpoints of the model that the config names."""
+    """Trainer with the verbs ``lesion`` and ``prune``, for checkpoints of the model that the config names."""
 
     def lesion(
         self,
@@ -53,7 +53,7 @@ class PruningTrainer(Trainer):
         out: str | None = None,
         **options: Any,
     ) -> None:
-        """Lesion the channels of a checkpoint one by one, and set the damage beside their axes.
+        """Lesion the channels of a checkpoint one by one, and list the damage beside their axes.
 
         Args:
             model: the network of the checkpoint.
@@ -74,7 +74,7 @@ class PruningTrainer(Trainer):
         lr: float = 0.01,
         **options: Any,
     ) -> None:
-        """Prune a checkpoint by every score, under every allocation, to every budget, and evaluate the results.
+        """Prune a checkpoint by every score, allocation and compensation to every budget, and measure the accuracy.
 
         Args:
             model: the network of the checkpoint.
@@ -100,9 +100,9 @@ class PruningTrainer(Trainer):
             raise ValueError(f"chanaxes {verb} needs a trained network: add --ckpt_path RUN/checkpoints/last.ckpt")
         load_weights(model, ckpt_path)
         module = PruneModule(model, make(), out=out or RunFolder.of_checkpoint(ckpt_path).path, lr=lr)
-        # The config's loggers and callbacks are those of a training run: they would begin another one.
+        # The config's loggers and callbacks belong to a training run; they would start a new one.
         self.loggers = []
-        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]  # which Lightning does not declare
+        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]  # Lightning does not declare it
         callbacks[:] = [callback for callback in callbacks if isinstance(callback, ProgressBar)]
         self.test(module, datamodule=datamodule)
         if self.is_global_zero:
@@ -113,15 +113,15 @@ class PruningTrainer(Trainer):
 
 
 class TrainerCLI(LightningCLI):
-    """``chanaxes fit | validate | test | lesion | prune``, parsed from ``sys.argv`` and run.
+    """Command line of ``chanaxes fit | validate | test | lesion | prune``, parsed from ``sys.argv`` and run.
 
     The model is a :class:`Classifier` unless ``--model`` names another LightningModule; ``--data`` names a
-    DataModule. Under ``fabric run`` that command's flags are the Trainer's defaults.
+    DataModule. Under ``fabric run``, that command's flags are the Trainer's defaults.
 
     Raises:
-        SystemExit: with status 2 for arguments that do not parse.
-        ValueError: for a launch of several processes that the Trainer does not know of: each would train its own
-            model, side by side.
+        SystemExit: with status 2 if arguments cannot be parsed.
+        ValueError: if several processes were launched and the Trainer knows of fewer: each would train a model of its
+            own.
     """
 
     def __init__(self) -> None:
@@ -136,7 +136,7 @@ class TrainerCLI(LightningCLI):
                 if launched and variable in os.environ
             },
             seed_everything_default=0,
-            # each run has a folder of its own; one that asks for no logger may run again in the same
+            # each run has its own folder; only runs without a logger may use the same one again
             save_config_kwargs={"overwrite": True},
             parser_class=_Parser,
             auto_configure_optimizers=False,
@@ -144,24 +144,24 @@ class TrainerCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Trainer methods that are verbs, each with the arguments that the command line leaves out."""
+        """Return the Trainer methods that are verbs, each with the arguments that the command line leaves out."""
         verbs = LightningCLI.subcommands()
         ours = {verb: {"model", "datamodule"} for verb in ("lesion", "prune")}
         return {verb: verbs[verb] for verb in ("fit", "validate", "test")} | ours
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Make ``--model.backbone`` and the like mean :class:`Classifier` where no class is named; add ``--run``."""
+        """Make :class:`Classifier` the default model, so ``--model.backbone`` needs no class, and add ``--run``."""
         parser.set_defaults({"model": {"class_path": "chanaxes_pl.models.Classifier"}})
         parser.add_argument(
             "--run",
             type=str | None,
             default=None,
-            help="folder of this run: fit writes all into it, and goes on there where it was interrupted; the other "
-            "verbs take the network that was trained in it",
+            help="folder of this run: fit writes everything into it, and continues there after an interruption; the "
+            "other verbs use the network that was trained in it",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Find what ``--run`` names, and refuse a damaged checkpoint before Lightning takes the model's settings."""
+        """Resolve ``--run``, and check the checkpoint before Lightning takes the model's settings from it."""
         super().parse_arguments(parser, args)
         verb = self.config["subcommand"]
         if self.config[verb].run is not None:
@@ -170,7 +170,7 @@ class TrainerCLI(LightningCLI):
             read_checkpoint(self.config[verb].ckpt_path)
 
     def after_instantiate_classes(self) -> None:
-        """Stop early if more processes were launched than the Trainer knows of."""
+        """Raise ValueError if more processes were launched than the Trainer knows of."""
         environment = TorchElasticEnvironment()
         if environment.detect() and environment.world_size() > self.trainer.world_size:
             _refuse(str(self.subcommand), environment.world_size(), self.trainer.world_size)
@@ -180,24 +180,24 @@ class TrainerCLI(LightningCLI):
 
 
 def _enter(config: Any, verb: str) -> None:
-    """Give a verb the folder that ``--run`` names, for all that it writes, and the network that is in it."""
+    """Make a verb write into the folder that ``--run`` names, and use the network in it."""
     run = RunFolder(Path(config.run))
     folder, last = run.path, run.last_checkpoint
     if config.ckpt_path is None and last.is_file():
         config.ckpt_path = str(last)
     elif config.ckpt_path is None and verb != "fit":
-        raise ValueError(f"--run {folder}: no {last}; expected the folder of a training that kept one")
+        raise ValueError(f"--run {folder}: no {last}; expected the folder of a training that saved one")
     elif config.ckpt_path is None and run.trackers:
         raise ValueError(
-            f"--run {folder}: a training there was interrupted before its first checkpoint, and cannot go on; remove "
-            "the folder to begin again, or name another one"
+            f"--run {folder}: a training there was interrupted before its first checkpoint and cannot continue; remove "
+            "the folder to start again, or choose another one"
         )
-    if verb not in ("lesion", "prune"):  # which write beside the checkpoint, and keep no logger
+    if verb not in ("lesion", "prune"):  # these write beside the checkpoint, without a logger
         _log_into(folder if verb == "fit" else folder / verb, config.trainer, verb)
 
 
 def _log_into(folder: Path, trainer: Any, verb: str) -> None:
-    """Let the Trainer and its loggers have one folder; the first logger decides on that of checkpoints and tables."""
+    """Give the Trainer and its loggers one folder; the first logger decides where checkpoints and tables go."""
     trainer.default_root_dir = str(folder)
     if trainer.logger is False:
         return
@@ -205,8 +205,8 @@ def _log_into(folder: Path, trainer: Any, verb: str) -> None:
     classes = [str(getattr(logger, "class_path", logger)).rpartition(".")[2] for logger in loggers]
     if classes[0] not in ("CSVLogger", "TensorBoardLogger"):
         raise ValueError(
-            f"--run {folder}: expected a CSVLogger or TensorBoardLogger as the first of the loggers, whose folder all "
-            f"else goes to, or --trainer.logger false; chanaxes {verb} got {', '.join(classes)}"
+            f"--run {folder}: expected a CSVLogger or TensorBoardLogger as the first of the loggers, because all files "
+            f"go to its folder, or --trainer.logger false; chanaxes {verb} got {', '.join(classes)}"
         )
     for logger, name in zip(loggers, classes, strict=True):
         options = logger.init_args
@@ -221,8 +221,8 @@ def _refuse(verb: str, launched: int, known: int) -> NoReturn:
     nodes = int(os.environ.get("LT_NUM_NODES", "1"))
     devices = launched // nodes
     raise ValueError(
-        f"{launched} processes were launched, but the Trainer knows of {known}: each would run the "
-        f"whole of `chanaxes {verb}` by itself.\n"
+        f"{launched} processes were launched, but the Trainer knows of {known}: each process would run "
+        f"all of `chanaxes {verb}` by itself.\n"
         f"Either add --trainer.strategy ddp --trainer.devices {devices} to this command, or let the Trainer "
         f"launch the processes: chanaxes {verb} … --trainer.strategy ddp --trainer.devices {devices}"
     )

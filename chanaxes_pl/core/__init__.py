@@ -1,1 +1,1 @@
-"""The mathematics: importable without Lightning."""
+"""The mathematics, which can be imported without Lightning."""

@@ -1,24 +1,23 @@
-"""Errors about what a caller passed: they quote the call, the argument, what was expected, and the way out."""
+"""Errors about arguments: they quote the call and the argument, and say what was expected and how to fix it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import Any
 
-_LENGTH = 60  # of a quotation, in characters
+_LENGTH = 60  # longest quotation, in characters
 
 
 class InputError(ValueError):
-    """What a user handed in does not do.
+    """Error about something that the user passed.
 
-    Raised where the fault is found, without knowing which public call led there; :func:`naming` adds that.
+    The code that finds the fault does not know which public function was called; :func:`naming` adds its name.
 
     Attributes:
-        text: what was expected, and the way out.
+        text: what was expected, and how to fix it.
         argument: the argument at fault as it was written, such as ``"budget=1.5"``; may be empty.
-        call: the public call, such as ``"prune"``; empty until :func:`naming` sets it.
+        call: name of the public function, such as ``"prune"``; empty until :func:`naming` sets it.
     """
 
     def __init__(self, text: str, argument: str = "") -> None:
@@ -31,7 +30,7 @@ class InputError(ValueError):
 
 
 class ArgumentError(InputError):
-    """An argument's value is out of range.
+    """Error about the value of an argument.
 
     Example:
         >>> str(ArgumentError("budget=1.5", "expected a share of the MACs, above 0 and at most 1"))
@@ -40,16 +39,16 @@ class ArgumentError(InputError):
 
     def __init__(self, argument: str, text: str) -> None:
         super().__init__(text, argument)
-        self.args = (argument, text)  # what pickle hands to the constructor
+        self.args = (argument, text)  # pickle passes these to the constructor
 
 
 class ArgumentTypeError(ArgumentError, TypeError):
-    """An argument's value is of another type than expected."""
+    """Error about the type of an argument."""
 
 
 @contextmanager
 def naming(call: str) -> Iterator[None]:
-    """Put a public call's name in front of every :class:`InputError` raised inside; the outermost name stands.
+    """Prefix every :class:`InputError` raised in the block with the name of a public function; the outermost one wins.
 
     Example:
         >>> with naming("prune"):
@@ -65,7 +64,7 @@ def naming(call: str) -> Iterator[None]:
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """The end of an error about an unknown name.
+    """Return the end of an error message about an unknown name: the names most like it, or else the first few.
 
     Example:
         >>> nearest("layer1.conv", ["layer1.conv1", "fc"])
@@ -76,8 +75,8 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"did you mean {' or '.join(map(repr, near))}?" if near else "there is none"
 
 
-def short(value: Any) -> str:
-    """A value in one line of at most 61 characters.
+def short(value: object) -> str:
+    """Return a value as one line of at most 61 characters.
 
     Example:
         >>> short("one\\ntwo"), len(short(list(range(1000))))

@@ -11,13 +11,13 @@ from uuid import uuid4
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A draft that takes the place of ``path`` once the block is through; an error or a crash leaves ``path`` as it is.
+    """Write a draft that replaces ``path`` at the end of the block; after an error or a crash, ``path`` is unchanged.
 
     Args:
-        path: the file to write; its folder is made when missing.
+        path: file to write; a missing folder is made.
 
     Yields:
-        Where to write: a name of its own in the same folder, so that renaming copies nothing.
+        Path of the draft: a unique name in the same folder, so that renaming copies nothing.
 
     Raises:
         OSError: if the folder cannot be written, or the block wrote no draft.
@@ -33,7 +33,7 @@ def replacing(path: Path) -> Iterator[Path]:
         'whole'
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Neither another process, be it on another machine, nor another thread gets the same name.
+    # No other process, on this machine or another, and no other thread gets the same name.
     draft = path.with_name(f".{path.name}.{uuid4().hex[:12]}")
     try:
         yield draft

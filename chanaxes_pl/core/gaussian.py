@@ -1,4 +1,4 @@
-"""Information between jointly Gaussian variables, in nats: the only home of −½ ln(1 − ρ²)."""
+"""Information between jointly Gaussian variables, in nats; no other module computes −½ ln(1 − ρ²)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from chanaxes_pl.core.moments import Moments
 
-#: Correlations count as at most this large inside a logarithm.
+#: Largest correlation that enters a logarithm; larger ones are clipped.
 MAX_CORRELATION = 0.999
-#: What one pair of variables can share at most, in nats (3.107).
+#: Largest information between two variables, in nats (3.107).
 CEILING = -0.5 * math.log1p(-(MAX_CORRELATION**2))
 
 
 def information(squared_correlation: Tensor) -> Tensor:
-    """Mutual information of Gaussian variables, −½ ln(1 − ρ²).
+    """Compute the mutual information of Gaussian variables, −½ ln(1 − ρ²).
 
     Args:
         squared_correlation: any shape, unitless; ρ² of two variables or R² of a regression.
@@ -35,7 +35,7 @@ def information(squared_correlation: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Association:
-    """How C variables go together, and how much of that one target explains.
+    """Correlations of C variables, and the part of them that a target explains.
 
     Attributes:
         correlation: ``[C, C]``, correlation of the variables.
@@ -49,40 +49,40 @@ class Association:
 
     @classmethod
     def of(cls, joint: Moments, channels: int, targets: slice) -> Association:
-        """From the moments of ``[y₁ … y_C, …, t₁ … t_D, …]``; a target that never varies gives NaN.
+        """Compute it from the moments of ``[y₁ … y_C, …, t₁ … t_D, …]``; a target that never varies gives NaN.
 
         Args:
             joint: moments of channels and targets over image samples.
-            channels: C, how many variables, from the first on, are channels.
-            targets: which variables are the target.
+            channels: C; the first C variables are channels.
+            targets: slice of the variables that form the target.
         """
         return cls(joint.correlation[:channels, :channels], _explained(joint, channels, targets))
 
     def with_target(self, joint: Moments, targets: slice) -> Association:
-        """The same variables with another target of the same ``joint``."""
+        """Return the association of the same variables with another target of the same ``joint``."""
         return Association(self.correlation, _explained(joint, len(self.correlation), targets), self._nearest)
 
     @property
     def single(self) -> Tensor:
-        """``[C]``, I(T; y_i) in nats."""
+        """Information of each variable about the target, I(T; y_i), ``[C]`` in nats."""
         return information(self.explained.diagonal())
 
     def nearest(self, count: int) -> Tensor:
-        """``[C, count]``, the peers that each variable correlates with most, unordered; found once for all targets."""
+        """Return the peers that each variable correlates with most, ``[C, count]``, unordered and cached."""
         if count not in self._nearest:
             nearness = self.correlation.abs().fill_diagonal_(-1.0)
             self._nearest[count] = nearness.topk(count, sorted=False).indices
         return self._nearest[count]
 
     def with_peers(self, peers: Tensor) -> Tensor:
-        """I(T; y_i, y_j) of each channel i with some of its peers j.
+        """Compute I(T; y_i, y_j) of each channel i with some of its peers j.
 
-        The ratio of generalised variances with and without the target, 1 − R²_ij =
-        det(Q − B) / det Q over the 2×2 blocks of the correlation Q and its explained part B, is the
-        usual R² of two regressors for a scalar target and Wilks' Λ for a label.
+        It uses the ratio of generalised variances with and without the target, 1 − R²_ij = det(Q − B) / det Q, over
+        the 2×2 blocks of the correlation Q and its explained part B. For a scalar target, R² is the usual one of two
+        regressors; for a label, the ratio is Wilks' Λ.
 
         Args:
-            peers: ``[C, k]``, indices of the peers of each channel, none of them its own.
+            peers: ``[C, k]``, indices of each channel's peers; a channel is not its own peer.
 
         Returns:
             ``[C, k]``, nats.
@@ -93,13 +93,13 @@ class Association:
         return information(1 - left / (1 - q.square()))
 
     def with_sets(self, sets: Tensor) -> Tensor:
-        """I(T; y_i, y_j, …) of some sets of channels, all of a set together.
+        """Compute I(T; y_i, y_j, …), the joint information of each set of channels.
 
-        As for pairs, 1 − R² = det(Q − B) / det Q over a set's blocks. No eigenvalue of Q counts as smaller than
-        1 − :data:`MAX_CORRELATION`, which is a pair's at the ceiling.
+        As for pairs, 1 − R² = det(Q − B) / det Q over a set's blocks. Eigenvalues of Q are at least
+        1 − :data:`MAX_CORRELATION`, the smaller one of a pair at the ceiling.
 
         Args:
-            sets: ``[n, k]``, indices of the channels of each set, none twice.
+            sets: ``[n, k]``, indices of the k different channels of each set.
 
         Returns:
             ``[n]``, nats.
@@ -123,7 +123,7 @@ def _explained(joint: Moments, channels: int, targets: slice) -> Tensor:
 
 
 def _pseudo_inverse(covariance: Tensor) -> Tensor:
-    """Inverse on the span of the targets that vary; NaN throughout where none does or one is not finite."""
+    """Invert on the span of the targets that vary; all NaN if none varies or one is not finite."""
     variance = covariance.diagonal()
     if not covariance.isfinite().all() or not (variance > 0).any():
         return torch.full_like(covariance, torch.nan)

@@ -1,13 +1,13 @@
 """Closed-form gradients of a linear channel's Gaussian information with respect to its weights.
 
-For y = wᵀx with x ~ N(0, Σ), Cov(x, T) = c, Var T = σ_T², and so Var y = D = wᵀΣw and Cov(y, T) = b = wᵀc:
+Let y = wᵀx with x ~ N(0, Σ), Cov(x, T) = c and Var T = σ_T². Then Var y = D = wᵀΣw and Cov(y, T) = b = wᵀc, and
 
 - input capture I_X = ½ ln(1 + D/σ₀²) grows along Σw,
 - task information I_T = −½ ln(1 − b²/(D σ_T²)) grows along b·g, with the residual g = c − (b/D) Σw.
 
-The residual is c less its projection on Σw in the inner product of Σ⁻¹: ⟨Σw, g⟩_{Σ⁻¹} = wᵀg = b − (b/D) D = 0. Nothing
-makes the Euclidean product of the two vanish; its cosine says how far a gradient step on one information also changes
-the other. Definitions: arXiv 2605.07086.
+The residual is c minus its projection on Σw in the inner product of Σ⁻¹: ⟨Σw, g⟩_{Σ⁻¹} = wᵀg = b − (b/D) D = 0. Their
+Euclidean product need not vanish; its cosine says how much a gradient step on one information changes the other.
+Definitions: arXiv 2605.07086.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# A residual below this share of c is the rounding of a difference that is 0: it points nowhere.
+# A residual below this share of c is rounding error, and has no direction.
 _ROUNDING = 1e-6
 
 
 def capture_gradient(weights: Tensor, covariance: Tensor, noise: Tensor | float) -> Tensor:
-    """Gradient of input capture, Σw / (σ₀² + D).
+    """Compute the gradient of input capture, Σw / (σ₀² + D).
 
     Args:
-        weights: ``[C, F]``, one channel a row.
+        weights: ``[C, F]``, one channel per row.
         covariance: ``[F, F]``, Σ of the input.
         noise: scalar or ``[C]``, σ₀² in the output's unit squared, held fixed.
 
@@ -35,10 +35,10 @@ def capture_gradient(weights: Tensor, covariance: Tensor, noise: Tensor | float)
 
 
 def residual(weights: Tensor, covariance: Tensor, cross: Tensor) -> Tensor:
-    """The direction in which task information changes, g = c − (b/D) Σw.
+    """Compute the direction in which task information changes, g = c − (b/D) Σw.
 
     Args:
-        weights: ``[C, F]``, one channel a row.
+        weights: ``[C, F]``, one channel per row.
         covariance: ``[F, F]``, Σ of the input.
         cross: ``[F]``, c, the covariance of input and target.
 
@@ -57,12 +57,12 @@ def residual(weights: Tensor, covariance: Tensor, cross: Tensor) -> Tensor:
 
 
 def residual_of(sigma_w: Tensor, power: Tensor, cross: Tensor, shared: Tensor) -> Tensor:
-    """The same from moments that can be measured without the weights.
+    """Compute the residual from moments that can be measured without the weights.
 
     Args:
         sigma_w: ``[C, F]``, Σw = Cov(x, y).
         power: ``[C]``, D = Var y.
-        cross: ``[F]``, or ``[C, F]`` where channels see different inputs; c = Cov(x, T).
+        cross: c = Cov(x, T), ``[F]``, or ``[C, F]`` if channels see different inputs.
         shared: ``[C]``, b = Cov(y, T).
 
     Returns:
@@ -72,10 +72,10 @@ def residual_of(sigma_w: Tensor, power: Tensor, cross: Tensor, shared: Tensor) -
 
 
 def task_gradient(weights: Tensor, covariance: Tensor, cross: Tensor, target_variance: Tensor | float) -> Tensor:
-    """Gradient of task information, b / (σ_T² D − b²) · g.
+    """Compute the gradient of task information, b / (σ_T² D − b²) · g.
 
     Args:
-        weights: ``[C, F]``, one channel a row.
+        weights: ``[C, F]``, one channel per row.
         covariance: ``[F, F]``, Σ of the input.
         cross: ``[F]``, c, the covariance of input and target.
         target_variance: scalar, σ_T², in the target's unit squared.
@@ -90,7 +90,7 @@ def task_gradient(weights: Tensor, covariance: Tensor, cross: Tensor, target_var
 
 
 def alignment(sigma_w: Tensor, power: Tensor, cross: Tensor, shared: Tensor) -> dict[str, Tensor]:
-    """Cosine between the gradients of input capture and task information, with its parts, for C measured channels.
+    """Compute the cosine between the gradients of input capture and task information, and its parts, for C channels.
 
     Args:
         sigma_w: ``[C, F]``, Σw = Cov(x, y).
@@ -99,10 +99,10 @@ def alignment(sigma_w: Tensor, power: Tensor, cross: Tensor, shared: Tensor) -> 
         shared: ``[C]``, b = Cov(y, T).
 
     Returns:
-        ``[C]`` each: ``alignment``, cos(Σw, b·g) = sign(b)·cos(Σw, g), NaN where the gradient of task information is 0:
-        b is 0, or g is 0 up to rounding (as with a single input); ``signal_power``, D; ``task_covariance``, b;
-        ``capture_norm``, ‖Σw‖; ``task_norm``, ‖c‖; ``residual_norm``, ‖g‖. Then
-        Σw·c = sign(b)·alignment·‖Σw‖·‖g‖ + (b/D)·‖Σw‖², and the rest follows.
+        ``[C]`` each: ``alignment``, cos(Σw, b·g) = sign(b)·cos(Σw, g), NaN if the gradient of task information is 0
+        because b is 0 or g is 0 up to rounding (as with a single input); ``signal_power``, D; ``task_covariance``, b;
+        ``capture_norm``, ‖Σw‖; ``task_norm``, ‖c‖; ``residual_norm``, ‖g‖. Other products follow from these and
+        Σw·c = sign(b)·alignment·‖Σw‖·‖g‖ + (b/D)·‖Σw‖².
     """
     residuals = residual_of(sigma_w, power, cross, shared)
     capture, task, left = (vectors.norm(dim=1) for vectors in (sigma_w, cross, residuals))
@@ -118,14 +118,14 @@ def alignment(sigma_w: Tensor, power: Tensor, cross: Tensor, shared: Tensor) -> 
 
 
 def cosine(first: Tensor, second: Tensor) -> Tensor:
-    """Cosine of the angle between rows, in the Euclidean metric.
+    """Compute the cosine of the Euclidean angle between rows.
 
     Args:
         first: ``[C, F]``.
         second: ``[C, F]``, or ``[F]`` for one direction.
 
     Returns:
-        ``[C]``, between −1 and 1 up to rounding; NaN, not 0, where a row is zero.
+        ``[C]``, between −1 and 1 up to rounding; NaN, not 0, if a row is zero.
 
     Example:
         >>> import torch

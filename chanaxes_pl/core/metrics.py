@@ -1,4 +1,4 @@
-"""The four metrics of both axes: moments of a layer's channels in, one value a channel in nats out."""
+"""The four metrics of the two axes: each gives one value per channel, in nats, from moments of a layer."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from chanaxes_pl.core.moments import Moments, median
 
 
 def input_capture(local: Moments, noise: str | float = "median") -> Tensor:
-    """Gaussian information between a channel's output and its input patch, ½ ln(1 + J_i / σ₀²).
+    """Compute the Gaussian information between a channel's output and its input patch, ½ ln(1 + J_i / σ₀²).
 
     For an affine channel the signal power J_i = w_iᵀ Σ_X w_i is the variance of its output.
 
     Args:
         local: moments of the layer's C channels over local samples.
-        noise: σ₀², the noise power that the signal is set against: ``"median"`` or ``"mean"`` of J over
-            the layer's live channels, ``"q0.25"`` for a quantile of it, or a number in the output's
-            unit squared.
+        noise: noise power σ₀²: ``"median"`` or ``"mean"`` of J over the layer's live channels, a quantile of J such
+            as ``"q0.25"``, or a number in the output's unit squared.
 
     Returns:
         ``[C]``, nats; NaN for dead channels.
@@ -31,20 +30,20 @@ def input_capture(local: Moments, noise: str | float = "median") -> Tensor:
 
 
 def captured(power: Tensor, noise: Tensor | float) -> Tensor:
-    """Input capture of a signal power J against a noise power σ₀² of the same unit, ½ ln(1 + J / σ₀²).
+    """Compute the input capture of a signal power J and a noise power σ₀² in the same unit, ½ ln(1 + J / σ₀²).
 
     Args:
-        power: any shape.
-        noise: scalar, or a shape that broadcasts with ``power``.
+        power: J, any shape.
+        noise: σ₀², a scalar or a shape that broadcasts with ``power``.
 
     Returns:
-        The shape of both, nats.
+        Nats, in the broadcast shape.
     """
     return 0.5 * torch.log1p(power / noise)
 
 
 def check_noise(noise: str | float) -> None:
-    """Raise ValueError for a ``noise`` that :func:`input_capture` cannot use."""
+    """Raise ValueError if :func:`input_capture` cannot use ``noise``."""
     _noise_power(torch.ones(1), noise)
 
 
@@ -55,7 +54,7 @@ def _noise_power(power: Tensor, noise: str | float) -> Tensor:
         return median(power)
     if noise == "mean":
         return power.mean()
-    text = str(noise)  # a number may come as text, from a command line
+    text = str(noise)  # a command line may give a number as text
     try:
         value = float(text.removeprefix("q"))
     except ValueError:
@@ -68,13 +67,13 @@ def _noise_power(power: Tensor, noise: str | float) -> Tensor:
 
 
 def peer_overlap(local: Moments) -> Tensor:
-    """Mean pairwise Gaussian information between a channel and its live peers.
+    """Compute the mean pairwise Gaussian information between a channel and its live peers.
 
     Args:
         local: moments of the layer's C channels over local samples.
 
     Returns:
-        ``[C]``, nats; NaN for dead channels, and for all where fewer than two are live.
+        ``[C]``, nats; NaN for dead channels, and for all channels if fewer than two are live.
     """
     live = local.live
     shared = information(local.select(live).correlation.square()).fill_diagonal_(0.0)
@@ -84,10 +83,10 @@ def peer_overlap(local: Moments) -> Tensor:
 
 
 def task_information(association: Association) -> Tensor:
-    """Gaussian information between a channel's image mean and the target, −½ ln(1 − r_i²).
+    """Compute the Gaussian information between a channel's image mean and the target, −½ ln(1 − r_i²).
 
     Args:
-        association: of the layer's C channels with the target, over image samples.
+        association: association of the layer's C channels with the target over image samples.
 
     Returns:
         ``[C]``, nats.
@@ -96,15 +95,15 @@ def task_information(association: Association) -> Tensor:
 
 
 def target_excess(association: Association, candidates: int = 50, partners: int = 10) -> Tensor:
-    """Mean Gaussian MMI synergy of a channel with its best partners.
+    """Compute the mean Gaussian MMI synergy of a channel with its best partners.
 
-    The excess of a pair is I(T; y_i, y_j) − max(I(T; y_i), I(T; y_j)). A channel's partners are, of the
-    ``candidates`` peers it overlaps with most, the ``partners`` with the largest excess.
+    The excess of a pair is I(T; y_i, y_j) − max(I(T; y_i), I(T; y_j)). A channel's candidates are the peers with the
+    highest absolute correlation, and its partners are the candidates with the largest excess.
 
     Args:
-        association: of the layer's C channels with the target, over image samples.
-        candidates: peers looked at, nearest by correlation first; all where there are fewer.
-        partners: peers averaged over; all candidates where there are fewer.
+        association: association of the layer's C channels with the target over image samples.
+        candidates: number of candidates; all peers if there are fewer.
+        partners: number of partners to average over; all candidates if there are fewer.
 
     Returns:
         ``[C]``, nats, ≥ 0; NaN in a layer of one channel.

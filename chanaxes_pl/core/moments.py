@@ -1,4 +1,4 @@
-"""First and second moments of a stream of samples, and the one law that merges them."""
+"""First and second moments of a stream of samples, and the formula that merges them."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-# Rows multiplied in one float32 product, at least; the products are then summed in float64. Rounding inside a
-# product grows with its rows. A wide layer takes twice as many rows as variables, or adding up would cost more.
+# Minimum number of rows in one float32 product; the products are then summed in float64. Rounding inside a product
+# grows with its rows. A wide layer uses twice as many rows as variables, or the sums would cost more than the products.
 _ROWS = 256
-# Up to this width all is done in float64: it costs no more, and a few channels' correlations get every digit.
+# Up to this width, everything runs in float64: it costs no more, and the correlations are exact to the last digits.
 _NARROW = 16
-# Samples whose mean is near enough to that of all.
+# Number of samples whose mean is close enough to the mean of all.
 _NEAR = 64
-# From this width on, only the upper block triangle of the Gram matrix is multiplied out, in up to 8 block rows.
+# From this width on, only the upper block triangle of the Gram matrix is computed, in up to 8 block rows.
 _BLOCKED_WIDTH = 256
 _BLOCK = 64
 _MOST_BLOCKS = 8
-# A channel whose variance is below this share of its layer's median carries nothing but rounding.
+# A channel whose variance is below this share of its layer's median holds only rounding error.
 DEAD_SHARE = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Count, mean and centred scatter of ``F`` variables, in float64; of several blocks of them side by side, too.
+    """Count, mean and centred scatter of F variables, in float64, or of G blocks of F variables.
 
-    :meth:`merge` makes a new object and touches neither input. Merging is associative and order-independent up to
-    float64 rounding, and :meth:`empty` is neutral.
+    :meth:`merge` makes a new object and changes neither input. Merging is associative and independent of the order up
+    to float64 rounding, and :meth:`empty` is its neutral element.
 
     Attributes:
-        count: scalar, the number of samples.
-        mean: ``[F]``, in the samples' unit; ``[G, F]`` of blocks.
-        scatter: ``[F, F]``, the sum over samples of centred outer products, in the unit squared;
-            ``[G, F, F]`` of blocks.
+        count: scalar, number of samples.
+        mean: ``[F]``, in the samples' unit; ``[G, F]`` for blocks.
+        scatter: ``[F, F]``, sum over samples of the centred outer products, in the unit squared; ``[G, F, F]`` for
+            blocks.
 
     Example:
         >>> import torch
@@ -54,19 +54,19 @@ class Moments:
 
     @classmethod
     def empty(cls, width: int, device: torch.device | str = "cpu") -> Moments:
-        """The neutral element of :meth:`merge` for ``width`` variables."""
+        """Return the neutral element of :meth:`merge` for ``width`` variables."""
         zeros = torch.zeros(width + 1, width, dtype=torch.float64, device=device)
         return cls(zeros.new_zeros(()), zeros[0], zeros[1:])
 
     @classmethod
     def of(cls, samples: Tensor) -> Moments:
-        """Moments of one batch, or of one batch of each of several blocks.
+        """Compute the moments of one batch, or of one batch for each of several blocks.
 
-        The batch is centred on itself before anything is squared, so a mean of 1e4 costs no digits.
-        Products run in the samples' own precision, but in float32 at least and never in TF32 or autocast.
+        The batch is centred on itself before anything is squared, so a mean of 1e4 costs no digits. Products run in
+        the samples' own precision, but at least in float32, and never in TF32 or autocast.
 
         Args:
-            samples: ``[n, F]``, any floating type, n ≥ 0; ``[G, n, F]`` of blocks, n ≥ 1.
+            samples: ``[n, F]`` of any floating type, n ≥ 0; ``[G, n, F]`` for blocks, n ≥ 1.
         """
         count, width = samples.shape[-2:]
         if count == 0:
@@ -76,7 +76,7 @@ class Moments:
         with true_float32(samples.device):
             shift = samples.mean(-2, keepdim=True)
             centred = samples - shift
-            # A large mean leaves its rounding behind: centre once more, on what is then small.
+            # Subtracting a large mean leaves rounding error, so centre again on the small rest.
             rest = centred.mean(-2, keepdim=True)
             centred -= rest
             step = max(_ROWS, 2 * width) if centred.dtype == torch.float32 else count
@@ -86,16 +86,16 @@ class Moments:
         return cls(scatter.new_tensor(float(count)), mean, scatter)
 
     def merge(self, other: Moments) -> Moments:
-        """Moments of both sets of samples together; neither is changed."""
+        """Return the moments of both sets of samples together; neither input changes."""
         return Moments(self.count.clone(), self.mean.clone(), self.scatter.clone()).merge_(other)
 
     def merge_(self, other: Moments) -> Moments:
-        """:meth:`merge` into the tensors of ``self``, for an accumulator that owns them."""
+        """Merge into the tensors of ``self``, for an accumulator that owns them."""
         _merge_((self.count, other.count), [(self.mean, other.mean)], (self.scatter, other.scatter))
         return self
 
     def mapped(self, weight: Tensor, bias: Tensor) -> Moments:
-        """Moments of the variables ``weight @ x + bias``.
+        """Return the moments of the variables ``weight @ x + bias``.
 
         Args:
             weight: ``[G, F]``.
@@ -110,7 +110,7 @@ class Moments:
 
     @classmethod
     def merge_all(cls, parts: Iterable[Moments]) -> Moments:
-        """Moments of all ``parts`` together, merged from left to right."""
+        """Return the moments of all ``parts`` together, merged from left to right."""
         first, *others = parts
         merged = cls(first.count.clone(), first.mean.clone(), first.scatter.clone())
         for other in others:
@@ -118,7 +118,7 @@ class Moments:
         return merged
 
     def select(self, keep: Tensor) -> Moments:
-        """Moments of the variables that ``keep`` (``[F]`` mask, or indices) names."""
+        """Return the moments of the variables in ``keep``, an ``[F]`` mask or indices."""
         if keep.dtype == torch.bool and keep.all():
             return self
         names = keep.nonzero().flatten() if keep.dtype == torch.bool else keep
@@ -126,35 +126,35 @@ class Moments:
 
     @cached_property
     def covariance(self) -> Tensor:
-        """``[F, F]`` population covariance (divided by n); NaN without samples."""
+        """Population covariance (divided by n), ``[F, F]``; NaN without samples."""
         return self.scatter / self.count
 
     @cached_property
     def variance(self) -> Tensor:
-        """``[F]`` population variance."""
+        """Population variance, ``[F]``."""
         return self.scatter.diagonal(dim1=-2, dim2=-1) / self.count
 
     @cached_property
     def correlation(self) -> Tensor:
-        """``[F, F]`` Pearson correlation, unclipped; NaN where a variance is 0 or not finite."""
+        """Pearson correlation, ``[F, F]``, not clipped; NaN where a variance is 0 or not finite."""
         scale = self.variance.rsqrt()
         return (self.covariance * scale).mul_(scale[:, None])
 
     @cached_property
     def live(self) -> Tensor:
-        """``[F]`` mask of the variables that vary; see :func:`live_mask`."""
+        """Mask ``[F]`` of the variables that vary, see :func:`live_mask`."""
         return live_mask(self.variance)
 
 
 @dataclass(frozen=True, eq=False)
 class CrossMoments:
-    """Count, means and centred cross products of two sets of variables, in float64; several blocks side by side.
+    """Count, means and centred cross products of two sets of variables, in float64, for G blocks.
 
     Attributes:
-        count: scalar, the number of samples.
+        count: scalar, number of samples.
         left: ``[G, F]``, means of the first set.
-        right: ``[G, R]``, means of the second.
-        scatter: ``[G, F, R]``, the sum over samples of centred outer products of left with right.
+        right: ``[G, R]``, means of the second set.
+        scatter: ``[G, F, R]``, sum over samples of the centred outer products of left and right.
 
     Example:
         >>> import torch
@@ -170,26 +170,26 @@ class CrossMoments:
 
     @classmethod
     def empty(cls, blocks: int, left: int, right: int, device: torch.device | str = "cpu") -> CrossMoments:
-        """The neutral element of :meth:`merge_`."""
+        """Return the neutral element of :meth:`merge_`."""
         scatter = torch.zeros(blocks, left, right, dtype=torch.float64, device=device)
         return cls(scatter.new_zeros(()), scatter.new_zeros(blocks, left), scatter.new_zeros(blocks, right), scatter)
 
     @classmethod
     def of(cls, left: Tensor, right: Tensor) -> CrossMoments:
-        """Moments of one batch of ``[n, G, F]`` and ``[n, G, R]``, n ≥ 1, centred on itself.
+        """Compute the moments of one batch of ``[n, G, F]`` and ``[n, G, R]``, n ≥ 1, centred on itself.
 
-        Products run in float64 where both come in it or there are few right ones, in float32 otherwise.
+        Products run in float64 if both inputs have it or R is small, otherwise in float32.
         """
         narrow = right.shape[2] <= _NARROW and left.device.type != "mps"
         precise = narrow or left.dtype == right.dtype == torch.float64
         with true_float32(left.device):
             kind = torch.float64 if precise else torch.float32
             wide, narrow = (samples.transpose(0, 1).to(kind) for samples in (left, right))
-            # Only the right ones, of which there are few, are centred: products with them do not see the others' mean.
+            # Only the few right variables are centred: the left means then cancel in the products.
             shift = narrow.mean(1, keepdim=True)
             rows = narrow - shift
-            rest = rows.mean(1, keepdim=True)  # what rounding a large mean left behind
-            # A shift that is only near the others' mean keeps their digits; a column of ones sums up what it leaves.
+            rest = rows.mean(1, keepdim=True)  # rounding error of a large mean
+            # Shifting the left variables close to their means keeps their digits; a column of ones sums up the rest.
             near = wide[:, :_NEAR].mean(1, keepdim=True)
             products = _accumulated((wide - near).mT @ torch.cat([rows - rest, torch.ones_like(rows[:, :, :1])], 2))
         first = _accumulated(near[:, 0]) + products[..., -1] / len(left)
@@ -197,26 +197,27 @@ class CrossMoments:
         return cls(products.new_tensor(float(len(left))), first, second, products[..., :-1].contiguous())
 
     def merge_(self, other: CrossMoments) -> CrossMoments:
-        """Moments of both sets of samples together, in the tensors of ``self``."""
+        """Merge the moments of both sets of samples into the tensors of ``self``."""
         means = [(self.left, other.left), (self.right, other.right)]
         _merge_((self.count, other.count), means, (self.scatter, other.scatter))
         return self
 
     @property
     def covariance(self) -> Tensor:
-        """``[G, F, R]`` population covariance of left with right; NaN without samples."""
+        """Population covariance of left and right, ``[G, F, R]``; NaN without samples."""
         return self.scatter / self.count
 
 
 def _merge_(counts: tuple[Tensor, Tensor], means: list[tuple[Tensor, Tensor]], scatters: tuple[Tensor, Tensor]) -> None:
-    """Merge two sets of samples into the tensors of the first: the parallel law of Chan, Golub and LeVeque (1979).
+    """Merge two sets of samples into the tensors of the first with the formula of Chan, Golub and LeVeque (1979).
 
-    With d = mean₂ − mean₁ of each side: S₁ + S₂ + d dᵀ · n₁n₂ / (n₁ + n₂), and mean₁ + d · n₂ / (n₁ + n₂).
+    With d = mean₂ − mean₁ for each side, the scatter becomes S₁ + S₂ + d dᵀ · n₁n₂ / (n₁ + n₂), and the mean
+    mean₁ + d · n₂ / (n₁ + n₂).
 
     Args:
-        counts: of both sets.
-        means: of both sets, for each side of the scatter; one entry where the sides are the same variables.
-        scatters: of both sets.
+        counts: counts of both sets.
+        means: means of both sets, for each side of the scatter; one entry if both sides are the same variables.
+        scatters: scatters of both sets.
     """
     (count, more), (scatter, other) = counts, scatters
     share = more / (count + more).clamp(min=1)
@@ -233,7 +234,7 @@ def _merge_(counts: tuple[Tensor, Tensor], means: list[tuple[Tensor, Tensor]], s
 
 
 def live_mask(variance: Tensor) -> Tensor:
-    """``[F]`` mask: variance finite and above ``DEAD_SHARE`` of the finite variances' median."""
+    """Return an ``[F]`` mask of finite variances above ``DEAD_SHARE`` of the median of the finite ones."""
     finite = variance.isfinite()
     if not finite.any():
         return finite
@@ -241,13 +242,13 @@ def live_mask(variance: Tensor) -> Tensor:
 
 
 def median(values: Tensor) -> Tensor:
-    """Median of ``[n]`` values, the mean of the middle two where n is even (torch's takes the lower)."""
+    """Return the median of ``[n]`` values: the mean of the middle two for even n, where torch takes the lower one."""
     ordered = values.sort().values
     return (ordered[(len(values) - 1) // 2] + ordered[len(values) // 2]) / 2
 
 
 def accumulation_device(device: torch.device) -> torch.device:
-    """Where float64 sums for data on ``device`` are kept: the host for MPS, which has no float64."""
+    """Return the device for float64 sums of data on ``device``: the host for MPS, which has no float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
@@ -256,14 +257,14 @@ def _accumulated(values: Tensor) -> Tensor:
 
 
 def _gram(rows: Tensor) -> Tensor:
-    """``[F, F]`` products of the columns of ``[n, F]``; ``[G, F, F]`` of ``[G, n, F]``."""
+    """Multiply the columns of ``[n, F]``, which gives ``[F, F]``; ``[G, n, F]`` gives ``[G, F, F]``."""
     if rows.ndim == 2:
         return symmetric_product(rows.T, rows)
     return symmetric_product(rows[0].T, rows[0])[None] if len(rows) == 1 else rows.mT @ rows
 
 
 def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` where that is symmetric; of a wide one only the upper block triangle, 9/16 of the work."""
+    """Compute a symmetric product ``left @ right``; a wide one from its upper block triangle, 9/16 of the work."""
     width = len(left)
     if width < _BLOCKED_WIDTH:
         return left @ right
@@ -278,9 +279,9 @@ def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
 
 @contextmanager
 def true_float32(device: torch.device) -> Iterator[None]:
-    """Products in full float32, whatever autocast, TF32 or bfloat16 setting surrounds the call."""
+    """Compute products in full float32, whatever autocast, TF32 or bfloat16 setting surrounds the block."""
     matmul = torch.backends.cuda.matmul if device.type == "cuda" else getattr(torch.backends.mkldnn, "matmul", None)
-    # Once the newer of torch's two switches has been set, the older one may refuse to be read.
+    # After the newer of torch's two switches has been set, reading the older one may raise an error.
     switch, off = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
     before = getattr(matmul, switch, off)
     if before != off:

@@ -1,4 +1,4 @@
-"""Peer reconstruction: how well a channel's same-layer peers together could stand in for it."""
+"""Peer reconstruction: how well the other channels of a layer can reconstruct a channel."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from chanaxes_pl.core.moments import Moments
 
+#: Default ridge λ, in units of a channel's variance.
 RIDGE = 1e-3
 
 
@@ -18,11 +19,11 @@ class PeerReconstruction:
     """Ridge regression of every channel on its peers, in units of standard deviations.
 
     Attributes:
-        live: ``[C]`` mask, the channels that vary.
+        live: ``[C]`` mask of the channels that vary.
         precision: ``[L, L]``, K = (ρ + λI)⁻¹ over the live channels.
         r2: ``[C]``, the share of a channel's variance that all its peers explain, 0 to 1; NaN for dead channels.
-        hull_size: ``[C]``, how many peers, taken by |ρ|, reach :data:`HULL_SHARE` of ``r2``; the
-            cap (10) where that many do not.
+        hull_size: ``[C]``, number of peers, in the order of |ρ|, that reach :data:`HULL_SHARE` of ``r2``; at most
+            :data:`HULL_CAP`.
         hull_score: ``[C]``, ``r2 / hull_size``.
     """
 
@@ -34,25 +35,25 @@ class PeerReconstruction:
 
     @cached_property
     def coefficients(self) -> Tensor:
-        """``[C, C]``, row i holds β_i, the weights of the peers that rebuild channel i.
+        """Coefficients ``[C, C]``: row i holds β_i, which rebuilds channel i from its peers.
 
-        0 on the diagonal and for dead channels.
+        They are 0 on the diagonal and for dead channels.
         """
         beta = (-self.precision / self.precision.diagonal()[:, None]).fill_diagonal_(0.0)
         channels = len(self.live)
         return beta.new_zeros(channels, channels).masked_scatter_(torch.outer(self.live, self.live), beta)
 
 
-#: The share of the all-peer R² that a compact hull has to reach, and the most peers it may take.
+#: Share of the all-peer R² that a compact hull has to reach, and its largest number of peers.
 HULL_SHARE = 0.95
 HULL_CAP = 10
 
 
 def peer_reconstruction(local: Moments, ridge: float = RIDGE) -> PeerReconstruction:
-    """Reconstruct every channel from all its peers at once, and from the smallest sufficient few.
+    """Reconstruct every channel from all its peers, and find the size of its compact hull.
 
-    One Cholesky factor serves all channels: with K = (ρ + λI)⁻¹ the coefficients are
-    β_ij = −K_ij / K_ii and R²_i = 1 + λ − 1/K_ii + λ‖β_i‖².
+    One Cholesky factor serves all channels: with K = (ρ + λI)⁻¹, the coefficients are
+    β_ij = −K_ij / K_ii, and R²_i = 1 + λ − 1/K_ii + λ‖β_i‖².
 
     Args:
         local: moments of the layer's C channels over local samples.
@@ -68,14 +69,14 @@ def peer_reconstruction(local: Moments, ridge: float = RIDGE) -> PeerReconstruct
 
 
 def peer_r2(local: Moments, ridge: float = RIDGE) -> Tensor:
-    """``[C]``: just the ``r2`` of :func:`peer_reconstruction`."""
+    """Compute only ``r2`` of :func:`peer_reconstruction`, ``[C]``."""
     live = local.live
     explained = _all_peers(local.select(live).correlation, ridge)[1]
     return torch.full_like(local.mean, torch.nan).masked_scatter(live, explained)
 
 
 def _all_peers(rho: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """``[C, C]`` K = (ρ + λI)⁻¹, and ``[C]`` R² of every channel on all its peers."""
+    """Return K = (ρ + λI)⁻¹, ``[C, C]``, and R² of every channel on all its peers, ``[C]``."""
     regular = rho.clone()
     regular.diagonal().add_(ridge)
     precision = torch.cholesky_inverse(torch.linalg.cholesky(regular))
@@ -85,15 +86,15 @@ def _all_peers(rho: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
 
 
 def hull_coefficients(local: Moments, ridge: float = RIDGE) -> Tensor:
-    """Ridge regression of every channel on its compact hull alone, in units of standard deviations.
+    """Regress every channel on its compact hull alone, with a ridge, in units of standard deviations.
 
     Args:
         local: moments of the layer's C channels over local samples.
         ridge: λ, in units of a channel's variance, > 0.
 
     Returns:
-        ``[C, C]``, row i holds the weights of the ``hull_size`` peers that stand in for channel i, 0 elsewhere; a row
-        of zeros for a dead channel.
+        Coefficients ``[C, C]``: row i holds those of the ``hull_size`` peers that rebuild channel i, and 0 elsewhere.
+        The row of a dead channel is 0.
     """
     live = local.live
     rho = local.select(live).correlation
@@ -108,7 +109,7 @@ def hull_coefficients(local: Moments, ridge: float = RIDGE) -> Tensor:
 
 
 def _hull_sizes(rho: Tensor, r2: Tensor, ridge: float) -> Tensor:
-    """``[C]``, the number of nearest peers whose own R² reaches ``HULL_SHARE`` of ``r2``."""
+    """Return the number of nearest peers whose joint R² reaches ``HULL_SHARE`` of ``r2``, ``[C]``."""
     if len(rho) < 2:
         return torch.full_like(r2, torch.nan)
     enough = _nested(rho, ridge)[2] >= HULL_SHARE * r2[:, None]
@@ -117,7 +118,7 @@ def _hull_sizes(rho: Tensor, r2: Tensor, ridge: float) -> Tensor:
 
 
 def _nested(rho: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The K nearest peers ``[C, K]``, and for the first k of them coefficients ``[C, k, K]`` and R² ``[C, k]``."""
+    """Return the K nearest peers ``[C, K]``, and for the first k, coefficients ``[C, k, K]`` and R² ``[C, k]``."""
     cap = min(HULL_CAP, len(rho) - 1)
     nearest = rho.abs().fill_diagonal_(-1.0).topk(cap).indices
     toward = rho.gather(1, nearest)

@@ -1,4 +1,4 @@
-"""Rank statistics, z-scores, composites and bootstrap intervals; NumPy, pandas and SciPy only."""
+"""Rank statistics, z-scores, composites and bootstrap intervals, with NumPy, pandas and SciPy only."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
-#: Fewer values than this have no rank correlation.
+#: Minimum number of values for a rank correlation.
 MIN_CHANNELS = 3
 
 
 def centred_midranks(values: np.ndarray) -> np.ndarray:
-    """``[n]`` ranks of ``[n]`` values less the mean rank; equal values share the mean of their ranks.
+    """Return the ranks of ``[n]`` values minus the mean rank; equal values share the mean of their ranks.
 
-    Takes a sixth of the time of SciPy's ``rankdata``.
+    This takes a sixth of the time of SciPy's ``rankdata``.
     """
     _, group, held = np.unique(values, return_inverse=True, return_counts=True)
     return (held.cumsum() - held / 2)[group] - len(values) / 2
 
 
 def relative_ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks down each column of ``[n, k]`` values, scaled to lie between −½ and ½; equal values share their mean."""
+    """Rank each column of ``[n, k]`` values, scaled to lie between −½ and ½; equal values share the mean rank."""
     return (rankdata(values, axis=0) - 0.5) / len(values) - 0.5
 
 
 def spearman(first: np.ndarray, second: np.ndarray) -> float:
-    """Spearman rank correlation of ``[n]`` and ``[n]``; NaN for n < 3, a constant, or anything not finite.
+    """Compute the Spearman rank correlation; NaN for n < 3, a constant input, or values that are not finite.
 
     Example:
         >>> import numpy as np
@@ -44,7 +44,7 @@ def spearman(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def spearman_brown(half: float) -> float:
-    """Reliability of a whole from the correlation r of its halves, 2r / (1 + r); 0 where they do not agree (r < 0).
+    """Compute the reliability of a whole from the correlation r of its halves, 2r / (1 + r); 0 if r < 0.
 
     Example:
         >>> round(spearman_brown(0.6), 3), spearman_brown(-0.1)
@@ -54,12 +54,12 @@ def spearman_brown(half: float) -> float:
 
 
 def z_scores(values: np.ndarray, constant: float = np.nan) -> np.ndarray:
-    """Values less their mean, divided by their standard deviation (correction 0), along the first dimension.
+    """Standardise values along the first dimension with the population standard deviation.
 
     Args:
-        values: ``[n, …]``. One value that is not finite makes its whole column NaN.
-        constant: the z-score of a column whose values are all equal. It is undefined there, hence NaN; a pruning
-            score, which needs an order, passes 0: such a column prefers no channel.
+        values: ``[n, …]``; a value that is not finite makes its whole column NaN.
+        constant: z-score of a column whose values are all equal, where it is undefined. A pruning score passes 0, so
+            that such a column prefers no channel.
 
     Returns:
         ``[n, …]``, unitless.
@@ -80,12 +80,12 @@ def z_scores(values: np.ndarray, constant: float = np.nan) -> np.ndarray:
 
 
 def composite(columns: Sequence[np.ndarray], signs: Sequence[int], constant: float = np.nan) -> np.ndarray:
-    """Mean of the signed z-scores of some columns.
+    """Average the signed z-scores of some columns.
 
     Args:
         columns: ``[n]`` each.
         signs: 1 or −1 for each column.
-        constant: see :func:`z_scores`.
+        constant: z-score of a constant column, see :func:`z_scores`.
 
     Returns:
         ``[n]``, unitless.
@@ -99,53 +99,53 @@ def composite(columns: Sequence[np.ndarray], signs: Sequence[int], constant: flo
 
 
 def resample_counts(size: int, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """``[resamples, size]``: how often a bootstrap with replacement draws each of ``size`` things."""
+    """Count how often a bootstrap with replacement draws each of ``size`` items, ``[resamples, size]``."""
     return rng.multinomial(size, np.full(size, 1 / size), resamples)
 
 
 def resampled(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """``[resamples, n]`` values drawn from ``[n]`` with replacement."""
+    """Draw from ``[n]`` values with replacement, ``[resamples, n]``."""
     return values[np.random.default_rng(seed).integers(0, max(1, len(values)), (resamples, len(values)))]
 
 
 def bounds(draws: np.ndarray, method: Literal["linear", "nearest"] = "linear") -> np.ndarray:
-    """``[2, …]``, the ends of 95 % percentile intervals of ``[resamples, …]``, over the draws that are not NaN.
+    """Return the ends of 95 % percentile intervals, ``[2, …]``, over the draws that are not NaN.
 
     Args:
-        draws: one statistic of every resample.
-        method: of ``numpy.quantile``.
+        draws: ``[resamples, …]``, a statistic of every resample.
+        method: interpolation method of ``numpy.quantile``.
     """
     if not len(draws):
         return np.full((2, *draws.shape[1:]), np.nan)
     if np.isfinite(draws).all():
         return np.quantile(draws, [0.025, 0.975], axis=0, method=method)  # many times faster than nanquantile
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # no draw is defined
+        warnings.simplefilter("ignore", RuntimeWarning)  # all draws are NaN
         return np.nanquantile(draws, [0.025, 0.975], axis=0, method=method)
 
 
 def interval(draws: np.ndarray, prefix: str = "") -> dict[str, float]:
-    """:func:`bounds` of ``[resamples]`` as the columns ``<prefix>low`` and ``<prefix>high``."""
+    """Return :func:`bounds` of ``[resamples]`` draws as the columns ``<prefix>low`` and ``<prefix>high``."""
     low, high = bounds(draws)
     return {f"{prefix}low": float(low), f"{prefix}high": float(high)}
 
 
 def rank_correlations(values: np.ndarray, target: np.ndarray, counts: np.ndarray, *, rerank: bool) -> np.ndarray:
-    """Spearman correlations of some columns with one target, in every bootstrap resample.
+    """Compute the Spearman correlations of some columns with one target in every bootstrap resample.
 
-    A resample is a count per row, so that nothing is sorted twice. Rows for which a column is not finite are left out
-    of that column's correlation.
+    A resample is a count per row, so that nothing is sorted twice. A column's correlation leaves out the rows in which
+    the column is not finite.
 
     Args:
         values: ``[n, k]``.
         target: ``[n]``, finite.
         counts: ``[resamples, n]``, how often each row is drawn.
-        rerank: whether each resample is ranked anew. True is Spearman's correlation of the resampled rows; every row
-            that is drawn twice is a tie there. False keeps the ranks among all rows and weights them by the counts,
-            which takes a matrix product for all columns at once.
+        rerank: whether to rank each resample anew. If true, the result is Spearman's correlation of the resampled
+            rows, in which a row that is drawn twice is a tie. If false, the ranks among all rows are kept and weighted
+            by the counts, with one matrix product for all columns.
 
     Returns:
-        ``[resamples, k]``; NaN for fewer than 3 rows, and where a resample holds one value only.
+        ``[resamples, k]``; NaN for fewer than 3 rows, and if a resample holds only one value.
     """
     found = np.full((len(counts), values.shape[1]), np.nan)
     masks, group = np.unique(np.isfinite(values), axis=1, return_inverse=True)
@@ -169,12 +169,12 @@ def _reranked(values: np.ndarray, target: np.ndarray, counts: np.ndarray) -> np.
 
 
 def _resampled_midranks(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """``[resamples, n]`` centred midranks of ``values [n]`` within each resample."""
+    """Return the centred midranks of ``values [n]`` within each resample, ``[resamples, n]``."""
     order = np.argsort(values, kind="stable")
     distinct, group = np.unique(values, return_inverse=True)
     starts = np.searchsorted(values[order], distinct)
     held = np.add.reduceat(counts[:, order], starts, axis=1)
-    middle = held.cumsum(1) - held / 2  # rank − ½ of a tied group's middle
+    middle = held.cumsum(1) - held / 2  # rank − ½ of the middle of a group of ties
     return middle[:, group] - counts.sum(1, keepdims=True) / 2
 
 
@@ -184,7 +184,7 @@ def _fixed_ranks(values: np.ndarray, target: np.ndarray, counts: np.ndarray) -> 
     sum_x, sum_y = counts @ x, counts @ y
     xx, xy = counts @ x**2 - sum_x**2 / total, counts @ (x * y) - sum_x * sum_y / total
     scale = np.sqrt(np.maximum(xx * (counts @ y**2 - sum_y**2 / total), 0.0))
-    # Where a resample holds one value only, rounding is all that is left of the sums.
+    # If a resample holds only one value, the sums hold only rounding error.
     return np.divide(xy, scale, out=np.full_like(xy, np.nan), where=scale > 1e-12)
 
 
@@ -198,18 +198,18 @@ def mean_over_runs(
     seed: int = 0,
     by: Sequence[str] = _GROUPED,
 ) -> pd.DataFrame:
-    """Mean over runs (seeds) of a column of a result table, with a 95 % percentile bootstrap over runs.
+    """Average a column of a result table over runs (seeds), with a 95 % percentile bootstrap over runs.
 
     Args:
-        frame: rows of several runs, told apart by ``run``.
-        value: the column, or several.
-        resamples: bootstrap resamples over runs.
-        seed: seeds the resamples.
-        by: the columns that say what belongs together, as far as ``frame`` has them: checkpoint, layer, metrics, and
-            what tells the networks of a pruning grid apart.
+        frame: rows of several runs, with a column ``run``.
+        value: name of the column, or several names.
+        resamples: number of bootstrap resamples over runs.
+        seed: random seed of the resampling.
+        by: columns to group by, if ``frame`` has them: those of the checkpoint, layer and metrics, and those that tell
+            the networks of a pruning grid apart.
 
     Returns:
-        The keys, ``mean, std, low, high, runs``; of several columns also ``value``, which of them.
+        The grouping columns and ``mean, std, low, high, runs``; for several columns also ``value``, the column's name.
     """
     if not isinstance(value, str):
         each = [mean_over_runs(frame, column, resamples, seed, by).assign(value=column) for column in value]

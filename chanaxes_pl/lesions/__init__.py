@@ -1,1 +1,1 @@
-"""Lesions: a channel removed, set to its mean, or rebuilt from its peers, and the damage that does."""
+"""Lesions: remove a channel, set it to its mean or rebuild it from its peers, and measure the damage."""

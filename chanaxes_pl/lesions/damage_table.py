@@ -1,10 +1,10 @@
-"""Damage table: the change of loss, accuracy and margin when a channel is removed, set to its mean, or rebuilt."""
+"""Table of damage: how loss, accuracy and margin change when a channel is removed, set to its mean or rebuilt."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,15 @@ from tqdm import tqdm
 from chanaxes_pl.core.errors import ArgumentError, naming
 from chanaxes_pl.core.moments import accumulation_device
 from chanaxes_pl.core.targets import image_scores, task_variable
-from chanaxes_pl.lesions.interventions import OPERATIONS, Intervention, Interventions, Key, check_places
+from chanaxes_pl.lesions.interventions import (
+    OPERATIONS,
+    Intervention,
+    Interventions,
+    Key,
+    Operation,
+    Row,
+    check_places,
+)
 from chanaxes_pl.lesions.replacements import Replacement, check_operations, measure_replacements
 from chanaxes_pl.network.groups import Units, find_units
 from chanaxes_pl.network.hooks import observed
@@ -26,31 +34,31 @@ from chanaxes_pl.network.probe import Placement, Probe, Step, check_sizes, image
 from chanaxes_pl.network.recording import Settings
 from chanaxes_pl.network.tracing import PartialForward
 
-#: A recovery is given where the damage that it is a share of exceeds 0 by this many standard errors.
+#: Standard errors by which the damage of mean ablation has to exceed 0 before a recovery is given.
 CLEAR = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class LesionExperiment:
-    """Which channels are lesioned, how, and on how many images.
+    """Settings of a lesion experiment: which channels, which operations, and how many images.
 
     Args:
-        layers: layers to lesion: "conv", "conv+linear", or globs over names.
-        operations: some of "zero" (removed, zero ablation), "mean" (mean ablation), "peer" and "hull" (rebuilt from
-            peers).
-        channels: "all", a number of channels to draw at random from each layer, or layer name → channels.
-        scores: names of scores to set beside the damage, see :func:`score_family`; default all that the network has.
-        probe_size: images for axes, scores, means and coefficients, at most.
-        evaluation_size: test images for the damage, a fixed random choice; default all.
-        seed: seed of the channels drawn and of random scores.
+        layers: layers to lesion: "conv", "conv+linear", or globs over layer names.
+        operations: operations to try: "zero" (zero ablation of the channel's unit), "mean" (mean ablation), "peer"
+            and "hull" (reconstruction from all peers, or from a few).
+        channels: channels to lesion: "all", a number to draw at random from each layer, or layer name → channels.
+        scores: names of scores to list beside the damage, such as "taylor"; default all that apply to the network.
+        probe_size: maximum number of probe images for axes, scores, means and coefficients.
+        evaluation_size: number of test images for the damage, a fixed random choice; default all.
+        seed: random seed of the choice of channels and of random scores.
 
     Raises:
-        ValueError: for an unknown operation, or a number out of range.
+        ValueError: if an operation is unknown, or a number is out of range.
     """
 
     layers: str | Sequence[str] = "conv"
-    operations: Sequence[str] = OPERATIONS
-    channels: int | str | Mapping[str, Sequence[int]] = "all"
+    operations: Sequence[Operation] = OPERATIONS
+    channels: int | Literal["all"] | Mapping[str, Sequence[int]] = "all"
     scores: Sequence[str] | None = None
     probe_size: int = 5000
     evaluation_size: int | None = None
@@ -64,7 +72,7 @@ class LesionExperiment:
             if not (number or self.channels == "all" or isinstance(self.channels, Mapping)):
                 raise ArgumentError(
                     f"channels={self.channels!r}",
-                    "expected 'all', how many a layer (a whole number above 0), or layer name → channels",
+                    "expected 'all', a number of channels per layer (above 0), or layer name → channels",
                 )
 
 
@@ -76,38 +84,38 @@ def lesion_table(
     *,
     units: Units | None = None,
     step: Step | None = None,
-    positions: int | str = 16,
+    positions: int | Literal["all"] = 16,
     fast: bool = True,
     progress: bool = True,
     place: Placement | None = None,
 ) -> pd.DataFrame:
-    """Measure the damage that lesions do on evaluation data, one channel at a time; the model is left as it was.
+    """Measure the damage that lesions do on evaluation data, one channel at a time; the model does not change.
 
-    A batch is run once as a whole, and each lesion repeats what lies downstream of it. With several processes each
-    takes every so many-th channel; :func:`join_shares` makes their tables one.
+    Each batch runs once through the intact model; a lesion then repeats only the modules downstream of it. With
+    several processes, the channels are dealt out in turn; :func:`join_shares` joins the tables of all processes.
 
     Args:
-        model: ``model(images)`` gives logits ``[B, K]``.
-        probe: what means and coefficients are measured on; ``None`` where ``"zero"`` is all that is asked.
-        evaluation: batches of ``(images, labels)``, others than the probe's.
-        experiment: which channels, and how.
-        units: of the model; found with the first evaluation image by default.
-        step: ``(model, batch) → (logits, labels)``; then each lesion costs a whole forward pass.
-        positions: local samples of each probe image, or ``"all"``.
-        fast: ``False`` makes a whole forward pass for each lesion.
-        progress: show a bar where output goes to a terminal.
-        place: where the model runs; default one process, on the device of its first parameter.
+        model: network such that ``model(images)`` gives logits ``[B, K]``.
+        probe: data that means and coefficients are measured on; ``None`` if ``"zero"`` is the only operation.
+        evaluation: batches of ``(images, labels)`` that are not in the probe.
+        experiment: channels, operations and numbers of images; default a :class:`LesionExperiment`.
+        units: the model's units; by default found with the first evaluation image.
+        step: ``(model, batch) → (logits, labels)``; with it, each lesion costs a whole forward pass.
+        positions: number of local samples per probe image, or ``"all"``.
+        fast: whether a lesion repeats only the modules downstream of it.
+        progress: whether to show a progress bar in a terminal.
+        place: device and processes; default one process, on the device of the model's first parameter.
 
     Returns:
-        One row a channel: ``layer, channel, unit`` (its group and number there; empty where it cannot be removed);
-        for each operation the changes that it makes to mean cross-entropy ``<op>_loss`` (nats; its standard error
-        over images is ``<op>_loss_se``), to ``<op>_accuracy`` (share) and to the mean logit margin ``<op>_margin``;
-        ``peer_recovery`` and ``hull_recovery``, 1 − damage / damage of ``mean``, NaN unless the latter exceeds 0 by 2
-        standard errors; and ``reason``, which says why lesions are missing. ``attrs["baseline"]`` holds ``loss``,
-        ``accuracy`` and ``margin`` of the intact model, and the number of ``images``.
+        One row per channel: ``layer, channel, unit`` (its group, and its number there; empty if it cannot be removed).
+        For each operation, the change of mean cross-entropy ``<op>_loss`` (nats), its standard error over images
+        ``<op>_loss_se``, and the changes of accuracy ``<op>_accuracy`` (share) and of the mean logit margin
+        ``<op>_margin``. ``peer_recovery`` and ``hull_recovery`` are 1 − damage / damage of ``mean``, and NaN unless
+        the latter exceeds 0 by 2 standard errors. ``reason`` says why lesions are missing. ``attrs["baseline"]``
+        holds ``loss``, ``accuracy`` and ``margin`` of the intact model, and the number of ``images``.
 
     Raises:
-        ValueError: for unknown layers or channels, or data that does not fit.
+        ValueError: if a layer or channel is unknown, or the data does not fit.
     """
     experiment = experiment or LesionExperiment()
     operations = experiment.operations
@@ -145,9 +153,9 @@ def lesion_table(
 
 
 def _places(
-    modules: Mapping[str, nn.Module], channels: str | int | Mapping[str, Iterable[int]], seed: int
+    modules: Mapping[str, nn.Module], channels: int | Literal["all"] | Mapping[str, Iterable[int]], seed: int
 ) -> list[tuple[str, int]]:
-    """Layer and channel of every lesion, in the order of the table."""
+    """Return the layer and channel of every lesion, in the order of the table."""
     widths = {name: channel_count(module) for name, module in modules.items()}
     if isinstance(channels, Mapping):
         chosen = {layer: list(of_layer) for layer, of_layer in channels.items()}
@@ -155,7 +163,6 @@ def _places(
     elif channels == "all":
         chosen = {layer: list(range(width)) for layer, width in widths.items()}
     else:
-        assert isinstance(channels, int)
         chosen = {
             layer: np.sort(np.random.default_rng([seed, number]).permutation(width)[:channels]).tolist()
             for number, (layer, width) in enumerate(widths.items())
@@ -165,17 +172,17 @@ def _places(
 
 def _units_of_first(model: nn.Module, evaluation: Iterable[Any], place: Placement, step: Step | None) -> Units:
     if step is not None:
-        raise ArgumentError("step=…", "with a step of your own, 'zero' needs units=find_units(model, example)")
+        raise ArgumentError("step=…", "with a custom step, 'zero' needs units=find_units(model, example)")
     batch = next(iter(evaluation), None)
     if batch is None:
         raise ArgumentError("evaluation", "it holds no images")
     moved = place.to_device(batch)
-    images_and_labels(model, moved)  # what a batch has to be is said there
+    images_and_labels(model, moved)  # refuses batches that do not fit
     return find_units(model, moved[0][:1])
 
 
 class _Damage:
-    """Sums over images of what every change does to each image, in float64."""
+    """Sums over images, in float64, of the effect of every intervention on each image."""
 
     def __init__(self, model: nn.Module, interventions: Sequence[Intervention], step: Step | None, fast: bool) -> None:
         self._model = model
@@ -188,7 +195,7 @@ class _Damage:
         self._intact: Tensor | float = 0.0
 
     def add(self, batch: Any, advance: Callable[[], Any]) -> None:
-        """Take in a batch."""
+        """Add the effects on one batch."""
         logits, labels = self._step(self._model, batch)
         intact = task_variable(image_scores, logits, labels)
         if self._forward is not None:
@@ -212,7 +219,7 @@ class _Damage:
             return self._step(self._model, batch)[0]
 
     def means(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Mean changes ``[changes, 3]`` and their standard errors over images, and the intact means ``[3]``."""
+        """Return the mean effects ``[interventions, 3]``, their standard errors, and the means of the intact model."""
         totals = (self._sums, self._squares, self._intact)
         sums, squares, intact = (torch.as_tensor(total).cpu().numpy() for total in totals)
         means = sums / self.images
@@ -221,10 +228,10 @@ class _Damage:
         return means, errors, intact / self.images
 
 
-def _table(rows: list[dict[str, Any]], damage: _Damage, keys: list[Key], operations: Sequence[str]) -> pd.DataFrame:
+def _table(rows: list[Row], damage: _Damage, keys: list[Key], operations: Sequence[Operation]) -> pd.DataFrame:
     means, errors, intact = damage.means()
-    number = {key: place for place, key in enumerate(keys)}
-    # One more row of NaN, for lesions that could not be made: number −1.
+    number: dict[Key | None, int] = {key: place for place, key in enumerate(keys)}
+    # The last row, number −1, is NaN for lesions that could not be made.
     means, errors = (np.vstack([values, np.full((1, 3), np.nan)]) for values in (means, errors))
     table = pd.DataFrame({name: [row[name] for row in rows] for name in ("layer", "channel", "unit")})
     for operation in operations:
@@ -243,6 +250,6 @@ def _table(rows: list[dict[str, Any]], damage: _Damage, keys: list[Key], operati
 
 
 def join_shares(shares: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """The whole table from those of all processes, in order of their ranks; they may have been on disk meanwhile."""
+    """Join the tables of all processes, given in the order of their ranks, into one; they may come from disk."""
     placed = [share.set_axis(rank + len(shares) * np.arange(len(share))) for rank, share in enumerate(shares)]
     return pd.concat(placed).sort_index()

@@ -1,11 +1,11 @@
-"""Interventions on single channels: the operations, and the context in which a model runs with one."""
+"""Interventions on single channels: the operations, and the context that applies one to a model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -17,18 +17,20 @@ from chanaxes_pl.network.layers import channel_count, select_layers
 from chanaxes_pl.network.removal import Group, masked
 from chanaxes_pl.network.tracing import Edit, PartialForward, edited
 
-#: What may happen to a channel: removal with all its unit, or one of the replacements.
-OPERATIONS = ("zero", *REPLACEMENTS)
+#: An item of :data:`OPERATIONS`.
+Operation = Literal["zero", "mean", "peer", "hull"]
+#: Operations on a channel: ``"zero"`` removes it with its whole unit, the others replace its output.
+OPERATIONS: tuple[Operation, ...] = ("zero", *REPLACEMENTS)
 
 
 @dataclass(frozen=True, eq=False)
 class Intervention:
-    """What a lesion does to a model: an output rewritten, or a unit taken out of its group.
+    """Intervention of one lesion on a model: it rewrites a layer's output, or masks a unit of a group.
 
     Attributes:
-        edits: name of a module → the edit of its output.
-        group: that the unit is removed from, ``None`` where an output is rewritten.
-        unit: its number.
+        edits: module name → the edit of its output.
+        group: group that loses a unit; ``None`` if an output is rewritten.
+        unit: number of that unit in its group.
     """
 
     edits: dict[str, Edit] = field(default_factory=dict)
@@ -37,7 +39,7 @@ class Intervention:
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """Run the block with the intervention in place."""
+        """Apply the intervention to ``model`` inside the block."""
         if self.group is None:
             with edited(model, self.edits):
                 yield
@@ -47,7 +49,7 @@ class Intervention:
             yield
 
     def rerun(self, model: nn.Module, forward: PartialForward) -> Tensor:
-        """Logits with the intervention; only what lies downstream of it runs again."""
+        """Return the logits under the intervention; only the modules downstream of it run again."""
         if self.group is None:
             return forward.rerun(edits=self.edits)
         with self.applied(model):
@@ -59,28 +61,28 @@ def lesion(
     model: nn.Module,
     layer: str,
     channel: int,
-    operation: str,
+    operation: Operation,
     *,
     statistics: Replacement | None = None,
     units: Units | None = None,
 ) -> Iterator[None]:
-    """A model with one channel damaged, which is bit for bit as before afterwards.
+    """Lesion one channel of a model inside the block; afterwards the model is bit for bit as before.
 
-    ``"zero"``: what its consumers read becomes 0 and LayerNorms leave it out, as if its unit had been removed.
-    ``"mean"``, ``"peer"``, ``"hull"``: the layer's own output for it becomes its probe mean, or what all its peers,
-    or those of its compact hull, make of it.
+    ``"zero"`` masks the channel's unit, as if it had been removed: its consumers read 0, and LayerNorms leave it out.
+    The other operations replace the layer's output for the channel: ``"mean"`` by its probe mean, ``"peer"`` by a
+    reconstruction from all its peers, ``"hull"`` by one from its compact hull.
 
     Args:
-        model: run it under :func:`observed`, or in eval mode.
+        model: model to run under :func:`observed` or in eval mode.
         layer: name of a convolution or Linear layer.
-        channel: its output feature, from 0.
+        channel: output feature, counted from 0.
         operation: one of :data:`OPERATIONS`.
-        statistics: of the layer, for all but ``"zero"``; see :func:`measure_replacements`.
-        units: of the model, for ``"zero"``; see :func:`find_units`.
+        statistics: the layer's statistics, needed by all operations but ``"zero"``; see :func:`measure_replacements`.
+        units: the model's units, needed by ``"zero"``; see :func:`find_units`.
 
     Raises:
-        ValueError: for an unknown operation, layer or channel, if what the operation needs is missing, or if the
-            channel cannot be removed.
+        ValueError: if the operation, layer or channel is unknown, an argument that the operation needs is missing, or
+            the channel cannot be removed.
     """
     with naming("lesion"):
         check_operations([operation], OPERATIONS)
@@ -106,12 +108,34 @@ def check_places(modules: Mapping[str, nn.Module], chosen: Mapping[str, Iterable
         check_channels(layer, channels, channel_count(modules[layer]))
 
 
-#: Of a change: the operation with layer and channel, or with the unit.
-Key = tuple[str, str, int]
+#: Key of an intervention: the operation with a layer and channel, or with the name of a unit and −1.
+Key = tuple[Operation, str, int]
+
+
+class Row(TypedDict):
+    """Start of a row of a table of damage.
+
+    Attributes:
+        layer: layer name.
+        channel: output feature of the layer.
+        unit: name of the channel's unit; empty if it cannot be removed.
+        keys: operation → the key of its intervention; ``None`` if there is none.
+        reason: why interventions are missing; empty if none is.
+    """
+
+    layer: str
+    channel: int
+    unit: str
+    keys: dict[Operation, Key | None]
+    reason: str
 
 
 class Interventions:
-    """The changes behind the rows of a table; channels of one unit share its removal."""
+    """Interventions behind the rows of a table of damage; the channels of one unit share one removal.
+
+    Attributes:
+        chosen: the interventions of all rows so far, by key.
+    """
 
     def __init__(
         self,
@@ -133,8 +157,8 @@ class Interventions:
             for channel in channels
         }
 
-    def find(self, layer: str, channel: int, operation: str) -> tuple[Intervention | None, str]:
-        """The change that a lesion makes, or why there is none."""
+    def find(self, layer: str, channel: int, operation: Operation) -> tuple[Intervention | None, str]:
+        """Return the intervention of one lesion, or ``None`` and the reason why there is none."""
         module = self._modules[layer]
         path = self._paths[module]
         if operation == "zero":
@@ -148,14 +172,14 @@ class Interventions:
             return None, "output not finite"
         return Intervention({path: replacement(module, channel, statistics, operation)}), ""
 
-    def row(self, layer: str, channel: int, operations: Iterable[str]) -> dict[str, Any]:
-        """A row's beginning, with the key of each operation's change, which is noted."""
+    def row(self, layer: str, channel: int, operations: Iterable[Operation]) -> Row:
+        """Start the row of one channel, and add its interventions to ``chosen``."""
         group, unit = self._units.get((self._paths[self._modules[layer]], channel), (None, -1))
         name = "" if group is None else f"{group.name}[{unit}]"
-        keys: dict[str, Key | None] = {}
+        keys: dict[Operation, Key | None] = {}
         reasons = {}
         for operation in operations:
-            key = (operation, name, -1) if operation == "zero" and name else (operation, layer, channel)
+            key: Key | None = (operation, name, -1) if operation == "zero" and name else (operation, layer, channel)
             if key not in self.chosen:
                 intervention, why = self.find(layer, channel, operation)
                 if intervention is None:

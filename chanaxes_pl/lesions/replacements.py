@@ -1,32 +1,35 @@
-"""What could stand in for a channel: its mean, all its peers, or its compact hull, measured on a probe."""
+"""Replacements of a channel, measured on a probe: its mean, all its peers, or its compact hull."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from operator import attrgetter
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from chanaxes_pl.core.errors import InputError
+from chanaxes_pl.core.errors import InputError, nearest
 from chanaxes_pl.core.moments import Moments
 from chanaxes_pl.core.peers import hull_coefficients, peer_reconstruction
 from chanaxes_pl.network.probe import Placement, Probe
 from chanaxes_pl.network.recording import Settings, record
 from chanaxes_pl.network.tracing import Edit
 
+#: A key of :data:`REPLACEMENTS`.
+Rebuilding = Literal["mean", "peer", "hull"]
+
 
 @dataclass(frozen=True, eq=False)
 class Replacement:
-    """What a layer's probe samples say of each channel, in the unit of the layer's output.
+    """Statistics that replace each channel of a layer, in the unit of the layer's output.
 
     Attributes:
-        mean: ``[C]``, over local samples.
-        std: ``[C]``, likewise.
-        peer: ``[C, C]``, β: row i rebuilds channel i from all its peers, y_i ≈ a_i + Σ_j β_ij y_j.
-        hull: ``[C, C]``, the same from its compact hull alone.
+        mean: ``[C]``, mean over local samples.
+        std: ``[C]``, standard deviation over local samples.
+        peer: ``[C, C]``, coefficients β: row i rebuilds channel i from all its peers, y_i ≈ a_i + Σ_j β_ij y_j.
+        hull: ``[C, C]``, the same coefficients for its compact hull alone.
     """
 
     mean: Tensor
@@ -36,9 +39,9 @@ class Replacement:
 
     @classmethod
     def of(cls, local: Moments) -> Replacement:
-        """From the moments of a layer's channels over local samples.
+        """Derive the statistics from the moments of a layer's channels over local samples.
 
-        A dead channel has no coefficients, so that every replacement of it is its mean.
+        A dead channel has no coefficients, so every replacement sets it to its mean.
         """
         std = local.variance.sqrt()
         scale = torch.where(local.live, std, 1.0)
@@ -46,15 +49,15 @@ class Replacement:
         peer, hull = peer_reconstruction(local).coefficients, hull_coefficients(local)
         return cls(local.mean, std, peer * ratio, hull * ratio)
 
-    def rule(self, operation: str, channel: int) -> tuple[float, Tensor, Tensor]:
-        """a_i (a number), and the peers ``[k]`` with their β_ij ``[k]`` other than 0, that replace one channel."""
+    def rule(self, operation: Rebuilding, channel: int) -> tuple[float, Tensor, Tensor]:
+        """Return the offset a_i of one channel, the peers ``[k]`` that rebuild it, and their nonzero β_ij ``[k]``."""
         row = REPLACEMENTS[operation](self)[channel]
         peers = row.nonzero()[:, 0]
         return float(self.mean[channel] - row[peers] @ self.mean[peers]), peers, row[peers]
 
 
-#: How a channel's output is rebuilt: the coefficients ``[C, C]`` of its peers.
-REPLACEMENTS: dict[str, Callable[[Replacement], Tensor]] = {
+#: Operation that rebuilds a channel's output → the coefficients ``[C, C]`` of its peers.
+REPLACEMENTS: dict[Rebuilding, Callable[[Replacement], Tensor]] = {
     "mean": lambda statistics: torch.zeros_like(statistics.peer),
     "peer": attrgetter("peer"),
     "hull": attrgetter("hull"),
@@ -64,21 +67,22 @@ REPLACEMENTS: dict[str, Callable[[Replacement], Tensor]] = {
 def measure_replacements(
     model: nn.Module, probe: Probe, settings: Settings, place: Placement
 ) -> dict[str, Replacement]:
-    """Every layer's :class:`Replacement` by name, from one pass over the probe; the model is left as it was.
+    """Measure the :class:`Replacement` of every layer in one pass over the probe; the model does not change.
 
-    A layer that the forward pass never reaches is not in it. Where several processes run each makes the whole pass.
+    The result, by layer name, leaves out layers that the forward pass never reaches. With several processes, each one
+    makes the whole pass.
     """
     moments = record(model, probe, settings, place).moments()
     return {name: Replacement.of(Moments.merge_all(found.local)) for name, found in moments if found is not None}
 
 
-def replacement(layer: nn.Module, channel: int, statistics: Replacement, operation: str) -> Edit:
-    """What a layer would put out had one of its channels been rebuilt from the others, from what it does put out.
+def replacement(layer: nn.Module, channel: int, statistics: Replacement, operation: Rebuilding) -> Edit:
+    """Return the edit of a layer's output that rebuilds one channel from the others.
 
     Args:
-        layer: a convolution or Linear.
-        channel: its output feature.
-        statistics: of the layer.
+        layer: convolution or Linear layer.
+        channel: output feature to rebuild.
+        statistics: the layer's statistics.
         operation: a key of :data:`REPLACEMENTS`.
     """
     offset, peers, weights = statistics.rule(operation, channel)
@@ -104,11 +108,8 @@ def check_operations(operations: Iterable[str], known: Iterable[str]) -> None:
     known = tuple(known)
     for operation in operations:
         if operation not in known:
-            near = get_close_matches(str(operation), known, n=1)
-            raise InputError(
-                f"unknown operation {operation!r}; expected {', '.join(map(repr, known))}"
-                + (f"; did you mean {near[0]!r}?" if near else "")
-            )
+            choices = ", ".join(map(repr, known))
+            raise InputError(f"unknown operation {operation!r}; expected {choices}; {nearest(str(operation), known)}")
 
 
 def check_channels(layer: str, channels: Iterable[int], width: int) -> None:

@@ -1,1 +1,1 @@
-"""Looking at a model, and leaving it untouched: layers, samples, hooks, dependency groups, MACs."""
+"""Observation of a model that leaves it unchanged: layers, samples, hooks, dependency groups, MACs."""

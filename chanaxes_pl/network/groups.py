@@ -1,7 +1,7 @@
-"""Which channels can only be removed together: the only door to torch-pruning.
+"""Dependency groups: which channels can only be removed together. Only this module uses torch-pruning.
 
-A *unit* is a set of coupled channels: the channel of a layer, of the norm behind it, of every layer that a residual
-sum ties to it, and the inputs that read it. A :class:`Group` holds all units of a set of coupled layers.
+A *unit* is a set of coupled channels: a channel of a layer, of the norm behind it and of every layer that a residual
+sum couples to it, with the inputs that read it. A :class:`Group` holds all units of a set of coupled layers.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from chanaxes_pl.network.removal import (
 _LAYERS = (*CONVOLUTIONS, nn.Linear)
 _PRODUCES = (tp.prune_conv_out_channels, tp.prune_depthwise_conv_out_channels, tp.prune_linear_out_channels)
 _CONSUMES = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
-# Act on every channel by itself, so that a removed channel leaves the others as they are.
+# Modules that act on every channel separately, so that removing one does not change the others.
 _CHANNELWISE = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU)
 _CUTTABLE = (nn.Parameter, *_LAYERS, *_CHANNELWISE, nn.LayerNorm)
 
 
-# The trial of a removal keeps these shares of each group's units: an error may show only where few of many stay.
+# A trial removal keeps these shares of each group's units, because some errors show only if few units stay.
 _KEPT = (1 / 2, 1 / 12)
-# Its logits agree to this share of the largest where the network computes in float64, or in float32.
+# Its logits must agree to this share of the largest one, by the precision that the network computes in.
 _AGREE = {torch.float64: 1e-8, torch.float32: 1e-4}
-# Torch-pruning's cuts that are wrong, see the functions in their place.
+# Cuts of torch-pruning that are wrong → the functions that replace them.
 _CUTS: dict[Callable[..., Any], Callable[..., Any]] = {
     tp.prune_layernorm_out_channels: cut_layer_norm,
     tp.prune_instancenorm_out_channels: cut_instance_norm,
@@ -58,15 +58,15 @@ class Units:
     """All units of a network.
 
     Attributes:
-        groups: those that can be removed, by name, in order of execution.
-        fixed: why the channels of other layers stay, by the layer's name.
+        groups: name → group of units that can be removed, in the order of execution.
+        fixed: name of any other layer → why its channels stay.
     """
 
     groups: dict[str, Group]
     fixed: dict[str, str]
 
     def protect(self, patterns: Sequence[str]) -> Units:
-        """Without the groups that have a producer whose name matches one of some globs.
+        """Return the units without the groups that have a producer whose name matches one of some globs.
 
         Raises:
             ValueError: if a pattern matches no layer.
@@ -85,14 +85,14 @@ class Units:
 
 
 def find_units(model: nn.Module, example: Tensor) -> Units:
-    """The units of a model, from torch-pruning's dependency graph of one forward pass, each tried out on a copy.
+    """Find the units of a model with torch-pruning's dependency graph, and try their removal on a copy.
 
     Args:
-        model: left as it is.
+        model: model to search; it does not change.
         example: ``[B, …]``, an input of the model, on its device.
 
     Raises:
-        ValueError: if the model does not run on the example, or has no channels that could be removed.
+        ValueError: if the model does not run on the example, or has no channels that can be removed.
     """
     with naming("find_units"):
         copied = clone(model).eval().requires_grad_(True)
@@ -138,12 +138,12 @@ def _run(model: nn.Module, example: Tensor) -> Any:
 
 
 def executed_layers(model: nn.Module, example: Tensor) -> list[str]:
-    """Names of the convolutions and Linear layers in the order in which they run, in eval mode."""
+    """List the names of the convolutions and Linear layers in the order in which they run in eval mode."""
     return [call.name for call in calls(model, lambda: model(example)) if isinstance(call.module, _LAYERS)]
 
 
 def _why_fixed(found: tp.dependency.Group) -> str:
-    """Why a group of torch-pruning's cannot be cut; empty where it can."""
+    """Return why a group of torch-pruning cannot be cut, or an empty string."""
     targets = [(dep.target, dep.handler) for dep, _ in found.items]
     if any(isinstance(node.module, ops._OutputOp) for node, _ in targets):
         return "its channels are the network's output"
@@ -152,7 +152,7 @@ def _why_fixed(found: tp.dependency.Group) -> str:
     for node, _ in targets:
         if isinstance(node.module, nn.LayerNorm) and len(node.module.normalized_shape) > 1:
             return f"it passes a LayerNorm over {tuple(node.module.normalized_shape)}, which mixes channels"
-        # Everything else that torch-pruning puts there are its own stand-ins for operations without weights.
+        # All other modules here are torch-pruning's own stand-ins for operations without weights.
         module, home = node.module, type(node.module).__module__
         if isinstance(module, _CUTTABLE) or home.startswith("torch_pruning"):
             continue
@@ -168,7 +168,7 @@ def _why_fixed(found: tp.dependency.Group) -> str:
 
 
 def _unreached(model: nn.Module, known: Container[str], ran: Container[str]) -> dict[str, str]:
-    """Why layers are fixed that torch-pruning does not see, because autograd does not lead to them."""
+    """Return why the layers that torch-pruning misses are fixed; autograd does not lead to them."""
     return {
         name: "no gradient leads from the logits to it"
         if name in ran
@@ -179,15 +179,15 @@ def _unreached(model: nn.Module, known: Container[str], ran: Container[str]) -> 
 
 
 def _tried(model: nn.Module, example: Tensor, groups: dict[str, Group]) -> tuple[dict[str, Group], dict[str, str]]:
-    """The groups whose removal works out, and why the layers of others are fixed.
+    """Return the groups that can be removed without error, and why the layers of the others are fixed.
 
-    torch-pruning follows shapes: what reorders or mixes channels by a plain function, or holds their number, shows only
-    when a removal is tried.
+    torch-pruning follows shapes. Only a trial shows whether a plain function reorders or mixes channels, or depends on
+    their number.
 
     Args:
-        model: a copy to be spoilt.
-        example: ``[B, …]``.
-        groups: by name.
+        model: copy of the model; its weights are overwritten.
+        example: ``[B, …]``, an input of the model.
+        groups: name → group.
     """
     generator = torch.Generator().manual_seed(0)
     images = _trial_images(example, generator)
@@ -197,7 +197,7 @@ def _tried(model: nn.Module, example: Tensor, groups: dict[str, Group]) -> tuple
         return {}, {name: reason for group in groups.values() for name in group.producers}
     sound: list[Group] = []
     fixed: dict[str, str] = {}
-    # All at once; where that fails, each half by itself, down to the groups that are to blame.
+    # Try all groups at once; if that fails, try each half, down to the groups at fault.
     waiting = [list(groups.values())] if groups else []
     while waiting:
         part = waiting.pop()
@@ -213,7 +213,7 @@ def _tried(model: nn.Module, example: Tensor, groups: dict[str, Group]) -> tuple
 
 
 def _trial_images(example: Tensor, generator: torch.Generator) -> list[Tensor]:
-    """Noise of the example's shape, a batch for each share that a trial keeps; integers lie between the example's."""
+    """Make a batch of noise, shaped like the example, for each trial; integers stay within the example's range."""
     home = accumulation_device(example.device)
     batches = []
     for _ in _KEPT:
@@ -227,10 +227,10 @@ def _trial_images(example: Tensor, generator: torch.Generator) -> list[Tensor]:
 
 @torch.no_grad()
 def _shuffle_weights(model: nn.Module, generator: torch.Generator) -> None:
-    """Random float64 weights, so that no path is silent: new ConvNeXts, for one, scale all their blocks by 1e-6."""
+    """Set random float64 weights, so that every path matters: new ConvNeXts scale all their blocks by 1e-6."""
     device = next(model.parameters()).device
     model.eval().to(accumulation_device(device)).double().to(memory_format=torch.contiguous_format)
-    if hasattr(model, "memory_format"):  # a Classifier lays its images out by it
+    if hasattr(model, "memory_format"):  # a Classifier lays out its images by it
         model.memory_format = torch.contiguous_format  # type: ignore[assignment]
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
@@ -242,7 +242,7 @@ def _shuffle_weights(model: nn.Module, generator: torch.Generator) -> None:
 
 
 class _Narrowing(TorchDispatchMode):
-    """Notes to which dtypes a forward pass rounds values of a wider one."""
+    """Recorder of the dtypes to which a forward pass rounds values of a wider dtype."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -262,34 +262,34 @@ def _bits(value: Any) -> int:
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
 def _exactness(model: nn.Module, images: list[Tensor]) -> tuple[float, str]:
-    """To which share of the largest logit a network computes, in the widest dtype it runs in, and why not at all.
+    """Return the share of the largest logit to which a network is exact in its widest dtype, or why it cannot be tried.
 
     Args:
-        model: put into that dtype.
-        images: put into it, where they are floating.
+        model: model; it is converted to that dtype.
+        images: batches; floating ones are converted to that dtype.
     """
     failure = ""
     for dtype in _AGREE:
-        model.double() if dtype == torch.float64 else model.float()  # leave complex weights as they are
+        model.double() if dtype == torch.float64 else model.float()  # these leave complex weights alone
         images[:] = [batch.to(dtype) if batch.is_floating_point() else batch for batch in images]
         try:
             with _Narrowing() as narrowing:
                 model(images[0])
         except FAILURES as error:
-            failure = failure or f"a removal cannot be tried out: the network does not run in float64 ({error})"
+            failure = failure or f"a removal cannot be tried, because the network does not run in float64 ({error})"
             continue
         coarse = narrowing.dtypes - _AGREE.keys()
         if coarse:
-            return 0.0, f"the network rounds to {coarse.pop()} within, too coarse to try a removal out"
+            return 0.0, f"the network rounds to {coarse.pop()} internally, which is too coarse to try a removal"
         return max(_AGREE[found] for found in (dtype, *narrowing.dtypes)), ""
     return 0.0, failure
 
 
 def _misfit(model: nn.Module, images: list[Tensor], groups: list[Group], exact: float) -> str:
-    """What is wrong with a network that loses many units of some groups; empty where it is as if masked."""
+    """Return what goes wrong when many units of some groups are removed; empty if the result equals masking."""
     generator = torch.Generator().manual_seed(0)
     for share, batch in zip(_KEPT, images, strict=True):
-        # An odd number: not the same when read backwards.
+        # An odd number, so that the units do not read the same backwards.
         kept = {g.name: torch.randperm(g.size, generator=generator)[: int(g.size * share) | 1] for g in groups}
         slim = clone(model)
         try:
@@ -305,7 +305,7 @@ def _group(found: tp.dependency.Group, names: dict, parameters: dict, order: dic
     channels = len(found[0].idxs)
     folds = _folds(found)
     size = channels // folds
-    # Around grouped convolutions a unit takes the same place in every group, so that groups stay of one size.
+    # Around grouped convolutions, a unit has the same place in every group, so that groups keep equal sizes.
     unit_of = torch.arange(channels) % size
     members: dict[str, dict[str, Tensor]] = {"producers": {}, "consumers": {}, "layer_norms": {}}
     cuts = []
@@ -332,7 +332,7 @@ def _group(found: tp.dependency.Group, names: dict, parameters: dict, order: dic
 
 
 def _folds(found: tp.dependency.Group) -> int:
-    """The number of groups of the grouped convolutions that a group touches, 1 where there is none."""
+    """Return the number of groups of the grouped convolutions in a group, or 1 if there are none."""
     folds = 1
     for dep, _ in found.items:
         module = dep.target.module

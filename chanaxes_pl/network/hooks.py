@@ -1,4 +1,4 @@
-"""Watching a model: hooks that are always removed, a context that leaves no trace, and whether outputs agree."""
+"""Observation of a model: hooks that are always removed, a context that changes nothing, comparison of outputs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch.utils.hooks import RemovableHandle
 
 @contextmanager
 def hooked(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]], before: bool = False) -> Iterator[None]:
-    """Register forward hooks for the length of a block.
+    """Register forward hooks for the duration of a block.
 
     Args:
-        pairs: ``(module, hook)``; a hook is called as ``hook(module, inputs, output)``.
-        before: call ``hook(module, inputs)`` before the module runs instead.
+        pairs: pairs ``(module, hook)``; a hook is called as ``hook(module, inputs, output)``.
+        before: whether to call ``hook(module, inputs)`` before the module runs instead.
     """
     handles: list[RemovableHandle] = []
     try:
@@ -35,10 +35,10 @@ class Call(NamedTuple):
     """One run of a module.
 
     Attributes:
-        name: in the model.
-        module: what ran.
-        input_shape: of its first argument, empty where that is no tensor.
-        output_shape: of its output, empty where that is no tensor.
+        name: name of the module in the model.
+        module: module that ran.
+        input_shape: shape of its first argument; empty if that is not a tensor.
+        output_shape: shape of its output; empty if that is not a tensor.
     """
 
     name: str
@@ -48,11 +48,11 @@ class Call(NamedTuple):
 
 
 def calls(model: nn.Module, forward: Callable[[], Any]) -> list[Call]:
-    """Every run of a module in a forward pass, in the order in which they end: a container's comes after its members'.
+    """List the runs of all modules in a forward pass, in the order in which they end: members before their container.
 
     Args:
-        model: run in eval mode without gradients; left as it is.
-        forward: runs the model on some batch.
+        model: model to run in eval mode without gradients; it does not change.
+        forward: function that runs the model on any batch.
 
     Example:
         >>> import torch
@@ -76,9 +76,9 @@ def _shape(value: Any) -> tuple[int, ...]:
 
 @contextmanager
 def observed(model: nn.Module) -> Iterator[None]:
-    """Run ``model`` in eval mode without leaving a trace: gradients off, flags, RNG streams and hooks as they were.
+    """Put ``model`` in eval mode without gradients inside the block, then restore its flags and the RNG streams.
 
-    A compiled model runs uncompiled meanwhile, because hooks that are added after its first call would not fire.
+    A compiled model runs uncompiled in the block, because hooks added after its first call would not fire.
     """
     training = {module: module.training for module in model.modules()}
     streams = isolate_rng()
@@ -90,16 +90,16 @@ def observed(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in training.items():
             module.training = flag
-        streams.__exit__(None, None, None)  # told of an exception, isolate_rng would restore nothing
+        streams.__exit__(None, None, None)  # given an exception, isolate_rng would restore nothing
 
 
 def same_outputs(found: object, wanted: Tensor, share: float) -> bool:
-    """Whether two outputs differ nowhere by more than a share of the largest finite value wanted.
+    """Return whether two outputs differ at most by a share of the largest finite expected value.
 
     Args:
-        found: what was computed another way; anything but a tensor of the shape wanted differs.
-        wanted: of any shape; where it is NaN or infinite, ``found`` has to be the same.
-        share: of the largest absolute value, such as 1e-4.
+        found: output to check; anything but a tensor of the expected shape differs.
+        wanted: expected output of any shape; where it is NaN or infinite, ``found`` has to be the same.
+        share: share of the largest absolute value, such as 1e-4.
 
     Example:
         >>> wanted = torch.tensor([100.0, 1.0, float("nan")])

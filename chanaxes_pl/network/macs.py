@@ -1,4 +1,4 @@
-"""Multiply–accumulates (MACs) of a network, dense or with units removed."""
+"""Multiply–accumulates (MACs) of a network, whole or with units removed."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from chanaxes_pl.network.removal import Group
 
 
 def count_macs(model: nn.Module, example: Tensor) -> int:
-    """Multiply–accumulates that a model spends on one image: half of what PyTorch's flop counter says.
+    """Count the multiply–accumulates of a model on one image: half the operations of PyTorch's flop counter.
 
-    Convolutions, Linear layers and other matrix products count, nothing else does.
+    Only convolutions, Linear layers and other matrix products count.
 
     Args:
-        model: in any mode; left as it is.
-        example: ``[B, …]``, images.
+        model: model in any mode; it does not change.
+        example: ``[B, …]`` images.
 
     Example:
         >>> import torch
@@ -37,19 +37,19 @@ def count_macs(model: nn.Module, example: Tensor) -> int:
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """MACs of one layer: ``scale`` × outputs × inputs that each of them reads."""
+    """MACs of one layer: ``scale`` × outputs × inputs per output."""
 
     scale: float
     outputs: int
     inputs: int
     groups: int
-    # Outputs and inputs that go with each unit, by the number of its group.
+    # Number of the group → outputs, or inputs, that go with each of its units.
     per_output: dict[int, int]
     per_input: dict[int, int]
 
     def macs(self, removed: np.ndarray) -> float:
         outputs = self.outputs - sum(k * removed[g] for g, k in self.per_output.items())
-        if self.groups == self.inputs:  # depthwise: an output reads one input, whatever is left
+        if self.groups == self.inputs:  # depthwise: an output always reads one input
             return self.scale * outputs
         inputs = self.inputs - sum(k * removed[g] for g, k in self.per_input.items())
         return self.scale * outputs * inputs / self.groups
@@ -59,12 +59,12 @@ class Cost:
     """MACs of one image as a function of how many units each group has lost.
 
     Args:
-        model: the dense network; left as it is.
+        model: dense network; it does not change.
         groups: its removable groups.
-        example: ``[B, …]``, images.
+        example: ``[B, …]`` images.
 
     Attributes:
-        groups: the groups, in the order in which ``removed`` counts them.
+        groups: groups in the order that ``removed`` uses.
         dense: MACs with all units.
     """
 
@@ -72,11 +72,11 @@ class Cost:
         self.groups = tuple(groups)
         self.dense, runs = _runs(model, example)
         self._layers = [_cost(name, *run, self.groups) for name, run in runs.items()]
-        # Products between activations and the like: taken not to change, and measured on the slim network anyway.
+        # Other products, such as those between activations, are assumed constant; a slim network is measured anyway.
         self._rest = self.dense - self._of_layers(np.zeros(len(self.groups)))
 
     def macs(self, removed: np.ndarray) -> float:
-        """MACs after ``removed`` ``[G]`` units of each group are gone."""
+        """Return the MACs after each group has lost ``removed`` ``[G]`` units."""
         return self._rest + self._of_layers(removed)
 
     def _of_layers(self, removed: np.ndarray) -> float:
@@ -84,7 +84,7 @@ class Cost:
 
 
 def _runs(model: nn.Module, example: Tensor) -> tuple[int, dict[str, tuple[nn.Module, int]]]:
-    """MACs, and every convolution and Linear layer that runs with the positions at which it computes its outputs."""
+    """Return the MACs, and each convolution and Linear layer that runs with its number of output positions."""
     runs: dict[str, tuple[nn.Module, int]] = {}
     for call in calls(model, lambda: model(example)):
         if isinstance(call.module, (*CONVOLUTIONS, nn.Linear)):

@@ -1,4 +1,4 @@
-"""Moments as torchmetrics state that sums up across processes."""
+"""Moments as the state of a torchmetrics metric, which merges them across processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class MomentsMetric(Metric, Generic[Kind]):
     """:class:`Moments`, :class:`CrossMoments` or another frozen dataclass of tensors with ``merge_``, as a metric.
 
     Args:
-        empty: the neutral element of its ``merge_``; its tensors become the metric's states.
+        empty: neutral element of ``merge_``; its tensors become the metric's states.
 
     Example:
         >>> import torch
@@ -36,9 +36,9 @@ class MomentsMetric(Metric, Generic[Kind]):
         self._shapes = {field.name: getattr(empty, field.name).shape for field in fields(empty)}
         for name, shape in self._shapes.items():
             state: Tensor = getattr(empty, name)
-            # No reduction: a sync stacks the processes' states, and compute() merges them.
+            # Without a reduction, a sync stacks the processes' states, and compute() merges them.
             self.add_state(name, state, dist_reduce_fx=None)
-            # What reset() copies: one zero seen in every place. torchmetrics would keep a second square matrix.
+            # reset() copies this: one zero, expanded. By default, torchmetrics would keep a second square matrix.
             self._defaults[name] = state.new_zeros(()).expand(shape)
 
     def update(self, part: Kind) -> None:
@@ -46,7 +46,7 @@ class MomentsMetric(Metric, Generic[Kind]):
         self._kind(*(getattr(self, name) for name in self._shapes)).merge_(part)  # type: ignore[arg-type]
 
     def compute(self) -> tuple[Tensor, ...]:
-        """The states merged over all processes."""
+        """Merge the states over all processes."""
         stacked = [getattr(self, name).reshape(-1, *shape) for name, shape in self._shapes.items()]
         first, *others = (self._kind(*states) for states in zip(*stacked, strict=True))
         merged = self._kind(*(getattr(first, name).clone() for name in self._shapes))
@@ -56,7 +56,7 @@ class MomentsMetric(Metric, Generic[Kind]):
 
     @property
     def merged(self) -> Kind:
-        """The result; a collective call where several processes run."""
-        # torchmetrics takes the dimensions from results of one number.
+        """Moments merged over all processes; a collective call if there are several."""
+        # torchmetrics squeezes results of one number.
         states = zip(self.compute(), self._shapes.values(), strict=True)
         return self._kind(*(state.reshape(shape) for state, shape in states))

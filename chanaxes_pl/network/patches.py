@@ -12,7 +12,7 @@ from chanaxes_pl.network.layers import CONVOLUTIONS, by_position
 from chanaxes_pl.network.moments_metric import MomentsMetric
 from chanaxes_pl.network.sampling import image_means, local_samples, patch_means, patches
 
-# Numbers of patches looked at at a time: a map's patches, kernel size times the map, need not exist as a whole.
+# Largest number of patch values at a time, so that the patches of a map, kernel size times the map, need not all fit.
 _NUMBERS = 1 << 22
 
 
@@ -21,8 +21,8 @@ class PatchMoments:
     """Covariances of a layer's input patches with its outputs and with the target.
 
     Attributes:
-        outputs: ``[C, F]``, Cov(x, y_i) of the patch that a channel reads with its output, over local samples.
-        target: ``[C, F]``, Cov(x, T) with the target, over all positions of every image.
+        outputs: ``[C, F]``, Cov(x, y_i) of a channel's input patch with its output, over local samples.
+        target: ``[C, F]``, Cov(x, T) of the input patch with the target, over all positions of every image.
     """
 
     outputs: Tensor
@@ -30,7 +30,7 @@ class PatchMoments:
 
 
 class PatchRecorder:
-    """Collects :class:`PatchMoments` of one layer, batch by batch: what it read, then what the images' target is."""
+    """Recorder of the :class:`PatchMoments` of one layer: for each batch, first its inputs, then the target."""
 
     def __init__(self, layer: nn.Module) -> None:
         self._layer = layer
@@ -40,13 +40,13 @@ class PatchRecorder:
         self._means = torch.empty(0)
 
     def read(self, inputs: Tensor, output: Tensor, seen: Tensor, places: Tensor | None, name: str) -> None:
-        """Take in a batch.
+        """Add the inputs and outputs of a batch.
 
         Args:
-            inputs: of the layer, ``[B, C, *spatial]`` or ``[B, …, F]``.
-            output: of the layer, in its own shape.
-            seen: the same as ``[B, C, P]``.
-            places: ``[B, p]``, positions sampled in each image, or ``None`` for all.
+            inputs: the layer's inputs, ``[B, C, *spatial]`` or ``[B, …, F]``.
+            output: the layer's output in its own shape.
+            seen: the output as ``[B, C, P]``.
+            places: ``[B, p]`` positions sampled in each image, or ``None`` for all.
             name: the layer's name, for errors.
         """
         layer, images = self._layer, len(seen)
@@ -69,14 +69,14 @@ class PatchRecorder:
             self._outputs.update(CrossMoments.of(self._by_block(read), self._by_block(gave)))
 
     def learn(self, values: Tensor) -> None:
-        """Take in the target of the batch just read, ``[B, 1]``."""
+        """Add the target ``[B, 1]`` of the last batch."""
         if self._target is None:
             self._target = self._metric(1, values.device)
         self._target.update(CrossMoments.of(self._means, values[:, None].expand(-1, self._blocks, -1)))
 
     @property
     def moments(self) -> PatchMoments:
-        """The result; a collective call where several processes run."""
+        """Moments over all processes; a collective call if there are several."""
         assert self._outputs is not None
         assert self._target is not None
         outputs, target = self._outputs.merged.covariance, self._target.merged.covariance

@@ -1,4 +1,4 @@
-"""Units of coupled channels, their removal for good, and the mask that computes the same."""
+"""Units of coupled channels, their removal, and a mask that computes the same."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from torch.nn import functional as F
 from chanaxes_pl.network.hooks import hooked, observed, same_outputs
 from chanaxes_pl.network.layers import channel_count
 
-#: What a network may raise that is given other images, or fewer channels, than it was written for.
+#: Errors that a network may raise on other images, or with fewer channels, than it was written for.
 FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """What removal does to one module or parameter.
+    """Removal of units from one module or parameter.
 
     Attributes:
-        path: its name in the model.
-        function: removes indices from the module in place; torch-pruning's, or one of ours where that is wrong.
-        dimension: of a bare parameter, ``None`` for a module.
-        indices: ``[U, k]``, what goes with each unit.
+        path: name of the module or parameter in the model.
+        function: function that removes indices from the module in place, from torch-pruning or this module.
+        dimension: dimension of a bare parameter to cut; ``None`` for a module.
+        indices: ``[U, k]``, indices that go with each unit.
     """
 
     path: str
@@ -39,15 +39,15 @@ class Cut:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """The units of some coupled layers.
+    """Dependency group: the units of some coupled layers.
 
     Attributes:
-        name: of the first layer that produces the channels.
+        name: name of the first layer that produces the channels.
         size: U, the number of units.
-        producers: layer name → ``[U, k]``, the output channels of each unit; k > 1 around grouped convolutions only.
-        consumers: layer name → ``[U, k]``, the inputs that read each unit; k > 1 behind a flattened map too.
-        layer_norms: module name → ``[U, k]``, the normalised features of each unit.
-        cuts: all that removal changes.
+        producers: layer name → ``[U, k]``, output channels of each unit; k > 1 only around grouped convolutions.
+        consumers: layer name → ``[U, k]``, inputs that read each unit; k > 1 also behind a flattened map.
+        layer_norms: module name → ``[U, k]``, normalised features of each unit.
+        cuts: removal of units from every module and parameter that they touch.
     """
 
     name: str
@@ -59,19 +59,19 @@ class Group:
 
 
 def clone(model: nn.Module) -> nn.Module:
-    """A deep copy of a model, without the Trainer that a LightningModule may be attached to."""
+    """Return a deep copy of a model, without the Trainer that a LightningModule may be attached to."""
     return copy.deepcopy(model, {id(getattr(model, "_trainer", None)): None})
 
 
 def remove(model: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor]) -> None:
-    """Cut units out of a model for good, in place.
+    """Remove units from a model in place.
 
     Args:
-        model: of the class and shape that the groups were found in.
-        groups: of the model.
+        model: model with the class and shapes that the groups were found in.
+        groups: the model's groups.
         kept: group name → ``[r]``, the units that stay; a group that is not named stays whole.
     """
-    # One cut a module and side: a concatenation's reader loses inputs with several groups, and numbers shift.
+    # One cut per module and side: the reader of a concatenation loses inputs of several groups, and cuts shift indices.
     cuts: dict[tuple[str, Callable[..., Any]], tuple[Cut, list[Tensor]]] = {}
     for group, gone in _gone(groups, kept):
         for cut in group.cuts:
@@ -93,17 +93,17 @@ def remove(model: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor]
 
 
 def avoid_crash(model: nn.Module) -> None:
-    """Give up NHWC order in networks that have become too narrow for it on a CPU."""
+    """Convert a network to NCHW order if it has become too narrow for NHWC on a CPU."""
     if not crashes_channels_last(model):
         return
     model.to(memory_format=torch.contiguous_format)
     for module in model.modules():
-        if getattr(module, "memory_format", None) is torch.channels_last:  # a classifier lays its images out by it
+        if getattr(module, "memory_format", None) is torch.channels_last:  # a Classifier lays out its images by it
             module.memory_format = torch.contiguous_format  # type: ignore[assignment]
 
 
 def add_bias(layer: nn.Module) -> None:
-    """Give a convolution or Linear layer a bias of zeros, where it has none.
+    """Give a convolution or Linear layer a bias of zeros if it has none.
 
     Example:
         >>> layer = nn.Conv2d(3, 2, 1, bias=False)
@@ -119,13 +119,13 @@ def add_bias(layer: nn.Module) -> None:
 
 @contextmanager
 def masked(model: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor]) -> Iterator[None]:
-    """A model that computes what it would without some of its units, and is as before afterwards.
+    """Mask units of a model inside the block, so that it computes what it would after :func:`remove`.
 
-    What reads a unit reads 0, and a LayerNorm is taken over the features that stay: exactly what :func:`remove` does.
+    The consumers of a masked unit read 0, and a LayerNorm runs over the features that stay.
 
     Args:
-        model: of the class and shape that the groups were found in.
-        groups: of the model.
+        model: model with the class and shapes that the groups were found in.
+        groups: the model's groups.
         kept: group name → ``[r]``, the units that stay; a group that is not named stays whole.
     """
     read: dict[str, list[Tensor]] = {}
@@ -143,15 +143,15 @@ def masked(model: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor]
 def disagreement(
     model: nn.Module, slim: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor], images: Tensor, share: float
 ) -> str:
-    """Why a slim network does not compute what the dense one does without the removed units; empty where it does.
+    """Return how a slim network differs from the masked dense network, or an empty string if it does not.
 
     Args:
-        model: the dense network; left as it is.
-        slim: a copy of it after :func:`remove`; left as it is.
-        groups: of the model.
-        kept: what the slim network kept of them.
-        images: ``[B, …]``, on the device of both.
-        share: of the largest logit by which logits may differ.
+        model: dense network; it does not change.
+        slim: copy of the dense network after :func:`remove`; it does not change.
+        groups: the dense network's groups.
+        kept: group name → the units that the slim network kept.
+        images: ``[B, …]`` images on the device of both networks.
+        share: share of the largest logit by which logits may differ.
     """
     groups = list(groups)
     with observed(model), observed(slim):
@@ -172,7 +172,7 @@ def disagreement(
 def cut_layer_norm(norm: nn.LayerNorm, gone: Sequence[int]) -> None:
     """Remove features from a LayerNorm over one dimension, in place.
 
-    torch-pruning's own function keeps the order of a Python set: it shuffles scale and shift where few features stay.
+    torch-pruning's own function uses the order of a Python set, which shuffles scale and shift if few features stay.
     """
     keep = _rest(norm.normalized_shape[-1], gone)
     _cut_tensors(norm, ("weight", "bias"), keep)
@@ -180,14 +180,14 @@ def cut_layer_norm(norm: nn.LayerNorm, gone: Sequence[int]) -> None:
 
 
 def cut_instance_norm(norm: nn.modules.instancenorm._InstanceNorm, gone: Sequence[int]) -> None:
-    """Remove channels from an InstanceNorm, in place; torch-pruning's own function leaves running statistics whole."""
+    """Remove channels from an InstanceNorm in place; torch-pruning's own function keeps all running statistics."""
     keep = _rest(norm.num_features, gone)
     _cut_tensors(norm, ("weight", "bias", "running_mean", "running_var"), keep)
     norm.num_features = len(keep)
 
 
 def _rest(size: int, gone: Sequence[int]) -> Tensor:
-    """``[size − len(gone)]``: the other indices, ascending."""
+    """Return the other indices, ascending, ``[size − len(gone)]``."""
     stays = torch.ones(size, dtype=torch.bool)
     stays[list(gone)] = False
     return stays.nonzero()[:, 0]
@@ -215,8 +215,8 @@ def _blank(gone: Tensor, layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any
 
 
 def _norm_rest(gone: Tensor, norm: nn.LayerNorm, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """A LayerNorm's output over the features that stay, 0 for the others."""
-    # Subclasses that torchvision and others call LayerNorm2d take [B, C, H, W].
+    """Return a LayerNorm's output over the features that stay, and 0 for the others."""
+    # Subclasses such as torchvision's LayerNorm2d take [B, C, H, W].
     own = type(norm).forward is not nn.LayerNorm.forward
     channel = 1 if own and inputs[0].ndim == 4 and inputs[0].shape[1] == norm.normalized_shape[0] else -1
     features = inputs[0].movedim(channel, -1)
@@ -230,9 +230,9 @@ def _norm_rest(gone: Tensor, norm: nn.LayerNorm, inputs: tuple[Tensor, ...], out
 
 
 def crashes_channels_last(network: nn.Module) -> str:
-    """Name of a layer that corrupts the heap in PyTorch's CPU kernels (seen in 2.15) when maps are in NHWC order.
+    """Return the name of a layer that corrupts the heap in PyTorch's CPU kernels (seen in 2.15) with NHWC maps, or "".
 
-    These are strided 1×1 convolutions of fewer than 8 inputs: wrong silently, or a crash later. Empty if there is none.
+    Such layers are strided 1×1 convolutions with fewer than 8 inputs; they give wrong outputs, or crash later.
     """
     for name, layer in network.named_modules():
         narrow = isinstance(layer, nn.Conv2d) and layer.in_channels < 8 and layer.groups == 1

@@ -1,1 +1,1 @@
-"""Lesions, peer replacement, pruning at matched MACs and compensation."""
+"""Pruning: scores, allocation to a budget of MACs, compensation, pruned networks on disk, and grids."""

@@ -1,12 +1,13 @@
-"""How many units every group keeps under a budget of multiply–accumulates (MACs).
+"""Allocation: how many units each group keeps under a budget of multiply–accumulates (MACs).
 
-An allocation is a removal order: entry t names the group that loses its t-th unit. A budget is a prefix of that order,
-found by bisection. The score alone decides which unit of the group is removed.
+An allocation is a removal order: entry t names the group that loses a unit at turn t. A budget is a prefix of that
+order, found by bisection. The score alone decides which units of a group go.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
@@ -15,15 +16,17 @@ from chanaxes_pl.core.errors import ArgumentError
 from chanaxes_pl.network.macs import Cost
 from chanaxes_pl.network.removal import Group
 
-#: How much each group loses: the same share everywhere; what a reference score would choose by one threshold for
-#: all; what each score would choose so for itself.
-ALLOCATIONS = ("uniform", "shared", "own")
-#: Budgets of the pruning grid, as shares of the dense network's MACs.
+#: An item of :data:`ALLOCATIONS`.
+Allocation = Literal["uniform", "shared", "own"]
+#: Ways to choose how much each group loses: the same share everywhere (``"uniform"``), what one threshold over all
+#: groups removes under a reference score (``"shared"``), or under the score itself (``"own"``).
+ALLOCATIONS: tuple[Allocation, ...] = ("uniform", "shared", "own")
+#: Default budgets of a pruning grid, as shares of the dense network's MACs.
 GRID = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 
 
 def uniform_order(groups: Sequence[Group]) -> np.ndarray:
-    """Turns at which every group has lost the same share of its units, ``[Σ(U − 1)]`` group numbers."""
+    """Return the removal order that takes the same share of every group: ``[Σ(U − 1)]`` group numbers."""
     return _by_key(
         np.concatenate([[g] * (group.size - 1) for g, group in enumerate(groups)]),
         [(turn + 0.5) / group.size for group in groups for turn in range(group.size - 1)],
@@ -31,11 +34,12 @@ def uniform_order(groups: Sequence[Group]) -> np.ndarray:
 
 
 def threshold_order(groups: Sequence[Group], values: Mapping[str, Tensor]) -> np.ndarray:
-    """Turns as one threshold that rises over all groups takes them, ``[Σ(U − 1)]`` group numbers.
+    """Return the removal order of one threshold that rises over all groups: ``[Σ(U − 1)]`` group numbers.
 
     Args:
-        groups: the removable groups.
-        values: group name → ``[U]``, comparable between groups; low goes first, a group's highest never.
+        groups: removable groups.
+        values: group name → ``[U]`` values that can be compared between groups. The lowest unit goes first; the
+            highest unit of each group stays.
     """
     numbers = np.concatenate([[g] * (group.size - 1) for g, group in enumerate(groups)])
     return _by_key(numbers, [value for group in groups for value in values[group.name].sort().values[:-1].tolist()])
@@ -46,15 +50,15 @@ def _by_key(numbers: np.ndarray, keys: Sequence[float]) -> np.ndarray:
 
 
 def fit_budget(cost: Cost, order: np.ndarray, budget: float) -> np.ndarray:
-    """How many units of each group go, ``[G]``, so that MACs come as close to a budget as one unit allows.
+    """Return how many units each group loses, ``[G]``, so that the MACs are as close to a budget as one unit allows.
 
     Args:
-        cost: of the network.
-        order: the turns, from :func:`uniform_order` or :func:`threshold_order`.
+        cost: MACs of the network.
+        order: removal order, from :func:`uniform_order` or :func:`threshold_order`.
         budget: MACs that remain, as a share of the dense network's.
 
     Raises:
-        ValueError: if the budget is not in (0, 1], or lower than what remains with one unit left in every group.
+        ValueError: if the budget is not in (0, 1], or cannot be reached with one unit left in every group.
     """
     check_budget(budget)
 
@@ -71,7 +75,7 @@ def fit_budget(cost: Cost, order: np.ndarray, budget: float) -> np.ndarray:
             f"{least:.4f} of the MACs remain when every group is down to one unit, "
             f"protected and unprunable layers included; expected a budget from {least:.4f} to 1, or a shorter protect=",
         )
-    above, below = 0, len(order)  # turns with at least, and with at most the budget
+    above, below = 0, len(order)  # turns that leave at least, and at most, the budget
     while below - above > 1:
         middle = (above + below) // 2
         above, below = (middle, below) if share(middle) >= budget else (above, middle)
@@ -95,12 +99,12 @@ def check_allocation(allocation: str) -> None:
 
 
 def keep_best(groups: Sequence[Group], removed: np.ndarray, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The units that stay, ascending, when every group gives up its lowest.
+    """Return the units that stay, ascending, when every group loses its lowest ones.
 
     Args:
-        groups: the removable groups.
-        removed: ``[G]``, how many units each of them loses.
-        scores: group name → ``[U]``; low = remove; of equals the first goes.
+        groups: removable groups.
+        removed: ``[G]``, how many units each group loses.
+        scores: group name → ``[U]``; low = remove. Among equal units, the first goes first.
     """
     return {
         group.name: scores[group.name].argsort(stable=True)[int(count) :].sort().values

@@ -1,10 +1,10 @@
-"""Baselines that look at weights, norms and gradients."""
+"""Baseline scores from weights, BatchNorm scales and gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,35 +23,39 @@ _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
 def _distances(rows: Tensor) -> Tensor:
-    """``[C]``: the sum of Euclidean distances from each row of ``[C, F]`` to all others."""
-    rows = rows.to(accumulation_device(rows.device)).double()  # large layers: cdist subtracts products
+    """Return the sum of Euclidean distances from each row of ``[C, F]`` to all others, ``[C]``."""
+    rows = rows.to(accumulation_device(rows.device)).double()  # for wide layers, cdist subtracts products
     return torch.cdist(rows, rows).sum(1)
 
 
 def _over_larger(squares: Tensor) -> Tensor:
-    """``[C]``: each of ``[C]`` squared norms over the sum of all that are not smaller."""
+    """Divide each of ``[C]`` squared norms by the sum of those that are not smaller."""
     ascending, channels = squares.sort()
     smaller = F.pad(ascending.cumsum(0)[:-1], (1, 0))
     return torch.empty_like(squares).scatter(0, channels, ascending / (squares.sum() - smaller))
 
 
-#: Score → ``[C]`` of a weight ``[C, F]`` of C filters, or γ ``[C, 1]``, and of its gradient; low = remove.
-WEIGHT_SCORES: Mapping[str, Callable[[Tensor, Any], Tensor]] = {
+#: A key of :data:`WEIGHT_SCORES`.
+WeightScore = Literal["l1", "l2", "bn_scale", "fpgm", "lamp", "taylor"]
+#: Score → function of the weight ``[C, F]`` of C filters (of γ ``[C, 1]`` for ``bn_scale``) and of its gradient that
+#: gives ``[C]``; low = remove.
+WEIGHT_SCORES: Mapping[WeightScore, Callable[[Tensor, Any], Tensor]] = {
     "l1": lambda w, _: w.abs().sum(1),  # Li et al. (ICLR 2017)
-    "l2": lambda w, _: w.square().sum(1),  # without the root: the order is the same
+    "l2": lambda w, _: w.square().sum(1),  # squared: the order is the same
     "bn_scale": lambda w, _: w.abs().sum(1),  # |γ|: Liu et al. (ICCV 2017)
     "fpgm": lambda w, _: _distances(w),  # He et al. (CVPR 2019), equation 6
-    "lamp": lambda w, _: _over_larger(w.square().sum(1)),  # Lee et al. (ICLR 2021), a filter as one weight
+    "lamp": lambda w, _: _over_larger(w.square().sum(1)),  # Lee et al. (ICLR 2021), with a filter as one weight
     "taylor": lambda w, gradient: (w * gradient).abs().sum(1),  # Molchanov et al. (CVPR 2019), summed over a filter
 }
 
 
-def weight_score(score: str, module: nn.Module) -> Tensor:
-    """One of :data:`WEIGHT_SCORES` of a module's output channels, ``[C]``.
+def weight_score(score: WeightScore, module: nn.Module) -> Tensor:
+    """Compute one of :data:`WEIGHT_SCORES` of a module's output channels, ``[C]``.
 
     Args:
-        score: its name.
-        module: a convolution or Linear, with gradients for ``"taylor"``; for ``"bn_scale"`` the BatchNorm behind it.
+        score: a key of :data:`WEIGHT_SCORES`.
+        module: convolution or Linear layer, with a gradient for ``"taylor"``; for ``"bn_scale"``, the BatchNorm
+            behind it.
     """
     weight: Tensor = module.weight  # type: ignore[assignment]
     gradient = None if weight.grad is None else weight.grad.reshape(len(weight), -1)
@@ -59,24 +63,24 @@ def weight_score(score: str, module: nn.Module) -> Tensor:
 
 
 def weight_scores(
-    score: str, model: nn.Module, units: Units, batches: Callable[[], Iterator[Any]], step: Step
+    score: WeightScore, model: nn.Module, units: Units, batches: Callable[[], Iterator[Any]], step: Step
 ) -> dict[str, Tensor]:
-    """One of :data:`WEIGHT_SCORES` of every producer's channels, each layer by itself.
+    """Compute one of :data:`WEIGHT_SCORES` of every producer's channels, layer by layer.
 
     The loss of ``taylor`` is the mean cross-entropy over the probe.
 
     Args:
         score: a key of :data:`WEIGHT_SCORES`.
-        model: left as it is.
-        units: of the model.
-        batches: gives the probe's batches each time it is called.
+        model: model to score; it does not change.
+        units: the model's units.
+        batches: function that returns an iterator over the probe's batches.
         step: ``(model, batch) → (logits, labels)``.
 
     Returns:
         Layer → ``[C]``; low = remove.
 
     Raises:
-        ValueError: for ``bn_scale`` where a producer has no BatchNorm, for ``taylor`` where the loss is not finite.
+        ValueError: if a producer has no BatchNorm (``bn_scale``), or the loss is not finite (``taylor``).
     """
     names = [name for group in units.groups.values() for name in group.producers]
     modules = {name: model.get_submodule(name) for name in names}
@@ -88,8 +92,8 @@ def weight_scores(
             raise ArgumentError(
                 "score='bn_scale'",
                 f"no BatchNorm with a scale runs right after {', '.join(bare[:3])}{more}; "
-                "expected one behind every removable layer: protect those layers, or take another score: all others do "
-                "without, l2, taylor or keep_both for instance",
+                "expected one behind every removable layer: protect those layers, or use a score that needs no "
+                "BatchNorm, such as l2, taylor or keep_both",
             )
     if score == "taylor":
         modules = _with_gradients(model, names, batches(), step)
@@ -97,15 +101,15 @@ def weight_scores(
 
 
 def norms_behind(model: nn.Module, units: Units, forward: Callable[[], Any]) -> dict[str, nn.Module]:
-    """The BatchNorm behind every producer that has one.
+    """Find the BatchNorm behind every producer that has one.
 
-    That is the one that runs right after it, no convolution, Linear layer or other BatchNorm in between, if it has a
-    scale for each of the layer's channels and loses them with the layer.
+    A BatchNorm counts if it runs after the layer with no convolution, Linear layer or other BatchNorm in between, has
+    a scale for each of the layer's channels, and loses channels together with the layer.
 
     Args:
-        model: left as it is.
-        units: of the model.
-        forward: runs the model on some batch.
+        model: model to search; it does not change.
+        units: the model's units.
+        forward: function that runs the model on any batch.
     """
     kinds = (*CONVOLUTIONS, nn.Linear, _BATCH_NORM)
     behind = dict(pairwise(call.name for call in calls(model, forward) if isinstance(call.module, kinds)))
@@ -120,7 +124,7 @@ def norms_behind(model: nn.Module, units: Units, forward: Callable[[], Any]) -> 
 
 
 def _with_gradients(model: nn.Module, names: Iterable[str], batches: Iterable[Any], step: Step) -> dict[str, nn.Module]:
-    """Copies of layers whose weights hold the gradient of the mean cross-entropy over the probe, in eval mode."""
+    """Copy layers, and give their weights the gradient of the mean cross-entropy over the probe in eval mode."""
     copied = clone(model).requires_grad_(False)
     layers = {name: copied.get_submodule(name) for name in names}
     weights: list[Tensor] = [layer.weight for layer in layers.values()]  # type: ignore[misc]

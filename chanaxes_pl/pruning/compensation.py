@@ -1,10 +1,10 @@
-"""Compensation: refit the remaining weights to the dense network's activations, without labels and without training.
+"""Compensation: fit the remaining weights to the dense network's activations, without labels and without training.
 
-Layer by layer in forward order, what the pruned network really gives a layer is set against what the layer had in the
-dense network, over the same images. ``fold`` rebuilds the dense inputs from those that are left, at one position, and
-folds the coefficients into the weights; ``refit`` solves for the weights that come closest to the dense outputs.
-Both are ridge regressions that shrink towards the weights as they are. Reconstruction after removal is an old idea (He,
-Zhang and Sun, 2017; Luo, Wu and Lin, 2017); because each fit sees the errors made upstream, it corrects those too.
+Layers are fitted one by one in forward order, on the same images in both networks. ``fold`` predicts a layer's dense
+inputs from its remaining inputs at the same position, and folds the coefficients into the weights. ``refit`` solves
+for the weights whose outputs are closest to the dense outputs. Both are ridge regressions that shrink towards the
+current weights. Such layer-wise reconstruction follows He, Zhang and Sun (2017) and Luo, Wu and Lin (2017). A fit sees
+the inputs that the pruned network really gives, so it also corrects errors made upstream.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -30,11 +30,13 @@ from chanaxes_pl.network.removal import Group, add_bias
 from chanaxes_pl.network.sampling import local_samples, patches, sample_positions
 from chanaxes_pl.network.tracing import Activations, paired_activations
 
-#: Ridge λ of each strength, as a share of the mean variance of what is regressed on.
-RIDGE = {"fold": 1e-3, "refit": 1e-2}
-#: Positions of a map that are fitted to, an image.
+#: A key of :data:`RIDGE`.
+Compensation = Literal["fold", "refit"]
+#: Kind of compensation → its ridge λ, as a share of the mean variance of the regressors.
+RIDGE: dict[Compensation, float] = {"fold": 1e-3, "refit": 1e-2}
+#: Number of positions per image that a fit uses.
 POSITIONS = 16
-# A layer's output is compared with its class' own on this many images, up to this share of the largest value.
+# The check that a layer is affine uses this many images, and tolerates this share of the largest output.
 _CHECKED = 4
 _CHECK_SHARE = 1e-3
 
@@ -45,37 +47,37 @@ def compensate(
     groups: Iterable[Group],
     kept: Mapping[str, Tensor],
     batches: Sequence[Tensor],
-    strength: str = "refit",
+    compensation: Compensation = "refit",
     *,
     ridge: float | None = None,
     positions: int = POSITIONS,
 ) -> pd.DataFrame:
-    """Fit every layer of a pruned network, in place, to what it did in the dense one.
+    """Fit every layer of a pruned network, in place, to its activations in the dense network.
 
     Args:
-        slim: what :func:`remove` left of a copy of ``dense``; layers gain a bias here.
-        dense: left as it is.
-        groups: the dense network's.
-        kept: group name → units that stayed.
-        batches: unlabelled images ``[B, …]``, on the networks' device.
-        strength: ``"fold"`` or ``"refit"``.
-        ridge: λ; default :data:`RIDGE`.
-        positions: local samples an image, the same in both networks.
+        slim: pruned copy of ``dense``, after :func:`remove`; its layers gain a bias.
+        dense: dense network; it does not change.
+        groups: the dense network's groups.
+        kept: group name → the units that stayed.
+        batches: calibration set: unlabelled images ``[B, …]`` on the networks' device.
+        compensation: ``"fold"`` or ``"refit"``.
+        ridge: λ; default from :data:`RIDGE`.
+        positions: number of local samples per image, the same in both networks.
 
     Returns:
-        One row a layer: ``layer``; ``before`` and ``after``, the mean squared error of what was fitted (``refit``: the
-        layer's outputs, ``fold``: its inputs) as a share of its variance in the dense network; ``reason``, why a layer
-        was not fitted, else empty.
+        One row per layer: ``layer``; ``before`` and ``after``, the mean squared error of the fitted quantity (outputs
+        for ``refit``, inputs for ``fold``) as a share of its variance in the dense network; ``reason``, why the layer
+        was not fitted, or empty.
 
     Raises:
-        ValueError: for an unknown strength.
+        ValueError: if the kind of compensation is unknown.
     """
-    if strength not in RIDGE:
-        raise ValueError(f"compensate={strength!r}: expected one of {', '.join(map(repr, RIDGE))}, True or False")
+    if compensation not in RIDGE:
+        raise ValueError(f"compensate={compensation!r}: expected one of {', '.join(map(repr, RIDGE))}, True or False")
     refused = _refusals(dense, slim, batches[0][:1])
     fitted = [name for name, why in refused.items() if not why]
     channels = kept_channels(dense, groups, kept)
-    fit = _fold if strength == "fold" else _refit
+    fit = _fold if compensation == "fold" else _refit
     rows = [_row(name, reason=why) for name, why in refused.items() if why]
     with observed(dense), observed(slim):
         for name, activations in paired_activations(dense, slim, batches, fitted):
@@ -83,7 +85,7 @@ def compensate(
             task = _Task(name, layer, original, *channels[name], positions)
             first = next(activations)
             if _is_affine(original, first):
-                found = fit(task, chain([first], activations), RIDGE[strength] if ridge is None else ridge)
+                found = fit(task, chain([first], activations), RIDGE[compensation] if ridge is None else ridge)
             else:
                 found = math.nan, math.nan, "its output is not its weight times its input plus its bias"
             rows.append(_row(name, *found))
@@ -91,11 +93,11 @@ def compensate(
 
 
 def reestimate_norms(model: nn.Module, batches: Sequence[Tensor]) -> None:
-    """Set every BatchNorm's running statistics to the mean over some batches, as they come out of the layers now.
+    """Re-estimate the running statistics of every BatchNorm as the mean over some batches.
 
     Args:
-        model: changed in place; its modes and the norms' momentum are as before afterwards.
-        batches: unlabelled images ``[B, …]``, on the model's device.
+        model: model to change in place; its modes and the norms' momentum stay as they were.
+        batches: unlabelled images ``[B, …]`` on the model's device.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
@@ -115,7 +117,7 @@ def reestimate_norms(model: nn.Module, batches: Sequence[Tensor]) -> None:
 def kept_channels(
     dense: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Indices of the inputs and of the outputs that stay, of every convolution and Linear layer."""
+    """Return the indices of the inputs and outputs that stay, for every convolution and Linear layer."""
     masks = {}
     for name, layer in dense.named_modules():
         if isinstance(layer, (*CONVOLUTIONS, nn.Linear)):
@@ -137,7 +139,7 @@ def kept_channels(
 
 @dataclass(frozen=True, eq=False)
 class _Task:
-    """One layer to be fitted, and what is left of it."""
+    """A layer to fit: the slim layer, the dense one, and the inputs and outputs that stay."""
 
     name: str
     layer: nn.Module
@@ -148,10 +150,10 @@ class _Task:
 
 
 class _WeightReads(TorchFunctionMode):
-    """Counts how many operations make a tensor from each of some weights, whoever calls them.
+    """Counter of the operations that compute a tensor from each layer's weight, wherever they are called.
 
     Attributes:
-        counts: layer name → operations; of layers that share a weight, each has those of both.
+        counts: layer name → number of operations; layers that share a weight count each other's.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -160,13 +162,13 @@ class _WeightReads(TorchFunctionMode):
         self._names: dict[int, list[str]] = defaultdict(list)
         for name, layer in model.named_modules():
             if isinstance(layer, (*CONVOLUTIONS, nn.Linear)):
-                # By address: two parameters may share their memory.
+                # By address, because two parameters may share memory.
                 self._names[layer.weight.data_ptr()].append(name)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         made = result if isinstance(result, (tuple, list)) else (result,)
-        if any(isinstance(part, Tensor) for part in made):  # else its shape or device was asked for
+        if any(isinstance(part, Tensor) for part in made):  # otherwise only its shape or device was read
             for value in (*args, *(kwargs or {}).values()):
                 if isinstance(value, nn.Parameter):
                     self.counts.update(self._names.get(value.data_ptr(), ()))
@@ -174,7 +176,7 @@ class _WeightReads(TorchFunctionMode):
 
 
 def _refusals(dense: nn.Module, slim: nn.Module, image: Tensor) -> dict[str, str]:
-    """For every layer that runs, in order, why it cannot be fitted; empty where it can."""
+    """Return why each layer cannot be fitted, or an empty string, in the order in which they run."""
     with observed(dense), _WeightReads(dense) as reads:
         runs = Counter(executed_layers(dense, image))
     reasons = {}
@@ -189,7 +191,7 @@ def _refusals(dense: nn.Module, slim: nn.Module, image: Tensor) -> dict[str, str
 
 
 def _is_affine(layer: nn.Module, batch: Activations) -> bool:
-    """Whether a layer's output is what its class makes of its input, on the first images."""
+    """Return whether a layer's output on the first images is what its class computes from its input."""
     few = batch.dense_input[:_CHECKED]
     return same_outputs(type(layer).forward(layer, few), batch.dense_output[:_CHECKED], _CHECK_SHARE)
 
@@ -200,10 +202,10 @@ def _row(layer: str, before: float = math.nan, after: float = math.nan, reason: 
 
 
 def _refit(task: _Task, activations: Iterable[Activations], ridge: float) -> tuple[float, float, str]:
-    """Fit a layer's weights and bias to its dense outputs y, from what it reads in the slim network, x.
+    """Fit a layer's weights and bias so that its inputs x in the slim network give its dense outputs y.
 
-    Minimises E‖y − Wx − b‖² + λ v ‖W − W₀‖² over W and b, for each group of a grouped convolution by itself: W₀ are the
-    weights as they are, v the mean variance of x. The reconstruction of He, Zhang and Sun (2017), with ridge.
+    Minimises E‖y − Wx − b‖² + λ v ‖W − W₀‖² over W and b, separately for each group of a grouped convolution. W₀ are
+    the current weights, v is the mean variance of x. This is the reconstruction of He, Zhang and Sun (2017) with ridge.
 
     Returns:
         The error before and after, and why the layer could not be fitted, else empty; see :func:`compensate`.
@@ -231,10 +233,10 @@ def _refit(task: _Task, activations: Iterable[Activations], ridge: float) -> tup
 
 
 def _fold(task: _Task, activations: Iterable[Activations], ridge: float) -> tuple[float, float, str]:
-    """Rebuild a layer's dense inputs z from those that are left, x, and fold the coefficients into its weights.
+    """Predict a layer's dense inputs z from the remaining ones x, and fold the coefficients into its weights.
 
-    Minimises E‖z − Rx − r‖² + λ v ‖R − R₀‖² over R and r, one matrix for all places of the kernel: R₀ passes each input
-    that is left on as it is, v is the mean variance of x. The dense weights W and bias b become WR and b + Wr.
+    Minimises E‖z − Rx − r‖² + λ v ‖R − R₀‖² over R and r, with one R for all positions of the kernel. R₀ passes each
+    remaining input on unchanged, v is the mean variance of x. The dense weights W and bias b become WR and b + Wr.
 
     Returns:
         The error before and after, and why the layer could not be fitted, else empty; see :func:`compensate`.
@@ -264,9 +266,9 @@ def _fold(task: _Task, activations: Iterable[Activations], ridge: float) -> tupl
 
 
 def _moments(activations: Iterable[Activations], sample: Callable[[Activations, int], Tensor]) -> Moments | None:
-    """Moments of what ``sample(batch, number of its first image)`` takes of the batches, ``[n, g, w]`` of each.
+    """Return the moments of the samples ``[n, g, w]`` that ``sample(batch, number of its first image)`` takes.
 
-    Only batches count in which something upstream has changed; ``None`` where there are none.
+    Only batches in which something upstream has changed count; the result is ``None`` if there are none.
     """
     moments, first = None, 0
     for batch in activations:
@@ -278,20 +280,20 @@ def _moments(activations: Iterable[Activations], sample: Callable[[Activations, 
 
 
 def _ridge(moments: Moments, weight: Tensor, bias: Tensor, ridge: float) -> tuple[Tensor, Tensor, float, float]:
-    """Predict the last o of some variables, y, from the first f, x, by a ridge regression that shrinks to W₀.
+    """Regress the last o variables, y, on the first f, x, with a ridge that shrinks the coefficients to W₀.
 
-    Minimises E‖y − Wx − b‖² + λ v ‖W − W₀‖², with v the mean variance of x, for each of g blocks by itself. Hence
+    Minimises E‖y − Wx − b‖² + λ v ‖W − W₀‖², where v is the mean variance of x, separately for each of g blocks. Hence
     W = W₀ + (Cov(y, x) − W₀ Cov(x)) (Cov(x) + λ v I)⁻¹ and b = E y − W E x.
 
     Args:
-        moments: of g blocks of the f + o variables.
+        moments: moments of g blocks of f + o variables.
         weight: ``[g, o, f]``, W₀.
-        bias: ``[g, o]``, with which W₀ is used before the fit.
+        bias: ``[g, o]``, the bias that goes with W₀ before the fit.
         ridge: λ.
 
     Returns:
-        W ``[g, o, f]``, b ``[g, o]``, and the mean squared errors of W₀ with ``bias`` and of W with b, both as a share
-        of the summed variance of y; NaN where that is 0.
+        W ``[g, o, f]``, b ``[g, o]``, and the mean squared errors before the fit (W₀ and ``bias``) and after it (W and
+        b), both as a share of the summed variance of y; NaN if that is 0.
     """
     features = weight.shape[2]
     mean, covariance = moments.mean, moments.covariance
@@ -313,13 +315,13 @@ def _ridge(moments: Moments, weight: Tensor, bias: Tensor, ridge: float) -> tupl
 
 
 def _places(first: int, count: int, total: int, positions: int) -> tuple[Tensor, Tensor]:
-    """Rows of a batch, and which of ``total`` positions are sampled in each."""
+    """Return the rows of a batch, and the positions sampled in each row, out of ``total``."""
     places = sample_positions(np.arange(first, first + count), total, positions)
     return torch.arange(count), torch.arange(total).expand(count, -1) if places is None else places
 
 
 def _same(batch: Activations) -> bool:
-    """Whether nothing upstream has changed, so that there is nothing to make up for."""
+    """Return whether nothing upstream has changed, so that there is nothing to compensate."""
     return batch.slim_input.shape == batch.dense_input.shape and torch.equal(batch.slim_input, batch.dense_input)
 
 
@@ -328,7 +330,7 @@ def _depthwise(layer: nn.Module) -> bool:
 
 
 def _bias(layer: nn.Module, weight: Tensor) -> Tensor:
-    """``[g, o]`` bias of a layer with these ``[g, o, …]`` weights, zeros where it has none."""
+    """Return the bias ``[g, o]`` of a layer with weights ``[g, o, …]``, or zeros if it has none."""
     bias = weight.new_zeros(weight.shape[:2])
     return bias if layer.bias is None else bias + layer.bias.double().reshape(bias.shape)  # type: ignore[operator,union-attr]
 

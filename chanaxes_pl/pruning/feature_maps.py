@@ -1,11 +1,11 @@
-"""Baselines that look at feature maps as the layers behind them read them: HRank and CHIP."""
+"""Baseline scores from feature maps, as the next layers read them: HRank and CHIP."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,19 +14,21 @@ from chanaxes_pl.core.moments import accumulation_device
 from chanaxes_pl.network.hooks import calls, hooked, observed
 from chanaxes_pl.network.removal import Group
 
-#: Images that each score looks at, at most: the probe's first ones.
-MAP_IMAGES = {"hrank": 64, "chip": 16}
-# Nodes of the integral over ln t, relative to the largest eigenvalue: the tails beyond are below 1e-13 of the whole,
-# and so is the error of this step, exp(−2π²/0.6), since the integrand is analytic in a strip of half-width π.
+#: A key of :data:`MAP_SCORES`.
+MapScore = Literal["hrank", "chip"]
+#: Score → the number of images that it uses at most, from the probe's first one on.
+MAP_IMAGES: dict[MapScore, int] = {"hrank": 64, "chip": 16}
+# Nodes of the integral over ln t, relative to the largest eigenvalue. The tails beyond them are below 1e-13 of the
+# whole. So is the error of this step, exp(−2π²/0.6), because the integrand is analytic in a strip of half-width π.
 _STEP = 0.6
 _NODES = torch.arange(-60, 60 + _STEP, _STEP, dtype=torch.float64)
 
 
 def map_ranks(maps: Tensor) -> Tensor:
-    """Rank of every feature map: HRank (Lin et al., CVPR 2020) is its mean over images.
+    """Compute the rank of every feature map; its mean over images is HRank (Lin et al., CVPR 2020).
 
     Args:
-        maps: ``[B, C, h, w]``; a singular value counts when it exceeds the rounding of the maps' own precision.
+        maps: ``[B, C, h, w]``; a singular value counts if it exceeds the rounding of the maps' own precision.
 
     Returns:
         ``[B, C]`` float64.
@@ -41,13 +43,13 @@ def map_ranks(maps: Tensor) -> Tensor:
 
 
 def channel_independence(maps: Tensor) -> Tensor:
-    """Nuclear norm that a layer's maps lose with each channel: CHIP (Sui et al., NeurIPS 2021) is its mean over images.
+    """Compute the loss of nuclear norm with each channel; its mean over images is CHIP (Sui et al., NeurIPS 2021).
 
-    With A ``[C, P]`` the maps of an image as rows and a_i row i, the value is ‖A‖_* − ‖A with row i zeroed‖_*. It takes
-    one decomposition A = U Σ Vᵀ for all channels. Removing a_i changes the characteristic polynomial of AᵀA by the
-    factor g_i(t) = 1 − a_iᵀ (AᵀA + t)⁻¹ a_i = 1 − Σ_k U_ik² + Σ_k U_ik² t / (t + σ_k²), and since
+    Let the rows a_i of A ``[C, P]`` be the maps of one image. The value is ‖A‖_* − ‖A with row i zeroed‖_*. One
+    decomposition A = U Σ Vᵀ serves all channels: removing a_i changes the characteristic polynomial of AᵀA by the
+    factor g_i(t) = 1 − a_iᵀ (AᵀA + t)⁻¹ a_i = 1 − Σ_k U_ik² + Σ_k U_ik² t / (t + σ_k²). Because
     √x = (1/2π) ∫ t^(−1/2) ln(1 + x/t) dt, the norms differ by (1/π) ∫₀^∞ √t · g_i′(t) / g_i(t) dt. All terms are
-    positive, and in ln t the trapezoidal rule is exact to rounding.
+    positive, and the trapezoidal rule in ln t is exact to rounding.
 
     Args:
         maps: ``[B, C, h, w]``.
@@ -58,7 +60,7 @@ def channel_independence(maps: Tensor) -> Tensor:
     Example:
         >>> import torch
         >>> a, b = torch.eye(2)[:1], torch.eye(2)[1:]
-        >>> channel_independence(torch.stack([a, a, b])[None]).round(decimals=3)  # √2 − 1 for either of two equals
+        >>> channel_independence(torch.stack([a, a, b])[None]).round(decimals=3)  # √2 − 1 for each of two equal maps
         tensor([[0.4140, 0.4140, 1.0000]], dtype=torch.float64)
     """
     rows = maps.flatten(2).to(accumulation_device(maps.device)).double()
@@ -70,14 +72,15 @@ def _independence(rows: Tensor) -> Tensor:
     largest = singular[0].clamp(min=torch.finfo(rows.dtype).tiny)
     spectrum, shares = (singular / largest).square()[:, None], basis.square()
     nodes = _NODES.to(rows.device).exp()
-    # What of a_i's direction lies outside the maps' span; nothing where the basis is square.
+    # The share of a_i's direction outside the maps' span; 0 if the basis is square.
     outside = (1 - shares.sum(1, keepdim=True)).clamp(min=0) if len(rows) > len(singular) else 0.0
     factor = outside + shares @ (nodes / (nodes + spectrum))
     slope = shares @ (spectrum / (nodes + spectrum).square())
     return largest / math.pi * _STEP * (nodes.pow(1.5) * slope / factor).sum(1)
 
 
-MAP_SCORES: dict[str, Callable[[Tensor], Tensor]] = {"hrank": map_ranks, "chip": channel_independence}
+#: Score → function of feature maps ``[B, C, h, w]`` that gives ``[B, C]``; low = remove.
+MAP_SCORES: dict[MapScore, Callable[[Tensor], Tensor]] = {"hrank": map_ranks, "chip": channel_independence}
 
 
 def map_scores(
@@ -85,27 +88,29 @@ def map_scores(
     groups: Iterable[Group],
     batches: Callable[[], Iterator[Any]],
     forward: Callable[[Any], Any],
-    images: Mapping[str, int] = MAP_IMAGES,
-) -> dict[str, dict[str, Tensor]]:
-    """Mean over images of some :data:`MAP_SCORES` of every unit; low = remove.
+    images: Mapping[MapScore, int] = MAP_IMAGES,
+) -> dict[MapScore, dict[str, Tensor]]:
+    """Compute the mean over images of some :data:`MAP_SCORES` of every unit; low = remove.
 
-    The maps are those that one consumer of a group reads, so after the activation, as in both papers: of the consumers
-    with the largest map the one that runs first. Behind a flattened map the inputs of a channel are put together
-    again, as nearly square as their number allows. A single number is a map of rank 0 or 1. What is not finite is 0.
+    The maps are the inputs of one consumer of the group, so they come after the activation, as in both papers. The
+    consumer is the one with the largest map, and the first of these to run. Behind a flattened map, a channel's inputs
+    form a map again, as nearly square as their number allows. A single number is a map of rank 0 or 1. Values that are
+    not finite count as 0.
 
     Args:
-        model: left as it is.
-        groups: of the model.
-        batches: gives the probe's batches, from its first image on, each time it is called.
-        forward: runs the model on a batch.
-        images: score → images at most.
+        model: model to score; it does not change.
+        groups: the model's groups.
+        batches: function that returns an iterator over the probe's batches, from its first image on.
+        forward: function that runs the model on a batch.
+        images: score → maximum number of images.
 
     Returns:
         Score → group name → ``[U]`` float64, the mean over a unit's channels.
     """
     groups = list(groups)
     readers = _readers(model, groups, lambda: forward(next(batches())))
-    sums = {score: {group.name: torch.zeros((), dtype=torch.float64) for group in groups} for score in images}
+    zero = torch.zeros((), dtype=torch.float64)
+    sums: dict[MapScore, dict[str, Tensor]] = {score: {group.name: zero for group in groups} for score in images}
     seen = size = 0
 
     def look(group: Group, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -128,13 +133,13 @@ def map_scores(
 
 
 def unit_maps(group: Group, reader: str, layer: nn.Module, tensor: Tensor) -> Tensor:
-    """A group's channels as one of its consumers reads them, ``[B, U·c, h, w]``: c channels a unit, one after another.
+    """Return a group's channels as one of its consumers reads them: ``[B, U·c, h, w]``, the c channels of each unit.
 
     Args:
-        group: the channels.
-        reader: the consumer's name.
+        group: group of channels.
+        reader: name of the consumer.
         layer: the consumer.
-        tensor: its input, ``[B, F, *spatial]`` of a convolution, ``[B, *positions, F]`` of a Linear.
+        tensor: the consumer's input, ``[B, F, *spatial]`` of a convolution, ``[B, *positions, F]`` of a Linear layer.
     """
     features = tensor.movedim(-1, 1) if isinstance(layer, nn.Linear) else tensor
     flattened = _flattened(group, reader)
@@ -149,12 +154,12 @@ def unit_maps(group: Group, reader: str, layer: nn.Module, tensor: Tensor) -> Te
 
 
 def _flattened(group: Group, reader: str) -> int:
-    """How many inputs of a consumer hold one channel's map."""
+    """Return how many inputs of a consumer hold one channel's map."""
     return group.consumers[reader].shape[1] // group.producers[group.name].shape[1]
 
 
 def _readers(model: nn.Module, groups: Iterable[Group], forward: Callable[[], Any]) -> dict[str, str]:
-    """Group name → the consumer whose input is looked at."""
+    """Choose the consumer of each group, by group name, whose input holds the maps."""
     consumers = {name for group in groups for name in group.consumers}
     positions: dict[str, int] = {}
     for call in calls(model, forward):

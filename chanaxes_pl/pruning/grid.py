@@ -1,4 +1,4 @@
-"""Pruning at matched MACs: every score under every allocation at every budget, evaluated."""
+"""Pruning grid: the accuracy of every score under every allocation at every budget of MACs."""
 
 from __future__ import annotations
 
@@ -20,43 +20,43 @@ from chanaxes_pl.core.errors import ArgumentError, naming
 from chanaxes_pl.core.targets import image_scores
 from chanaxes_pl.network.hooks import observed
 from chanaxes_pl.network.probe import Placement, check_sizes, image_batches, images_and_labels
-from chanaxes_pl.pruning.allocation import ALLOCATIONS, GRID, check_allocation, check_budget
-from chanaxes_pl.pruning.pruner import IMAGES, REFERENCE, Pruner, fit_back, strength_of
+from chanaxes_pl.pruning.allocation import ALLOCATIONS, GRID, Allocation, check_allocation, check_budget
+from chanaxes_pl.pruning.pruner import IMAGES, REFERENCE, Compensate, Pruner, compensation_of, fit_back
 from chanaxes_pl.pruning.scores import channel_scores, default_scores
 from chanaxes_pl.tables import DENSE
 
 _TIMED = 9
 
 
-#: Fine-tunes a slim network in place.
+#: Function that fine-tunes a slim network in place.
 FineTune = Callable[[nn.Module], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruningExperiment:
-    """Which networks a pruning grid holds: every score × allocation × compensation × budget.
+    """Settings of a pruning grid, which holds every combination of score, allocation, compensation and budget.
 
     Args:
         budgets: MACs that remain, as shares of the dense network's.
-        scores: which channels go first, see :func:`score_family`; default all that the network has.
-        allocations: how much each layer loses: some of "uniform", "shared" and "own". Scores can be compared under
+        scores: names of scores that rank the channels, such as "taylor"; default all that apply to the network.
+        allocations: ways to choose how much each layer loses: "uniform", "shared" and "own". Compare scores under
             "uniform" and "shared"; "own" mixes score and allocation.
-        compensate: some of false, "fold" and "refit".
-        protect: globs over names of layers whose channels all stay.
-        finetune_epochs: epochs that each network is fine-tuned for, and then evaluated again; 0 for none.
-        latency: time the slim networks.
-        probe_size: images for scores and compensation, at most.
-        evaluation_size: test images for the accuracies, a fixed random choice; default all.
-        seed: seed of random scores and of fine-tuning.
+        compensate: kinds of compensation: false, "fold" and "refit".
+        protect: globs over the names of layers that keep all their channels.
+        finetune_epochs: epochs of fine-tuning, after which each network is evaluated again; 0 for none.
+        latency: whether to time the slim networks.
+        probe_size: maximum number of probe images for scores and compensation.
+        evaluation_size: number of test images for the accuracies, a fixed random choice; default all.
+        seed: random seed of random scores and of fine-tuning.
 
     Raises:
-        ValueError: for an unknown name, or a number out of range.
+        ValueError: if a name is unknown, or a number is out of range.
     """
 
     budgets: Sequence[float] = GRID
     scores: Sequence[str] | None = None
-    allocations: Sequence[str] = ALLOCATIONS
-    compensate: Sequence[bool | str] = (False, "refit")
+    allocations: Sequence[Allocation] = ALLOCATIONS
+    compensate: Sequence[Compensate] = (False, "refit")
     protect: Sequence[str] = ()
     finetune_epochs: int = 0
     latency: bool = False
@@ -73,7 +73,7 @@ class PruningExperiment:
             for allocation in self.allocations:
                 check_allocation(allocation)
             for choice in self.compensate:
-                strength_of(choice)
+                compensation_of(choice)
             check_sizes(self.probe_size, self.evaluation_size)
             if self.finetune_epochs < 0:
                 raise ArgumentError(f"finetune_epochs={self.finetune_epochs}", "expected 0 or more")
@@ -89,25 +89,26 @@ def pruning_grid(
     progress: bool = True,
     place: Placement | None = None,
 ) -> pd.DataFrame:
-    """Measure accuracy over remaining MACs, for every score under every allocation with every kind of compensation.
+    """Prune a network in every way that the experiment names, and measure the accuracies.
 
     Args:
-        model: the trained network; left as it is.
+        model: trained network; it does not change.
         probe: training images under the evaluation transform, for scores and compensation.
-        evaluation: batches of ``(images, labels)`` that nothing was chosen on; read once a variant.
-        experiment: which variants.
-        finetune: trains a slim network in place; it is evaluated once more afterwards.
-        progress: show a bar where output goes to a terminal.
-        place: where the model runs; default one process, on the device of its first parameter. Of several processes
-            each takes every so many-th variant.
+        evaluation: batches of ``(images, labels)`` that no choice was based on; each variant reads them once.
+        experiment: scores, allocations, compensations and budgets; default a :class:`PruningExperiment`.
+        finetune: function that trains a slim network in place; the network is evaluated again afterwards.
+        progress: whether to show a progress bar in a terminal.
+        place: device and processes; default one process, on the device of the model's first parameter. Several
+            processes take the variants in turn.
 
     Returns:
-        One row a variant, and one for the dense network: ``score, family, allocation, compensate, budget``;
-        ``macs_share`` (achieved), ``macs``, ``parameters``; ``loss`` (nats), ``accuracy``, ``margin``; the same after
-        fine-tuning as ``tuned_…``; ``latency_1`` and ``latency_64`` (milliseconds a batch of 1 and of 64, median).
+        One row per variant, and one for the dense network: ``score, family, allocation, compensate, budget``;
+        ``macs_share`` (achieved), ``macs``, ``parameters``; ``loss`` (nats), ``accuracy``, ``margin``, and the same
+        after fine-tuning as ``tuned_…``; ``latency_1`` and ``latency_64``, the median milliseconds for a batch of 1
+        and of 64.
 
     Raises:
-        ValueError: for a budget that cannot be reached, or data that does not fit, before the first network is pruned.
+        ValueError: if a budget cannot be reached or the data does not fit; raised before the first network is pruned.
     """
     experiment = experiment or PruningExperiment()
     size, seed = experiment.probe_size, experiment.seed
@@ -122,24 +123,25 @@ def pruning_grid(
         needed = [*scores, REFERENCE] if "shared" in experiment.allocations else scores
         alone = replace(place, rank=0, world=1)  # every process scores all channels
         values = channel_scores(model, probe, pruner.units, needed, probe_size=size, seed=seed, place=alone)
-        strengths = [strength_of(choice) for choice in experiment.compensate]
-        variants = [(DENSE, "", "", 1.0), *product(scores, experiment.allocations, strengths, experiment.budgets)]
-        share, quiet = variants[place.rank :: place.world], None if progress else True
+        kinds = [compensation_of(choice) for choice in experiment.compensate]
+        variants = list(product(scores, experiment.allocations, kinds, experiment.budgets))
+        share, quiet = [None, *variants][place.rank :: place.world], None if progress else True
         rows = []
         for variant in tqdm(share, disable=quiet, desc="pruning", unit="network"):
-            score, allocation, strength, budget = variant
-            if score == DENSE:
+            if variant is None:
                 slim, macs = model, pruner.cost.dense
+                row = {"score": DENSE, "family": DENSE, "allocation": "", "compensate": "", "budget": 1.0}
             else:
+                score, allocation, compensation, budget = variant
                 kept = pruner.choose(values, score, allocation, budget)
                 slim, macs = pruner.cut(kept), pruner.macs(kept)
-                fit_back(slim, pruner, kept, batches, strength)
-            row = {"score": score, "family": DENSE if score == DENSE else score_family(score), "allocation": allocation}
-            row |= {"compensate": strength or ("" if score == DENSE else "none"), "budget": budget}
+                fit_back(slim, pruner, kept, batches, compensation)
+                row = {"score": score, "family": score_family(score), "allocation": allocation}
+                row |= {"compensate": compensation or "none", "budget": budget}
             row |= {"macs_share": macs / pruner.cost.dense, "macs": macs}
             row |= {"parameters": sum(parameter.numel() for parameter in slim.parameters())}
             row |= evaluate(slim, evaluation, place)
-            if finetune is not None and score != DENSE:
+            if finetune is not None and variant is not None:
                 finetune(slim)
                 row |= {f"tuned_{name}": value for name, value in evaluate(slim, evaluation, place).items()}
             if experiment.latency:
@@ -149,7 +151,7 @@ def pruning_grid(
 
 
 def evaluate(model: nn.Module, batches: Iterable[Any], place: Placement) -> dict[str, float]:
-    """Mean cross-entropy (``loss``, nats), ``accuracy`` and logit ``margin`` of a model; it is left as it was."""
+    """Return the mean cross-entropy (``loss``, nats), ``accuracy`` and logit ``margin``; the model does not change."""
     total, count = torch.zeros(3, dtype=torch.float64), 0
     with observed(model):
         for batch in batches:
@@ -160,7 +162,7 @@ def evaluate(model: nn.Module, batches: Iterable[Any], place: Placement) -> dict
 
 
 def milliseconds(model: nn.Module, images: Tensor, size: int) -> float:
-    """Median time of a forward pass over a batch of ``size`` images ``[size, …]``, made of those given."""
+    """Return the median time of a forward pass over a batch of ``size`` images, repeated from ``images``."""
     batch = images.repeat(-(-size // len(images)), *[1] * (images.ndim - 1))[:size]
     times = []
     with observed(model):

@@ -1,13 +1,14 @@
-"""A smaller network that computes nearly the same: from a score, an allocation and a budget to a slim model."""
+"""Pruning of one network: score, allocation, budget and compensation give a slim network."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -20,6 +21,7 @@ from chanaxes_pl.network.macs import Cost, count_macs
 from chanaxes_pl.network.probe import Placement, image_batches
 from chanaxes_pl.network.removal import clone, disagreement, remove
 from chanaxes_pl.pruning.allocation import (
+    Allocation,
     check_allocation,
     check_budget,
     fit_budget,
@@ -27,67 +29,69 @@ from chanaxes_pl.pruning.allocation import (
     threshold_order,
     uniform_order,
 )
-from chanaxes_pl.pruning.compensation import RIDGE, compensate, reestimate_norms
+from chanaxes_pl.pruning.compensation import RIDGE, Compensation, compensate, reestimate_norms
 from chanaxes_pl.pruning.scores import channel_scores, unit_ranks, unit_values
 from chanaxes_pl.pruning.slim_file import Plan, save_slim
 
-#: The score whose allocation ``"shared"`` imposes on every other.
+#: Reference score of the allocation ``"shared"``.
 REFERENCE = "taylor"
-#: Images that compensation fits to, unless told otherwise.
+#: Default number of probe images for scores and compensation.
 IMAGES = 2000
-# Before compensation a slim network's logits are those of the dense one with the removed channels at 0, but for
-# rounding: to this share of the largest logit, or to this many times the precision of 16-bit logits.
+# Before compensation, a slim network's logits equal those of the dense network with the removed channels masked, up to
+# this share of the largest logit, or to this multiple of the logits' precision.
 _AGREE, _ROUNDINGS = 1e-3, 16
 
 
-#: Score → layer → ``[C]``, as :func:`channel_scores` gives them.
+#: Choice of a compensation: ``True`` means ``"refit"``, ``False`` and ``"none"`` mean none.
+Compensate = bool | Compensation | Literal["none"]
+#: Score → layer → ``[C]``, as :func:`channel_scores` returns them.
 Scores = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
 class Slim:
-    """A pruned network, and what was done to it.
+    """A pruned network with a record of how it was pruned.
 
     Attributes:
-        model: the slim network, in eval mode; a module like the dense one, with fewer channels.
+        model: slim network in eval mode, a module like the dense one with fewer channels.
         plan: which units it kept, and how they were chosen.
-        report: what compensation did to each layer, see :func:`compensate`; ``None`` without.
+        report: errors of each layer before and after compensation, see :func:`compensate`; ``None`` without.
     """
 
     model: nn.Module
     plan: Plan
-    report: Any = None
+    report: pd.DataFrame | None = None
 
     @property
     def macs(self) -> int:
-        """Multiply–accumulates of one image."""
+        """Multiply–accumulates (MACs) of one image."""
         return self.plan.macs
 
     @property
     def dense_macs(self) -> int:
-        """The same before pruning."""
+        """MACs of one image before pruning."""
         return self.plan.dense_macs
 
     def save(self, path: str | Path) -> None:
-        """Write ``<path>.safetensors``, which :func:`load_slim` reads."""
+        """Save the network as ``<path>.safetensors``, which :func:`load_slim` reads."""
         save_slim(path, self.model, self.plan)
 
 
 class Pruner:
-    """A dense network, ready to be pruned in many ways.
+    """A dense network that can be pruned in many ways.
 
     Args:
-        model: left as it is.
-        example: ``[B, …]``, images as the model takes them, on its device.
-        protect: globs over names of layers whose channels all stay.
+        model: dense network; it does not change.
+        example: ``[B, …]`` images as the model takes them, on its device.
+        protect: globs over the names of layers that keep all their channels.
 
     Attributes:
-        units: what can be removed.
-        cost: its MACs.
+        units: units that can be removed.
+        cost: MACs as a function of the removed units.
 
     Raises:
-        ValueError: if the model does not run on the example or gives logits that are not finite, has nothing to
-            remove, or a pattern matches nothing.
+        ValueError: if the model does not run on the example, gives logits that are not finite or has nothing to
+            remove, or if a pattern matches no layer.
     """
 
     def __init__(self, model: nn.Module, example: Tensor, protect: Sequence[str] = ()) -> None:
@@ -101,17 +105,17 @@ class Pruner:
         self._images = example
         self._exact = _exactness(model, example)
 
-    def choose(self, scores: Scores, score: str, allocation: str, budget: float) -> dict[str, Tensor]:
-        """The units that stay.
+    def choose(self, scores: Scores, score: str, allocation: Allocation, budget: float) -> dict[str, Tensor]:
+        """Choose the units that stay.
 
         Args:
-            scores: has ``score``, and :data:`REFERENCE` for ``"shared"``.
-            score: which units go first.
-            allocation: one of :data:`ALLOCATIONS`, how much each layer loses.
+            scores: values of ``score``, and for ``"shared"`` of :data:`REFERENCE`.
+            score: name of the score that ranks the units.
+            allocation: one of :data:`ALLOCATIONS`, which decides how much each layer loses.
             budget: MACs that remain, as a share of the dense network's.
 
         Raises:
-            ValueError: for an unknown allocation, or a budget that cannot be reached.
+            ValueError: if the allocation is unknown, or the budget cannot be reached.
         """
         self.check_reachable(allocation, budget)
         by = unit_values if allocation == "own" else unit_ranks
@@ -119,26 +123,22 @@ class Pruner:
         removed = fit_budget(self.cost, self._order(scores, score, allocation), budget)
         return keep_best(self.groups, removed, values)
 
-    def check_reachable(self, allocation: str, budget: float) -> None:
-        """Check that the allocation exists and the budget is reachable.
-
-        Raises:
-            ValueError: in either case.
-        """
+    def check_reachable(self, allocation: Allocation, budget: float) -> None:
+        """Raise ValueError if the allocation is unknown or the budget cannot be reached."""
         check_allocation(allocation)
         fit_budget(self.cost, uniform_order(self.groups), budget)
 
     def macs(self, kept: Mapping[str, Tensor]) -> int:
-        """Multiply–accumulates of one image with these units."""
+        """Return the MACs of one image with the units that stay."""
         removed = np.array([group.size - len(kept.get(group.name, range(group.size))) for group in self.groups])
         return round(self.cost.macs(removed))
 
     def cut(self, kept: Mapping[str, Tensor]) -> nn.Module:
-        """A slim copy of the model, in eval mode, checked on the example images.
+        """Return a slim copy of the model in eval mode, checked on the example images.
 
         Raises:
-            ValueError: if its logits are not those of the model with the removed channels at 0: the forward pass
-                depends on the data, or on sizes that pruning changes.
+            ValueError: if its logits differ from those of the model with the removed channels masked. Then the forward
+                pass depends on the data, or on sizes that pruning changes.
         """
         slim = clone(self.model).eval()
         remove(slim, self.groups, kept)
@@ -153,7 +153,7 @@ class Pruner:
         return slim
 
     def plan(self, slim: nn.Module, kept: Mapping[str, Tensor], notes: Mapping[str, Any]) -> Plan:
-        """What was done, for the record and to do it again."""
+        """Record how ``slim`` was pruned, so that it can be rebuilt."""
         return Plan.of(
             self.model,
             slim,
@@ -165,7 +165,7 @@ class Pruner:
             notes=notes,
         )
 
-    def _order(self, scores: Scores, score: str, allocation: str) -> np.ndarray:
+    def _order(self, scores: Scores, score: str, allocation: Allocation) -> np.ndarray:
         if allocation == "uniform":
             return uniform_order(self.groups)
         by = scores[score if allocation == "own" else REFERENCE]
@@ -173,10 +173,10 @@ class Pruner:
 
 
 def _exactness(model: nn.Module, images: Tensor) -> float:
-    """The share of the largest logit by which a slim network may differ from the masked one.
+    """Return the share of the largest logit by which a slim network may differ from the masked one.
 
     Raises:
-        ValueError: if logits are not finite.
+        ValueError: if a logit is not finite.
     """
     with observed(model):
         logits = model(images)
@@ -195,34 +195,35 @@ def prune(
     *,
     budget: float,
     score: str = "l1",
-    allocation: str = "uniform",
-    compensate: bool | str = True,
+    allocation: Allocation = "uniform",
+    compensate: Compensate = True,
     example_input: Tensor | None = None,
     protect: Sequence[str] = (),
     probe_size: int = IMAGES,
     reestimate: bool = False,
     seed: int = 0,
 ) -> Slim:
-    """A smaller network with a share of the multiply–accumulates of a trained one, without retraining.
+    """Prune a trained network to a share of its multiply–accumulates (MACs), without retraining.
 
     Args:
-        model: the trained network, from images to logits; left as it is.
+        model: trained network from images to logits; it does not change.
         probe: training images under the evaluation transform, ``(images, labels)``, as for :func:`compute_axes`;
-            labels are used by scores that need the task only.
+            only scores that need the task use the labels.
         budget: MACs that remain, as a share of the dense network's, in (0, 1].
-        score: which channels go first, see :data:`SCORES`.
-        allocation: how much each layer loses: ``"uniform"``, ``"shared"`` (as Taylor would choose) or ``"own"``.
-        compensate: fit what is left to the dense network's signals: ``"refit"`` (or ``True``), ``"fold"``, or not.
-        example_input: images ``[B, …]`` as the model takes them; default the probe's first.
-        protect: globs over names of layers whose channels all stay.
-        probe_size: images of the probe that scores and compensation use, at most.
-        reestimate: estimate BatchNorm statistics anew at the end.
-        seed: of random scores.
+        score: score that ranks the channels, see :data:`SCORES`; the lowest go first.
+        allocation: way to choose how much each layer loses: ``"uniform"``, ``"shared"`` (as Taylor would) or ``"own"``.
+        compensate: kind of compensation, which fits the remaining weights to the dense network's activations:
+            ``"refit"`` (or ``True``), ``"fold"``, or ``False`` for none.
+        example_input: images ``[B, …]`` as the model takes them; default the first ones of the probe.
+        protect: globs over the names of layers that keep all their channels.
+        probe_size: maximum number of probe images for scores and compensation.
+        reestimate: whether to re-estimate BatchNorm statistics at the end.
+        seed: random seed of random scores.
 
     Raises:
-        ValueError: for a budget out of range or below what protected layers cost, unknown names, a model that does not
-            run on the images or gives logits that are not finite, or whose logits after removal are not those with the
-            removed channels at 0.
+        ValueError: if the budget is out of range or below the MACs of protected layers, a name is unknown, the model
+            does not run on the images or gives logits that are not finite, or its logits after removal differ from
+            those with the removed channels masked.
 
     Example:
         >>> import torch
@@ -238,7 +239,7 @@ def prune(
     """
     with naming("prune"):
         check_budget(budget)
-        strength = strength_of(compensate)
+        compensation = compensation_of(compensate)
         place = Placement.of(model)
         batches = image_batches(probe, probe_size, place)
         example = batches[0] if example_input is None else place.to_device(example_input)
@@ -247,8 +248,8 @@ def prune(
         scores = channel_scores(model, probe, pruner.units, needed, probe_size=probe_size, seed=seed, place=place)
         kept = pruner.choose(scores, score, allocation, budget)
         slim = pruner.cut(kept)
-        report = fit_back(slim, pruner, kept, batches, strength, reestimate)
-        notes = {"budget": budget, "score": score, "allocation": allocation, "compensate": strength or "none"}
+        report = fit_back(slim, pruner, kept, batches, compensation, reestimate)
+        notes = {"budget": budget, "score": score, "allocation": allocation, "compensate": compensation or "none"}
         return Slim(slim, pruner.plan(slim, kept, notes), report)
 
 
@@ -257,24 +258,24 @@ def fit_back(
     pruner: Pruner,
     kept: Mapping[str, Tensor],
     batches: Sequence[Tensor],
-    strength: str,
+    compensation: Compensation | None,
     reestimate: bool = False,
-) -> Any:
-    """Compensate a slim network in place, if ``strength`` says so; the report of :func:`compensate`."""
-    report = compensate(slim, pruner.model, pruner.groups, kept, batches, strength) if strength else None
+) -> pd.DataFrame | None:
+    """Compensate a slim network in place unless ``compensation`` is ``None``, and return the report on its layers."""
+    report = compensate(slim, pruner.model, pruner.groups, kept, batches, compensation) if compensation else None
     if reestimate:
         reestimate_norms(slim, batches)
     return report
 
 
-def strength_of(choice: bool | str) -> str:
-    """``""``, ``"fold"`` or ``"refit"`` from what a user may say.
+def compensation_of(choice: Compensate) -> Compensation | None:
+    """Return the kind of compensation that a user chose, or ``None`` for none.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: if there is no such choice.
     """
+    if choice in (True, False, "none"):
+        return "refit" if choice is True else None
     if isinstance(choice, str) and choice in RIDGE:
         return choice
-    if choice in (True, False, "none"):
-        return "refit" if choice is True else ""
     raise ArgumentError(f"compensate={choice!r}", "expected True (the same as 'refit'), 'fold', or False")

@@ -1,12 +1,12 @@
-"""Every score of every channel that could be removed, and of units of coupled channels; low = remove.
+"""Scores of all channels that could be removed, and of units of coupled channels; low = remove.
 
-For the names see ``analysis/scores``.
+See ``analysis/scores`` for the names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,20 +23,20 @@ from chanaxes_pl.network.probe import Placement, Probe, Step, images_and_labels
 from chanaxes_pl.network.recording import LayerMoments, Settings, record
 from chanaxes_pl.network.removal import Group
 from chanaxes_pl.pruning.baselines import WEIGHT_SCORES, norms_behind, weight_scores
-from chanaxes_pl.pruning.feature_maps import MAP_IMAGES, MAP_SCORES, map_scores
+from chanaxes_pl.pruning.feature_maps import MAP_IMAGES, MAP_SCORES, MapScore, map_scores
 from chanaxes_pl.tables import measure
 
-#: What a forward pass of the probe is needed for.
+#: Scores that need recorded activations on the probe.
 _RECORDED = {*OWN_SCORES, "activation_rms"}
 
 
 def default_scores(model: nn.Module, units: Units, images: Tensor) -> list[str]:
-    """All scores that a network has: ``bn_scale`` only where every removable layer has a BatchNorm behind it.
+    """List the scores that apply to a network; ``bn_scale`` needs a BatchNorm behind every removable layer.
 
     Args:
-        model: left as it is.
-        units: of the model.
-        images: ``[B, …]``, on its device.
+        model: model to score; it does not change.
+        units: the model's units.
+        images: ``[B, …]`` images on the model's device.
     """
     producers = {name for group in units.groups.values() for name in group.producers}
     behind = norms_behind(model, units, lambda: model(images[:1]))
@@ -51,34 +51,34 @@ def channel_scores(
     *,
     step: Step | None = None,
     probe_size: int = 5000,
-    positions: int | str = 16,
+    positions: int | Literal["all"] = 16,
     seed: int = 0,
     place: Placement | None = None,
 ) -> dict[str, dict[str, Tensor]]:
-    """Some scores of every channel that could be removed. The model is left as it was.
+    """Compute some scores of every channel that could be removed; the model does not change.
 
-    A score ``minus_<metric>`` is its layer's maximum less the metric, and a reversed score likewise. Composites are
-    means of signed within-layer z-scores, shifted to a layer minimum of 0. Channels that our own metrics call dead come
-    first in all of these, reversed or not.
+    A score ``minus_<metric>`` is the layer's maximum minus the metric; a reversed score is the maximum minus the score.
+    Composites are means of signed within-layer z-scores, shifted to a layer minimum of 0. Dead channels come first in
+    all of these, reversed or not.
 
     Args:
-        model: what the units were found in.
-        probe: the probe set, see :class:`Probe`; read only for scores that need images.
-        units: the removable units.
-        scores: names as in :func:`score_family`.
+        model: model that the units were found in.
+        probe: probe set, see :class:`Probe`; read only if a score needs images.
+        units: removable units.
+        scores: names of scores, see :func:`score_family`.
         step: ``(model, batch) → (logits, labels)`` for batches or outputs other than ``(images, labels)`` and logits.
-        probe_size: images at most.
-        positions: local samples an image, or ``"all"``.
-        seed: of the random scores.
-        place: where the model runs; default one process, on the device of its first parameter. Several processes
-            share the pass for our own metrics, and each do the rest alone.
+        probe_size: maximum number of probe images.
+        positions: number of local samples per image, or ``"all"``.
+        seed: random seed of random scores.
+        place: device and processes; default one process, on the device of the model's first parameter. Several
+            processes share the pass for our own metrics; each computes the other scores by itself.
 
     Returns:
-        Score → layer → ``[C]`` float64 on the host; low = remove; −inf where not finite.
+        Score → layer → ``[C]`` float64 on the host; low = remove; −inf if not finite.
 
     Raises:
-        ValueError: for an unknown score, a probe that does not fit, a target that does not vary, or ``bn_scale`` of a
-            network in which a removable layer has no BatchNorm behind it.
+        ValueError: if a score is unknown, the probe does not fit, the target does not vary, or ``bn_scale`` is asked
+            for and a removable layer has no BatchNorm behind it.
     """
     for score in scores:
         score_family(score)
@@ -90,13 +90,14 @@ def channel_scores(
     def batches() -> Iterator[Any]:
         return (place.to_device(batch) for _, batch in Probe(probe, probe_size).batches())
 
-    # Before the long passes: these may refuse.
-    found = {score: weight_scores(score, model, units, batches, run) for score in WEIGHT_SCORES if score in asked}
+    # These come first because they may raise an error, and the other passes are long.
+    found: dict[str, dict[str, Tensor]] = {}
+    found |= {score: weight_scores(score, model, units, batches, run) for score in WEIGHT_SCORES if score in asked}
     for score in scores:
         if base_score(score) == "random":
             found[score] = _random(model, layers, seed, draw=int(score.removeprefix("random").strip("_") or 0))
     if asked & _RECORDED:
-        names = {layer: name for name, layer in layers.items()}  # those of compiled layers are spelt otherwise there
+        names = {layer: name for name, layer in layers.items()}  # a recorder names compiled layers differently
         settings = Settings(
             layers=lambda _, layer: layer in names,
             positions=positions,
@@ -108,7 +109,7 @@ def channel_scores(
         measured = ((names[recorder.layers[name]], moments) for name, moments in recorder.moments())
         found |= _recorded(measured, asked)
     if asked & set(MAP_SCORES):
-        images = {score: MAP_IMAGES[score] for score in MAP_SCORES if score in asked}
+        images: dict[MapScore, int] = {score: MAP_IMAGES[score] for score in MAP_SCORES if score in asked}
         of_units = map_scores(model, units.groups.values(), batches, lambda batch: run(model, batch), images)
         found |= {score: _of_channels(values, units, layers) for score, values in of_units.items()}
     return {score: {name: _directed(score, found, name) for name in layers} for score in scores}
@@ -123,7 +124,7 @@ def _directed(score: str, found: Mapping[str, Mapping[str, Tensor]], layer: str)
 
 
 def _recorded(layers: Iterable[tuple[str, LayerMoments | None]], asked: set[str]) -> dict[str, dict[str, Tensor]]:
-    """Our own scores and the activations' root mean square, by score and layer."""
+    """Return our own scores and the root mean square of the activations, by score and layer."""
     found: dict[str, dict[str, Tensor]] = {name: {} for name in _RECORDED}
     needs_target = sorted(name for name in asked if SCORES[name] in ("target", "both"))
     for layer, moments in layers:
@@ -145,7 +146,7 @@ def _recorded(layers: Iterable[tuple[str, LayerMoments | None]], asked: set[str]
 
 
 def _of_channels(values: Mapping[str, Tensor], units: Units, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Every channel's value from its unit's."""
+    """Give every channel the value of its unit."""
     found = {}
     for name, group in units.groups.items():
         for layer, indices in group.producers.items():
@@ -156,7 +157,7 @@ def _of_channels(values: Mapping[str, Tensor], units: Units, layers: Mapping[str
 
 
 def _random(model: nn.Module, layers: Mapping[str, nn.Module], seed: int, draw: int) -> dict[str, Tensor]:
-    # A layer's number does not depend on which layers are protected, nor its scores.
+    # The seed uses the layer's number in the whole model, so protecting other layers does not change its scores.
     numbers = {name: number for number, (name, _) in enumerate(model.named_modules())}
     return {
         name: torch.from_numpy(np.random.default_rng([seed, draw, numbers[name]]).random(channel_count(layer)))
@@ -165,10 +166,10 @@ def _random(model: nn.Module, layers: Mapping[str, nn.Module], seed: int, draw: 
 
 
 def unit_ranks(group: Group, values: Mapping[str, Tensor]) -> Tensor:
-    """Score of every unit by order within layers alone, so that wide and narrow layers count alike.
+    """Score every unit by the ranks of its channels within their layers, so that wide and narrow layers count equally.
 
     Args:
-        group: the units.
+        group: group of units.
         values: layer → ``[C]``, one score of its channels.
 
     Returns:
@@ -182,15 +183,15 @@ def unit_ranks(group: Group, values: Mapping[str, Tensor]) -> Tensor:
 
 
 def unit_values(group: Group, values: Mapping[str, Tensor]) -> Tensor:
-    """Score of every unit on a scale that layers share, for one threshold over all of them.
+    """Score every unit on a scale that layers share, so that one threshold can serve all of them.
 
     Args:
-        group: the units.
+        group: group of units.
         values: layer → ``[C]``, one score of its channels; −inf for dead ones.
 
     Returns:
         ``[U]`` float64: the mean over a unit's channels of the value divided by the mean of its layer's finite values
-        (1 in a layer that is 0 throughout). A dead channel counts as 0, and a unit of dead channels only is −inf.
+        (1 in a layer that is 0 throughout). A dead channel counts as 0; a unit of only dead channels gets −inf.
     """
     shares = []
     for layer, indices in group.producers.items():

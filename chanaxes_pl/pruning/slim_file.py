@@ -1,9 +1,9 @@
-"""A pruned network on disk: one safetensors file that holds its tensors, with the plan in its metadata.
+"""Pruned networks on disk: one safetensors file holds the tensors, and its metadata holds the plan.
 
-The network itself comes from code: either this package's backbones, or a class of the user's. It is built dense, and
-takes on the shapes of the tensors in the file. Nothing is unpickled, and nothing in the file is trusted: the plan is
-checked against the shapes in the file's header before anything is built, the network is built without memory (on
-PyTorch's meta device), and the only memory that is taken is that of the tensors in the file.
+The network itself comes from code: one of this package's backbones, or a class of the user's. It is built dense, and
+then takes on the shapes of the tensors in the file. Nothing is unpickled, and nothing in the file is trusted. The plan
+is checked against the shapes in the file's header before anything is built. The network is built on PyTorch's meta
+device, so the only memory it takes is that of the tensors in the file.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ from chanaxes_pl.core.files import replacing
 from chanaxes_pl.network.layers import CONVOLUTIONS
 from chanaxes_pl.network.removal import Group, avoid_crash
 
-#: Of the plan; a reader refuses any other.
+#: Version of the plan; a reader refuses any other.
 VERSION = 1
-#: Largest header of a file, in bytes. ResNet-18's, with its plan, has 40 kB.
+#: Largest header of a file, in bytes; ResNet-18's takes 40 kB with its plan.
 HEADER = 2**24
 
 
 _Shapes = Mapping[str, Sequence[int]]
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm)
-# What building a network from arguments of the wrong kind or size may raise.
+# Errors from building a network with arguments of the wrong kind or size.
 _FAILURES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What turned a dense network into a pruned one, and what became of it.
+    """Record of how a dense network was pruned.
 
     Attributes:
         kept: group name → the units that stay, ascending; groups that stay whole may be left out.
         sizes: group name → U, the number of units before pruning.
         input_shape: ``[C, H, W]`` of one image.
-        shapes: of the dense network's parameters and buffers, by name.
-        norms: name of a norm without weights → its features after pruning, which no tensor tells.
-        backbone: arguments of ``build_backbone`` or ``Classifier``; ``None`` where the dense network came from neither.
-        macs: multiply–accumulates of one image after pruning.
-        dense_macs: the same before.
-        notes: anything that JSON can hold: budget, score, allocation, …
+        shapes: name → shape of the dense network's parameters and buffers.
+        norms: name of a norm without weights → its features after pruning, which no tensor shows.
+        backbone: arguments of ``build_backbone`` or ``Classifier``; ``None`` if neither built the dense network.
+        macs: multiply–accumulates (MACs) of one image after pruning.
+        dense_macs: MACs of one image before pruning.
+        notes: anything that JSON can hold, such as budget, score and allocation.
     """
 
     kept: dict[str, tuple[int, ...]]
@@ -77,16 +77,16 @@ class Plan:
         dense_macs: int,
         notes: Mapping[str, Any] | None = None,
     ) -> Plan:
-        """The plan by which :func:`remove` pruned a network.
+        """Record how :func:`remove` pruned a network.
 
         Args:
-            dense: the network before pruning; its ``backbone_arguments`` go into the plan if they still make it.
-            slim: the network after pruning.
-            groups: of the dense network.
+            dense: network before pruning; the plan holds its ``backbone_arguments`` if they still build it.
+            slim: network after pruning.
+            groups: the dense network's groups.
             kept: group name → ``[r]``, the units that stay.
             input_shape: ``[C, H, W]`` of one image.
-            macs: multiply–accumulates of one image after pruning.
-            dense_macs: the same before.
+            macs: MACs of one image after pruning.
+            dense_macs: MACs of one image before pruning.
             notes: anything that JSON can hold.
         """
         return cls(
@@ -102,30 +102,30 @@ class Plan:
         )
 
     def to_json(self) -> str:
-        """The plan as JSON text.
+        """Return the plan as JSON text.
 
         Raises:
-            ValueError: if ``notes`` or ``backbone`` hold what JSON cannot.
+            ValueError: if ``notes`` or ``backbone`` hold something that JSON cannot.
         """
         try:
             return _text({"version": VERSION, **asdict(self)})
         except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"the plan holds what JSON cannot ({error}); see its notes") from error
+            raise ValueError(f"the plan holds something that JSON cannot ({error}); see its notes") from error
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """The plan back from what :meth:`to_json` gave; tuples in ``notes`` have become lists.
+        """Read a plan from the text that :meth:`to_json` returned; tuples in ``notes`` become lists.
 
         Args:
-            text: JSON.
+            text: JSON text.
 
         Raises:
-            ValueError: for anything that :meth:`to_json` does not write: other JSON, an entry that is missing or of
-                another kind, and units that are out of range, repeated, not ascending or none at all.
+            ValueError: if :meth:`to_json` does not write such text: it is not JSON, an entry is missing or of another
+                kind, or units are out of range, repeated, not ascending or missing.
         """
         try:
             values = json.loads(text)
-            # Repeated keys, NaN and numbers beyond a float's range do not come out as they went in.
+            # Repeated keys, NaN and numbers beyond a float's range change when they are written again.
             as_written = _text(values) == text
         except (TypeError, ValueError, RecursionError) as error:
             raise InputError(f"the plan is not JSON ({_line(error)}); {_ADVICE}") from error
@@ -164,7 +164,7 @@ def _line(error: Exception) -> str:
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0  # True is no number here
+    return type(value) is int and value >= 0  # True is not a count
 
 
 def _are_counts(value: Any) -> bool:
@@ -175,7 +175,7 @@ def _is_dict(value: Any, of: Callable[[Any], bool]) -> bool:
     return isinstance(value, dict) and all(map(of, value.values()))
 
 
-#: What every entry of a plan looks like in JSON.
+#: Entry of a plan in JSON → its check, and its form in words.
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "kept": (lambda value: _is_dict(value, _are_counts), "{group: [unit, …]}"),
     "sizes": (lambda value: _is_dict(value, _is_count), "{group: units}"),
@@ -190,7 +190,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def _check_kept(plan: Plan) -> None:
-    """Raise ValueError for a plan that contradicts itself."""
+    """Raise ValueError if a plan contradicts itself."""
     for name, units in plan.kept.items():
         if name not in plan.sizes:
             raise InputError(f"kept names {short(name)}, which is not in sizes; {nearest(name, plan.sizes)}")
@@ -206,7 +206,7 @@ def _check_kept(plan: Plan) -> None:
 
 
 def _backbone_of(dense: nn.Module) -> dict[str, Any] | None:
-    """The arguments that build a network again, if they still do: it may have got another head or activation."""
+    """Return the arguments that build a network, if they still do: its head or activations may have been replaced."""
     arguments = getattr(dense, "backbone_arguments", None)
     if arguments is None:
         return None
@@ -220,25 +220,25 @@ def _backbone_of(dense: nn.Module) -> dict[str, Any] | None:
 
 
 def _build(arguments: Mapping[str, Any]) -> nn.Module:
-    """A backbone or Classifier without memory for its tensors."""
-    from chanaxes_pl.models import Classifier, build_backbone  # torchvision and Lightning, only for who needs them
+    """Build a backbone or Classifier without memory for its tensors."""
+    from chanaxes_pl.models import Classifier, build_backbone  # loads torchvision and Lightning
 
     with torch.device("meta"):
         return (Classifier if "backbone" in arguments else build_backbone)(**arguments)
 
 
 def save_slim(path: str | Path, model: nn.Module, plan: Plan) -> None:
-    """Write a pruned network and its plan in one file, whole or not at all.
+    """Save a pruned network and its plan in one file; the file appears whole or not at all.
 
-    A tensor that goes by several names is written under each of them.
+    A tensor with several names is written under each of them.
 
     Args:
-        path: with or without ``.safetensors``; its folder is made when missing.
-        model: after pruning; left as it is.
-        plan: by which it was pruned.
+        path: path of the file, with or without ``.safetensors``; a missing folder is made.
+        model: network after pruning; it does not change.
+        plan: plan of this network.
 
     Raises:
-        ValueError: if the plan is not this model's, or either holds what the file cannot.
+        ValueError: if the plan is not this model's, or one of them holds something that the file cannot.
         OSError: if the file cannot be written.
     """
     with naming(f"save_slim({str(path)!r})"):
@@ -255,9 +255,9 @@ def save_slim(path: str | Path, model: nn.Module, plan: Plan) -> None:
         try:
             data = safetensors.torch.save(tensors, {"plan": text, "sha256": _digest(text, tensors)})
         except KeyError as error:
-            raise InputError(f"safetensors cannot hold tensors of {error}; convert them before") from error
+            raise InputError(f"safetensors cannot hold tensors of {error}; convert them first") from error
         if (header := int.from_bytes(data[:8], "little")) > HEADER:
-            raise InputError(f"the plan and the names take {header} bytes: expected at most {HEADER}; cut notes")
+            raise InputError(f"the plan and the names take {header} bytes: expected at most {HEADER}; shorten notes")
         with replacing(_file(path)) as draft:
             draft.write_bytes(data)
 
@@ -268,7 +268,7 @@ def _file(path: str | Path) -> Path:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, the very objects."""
+    """Return the parameters and persistent buffers themselves, by name."""
     modules = dict(model.named_modules(remove_duplicate=False))
     tensors = model.state_dict(keep_vars=True)
     for name, value in tensors.items():
@@ -276,7 +276,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
         if not isinstance(value, Tensor) or getattr(modules.get(home), leaf, None) is not value:
             raise InputError(
                 f"{type(model).__name__}'s state dict holds {name!r}, which is no parameter or buffer; a "
-                "pruned network is saved as tensors only: keep such state in attributes that the constructor sets"
+                "pruned network is saved as tensors only: keep other state in attributes that the constructor sets"
             )
     return tensors
 
@@ -286,7 +286,7 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
-    """Of a plan and of its tensors' names, dtypes, shapes and bits."""
+    """Compute the SHA-256 of a plan and of the names, dtypes, shapes and bits of tensors."""
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name!r} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -299,7 +299,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _check_shapes(plan: Plan, shapes: _Shapes, there: str) -> None:
-    """Refuse a plan that cannot have made tensors of these shapes."""
+    """Raise ValueError if a plan cannot have produced tensors of these shapes."""
     for name in {**plan.shapes, **shapes}:
         dense, slim = plan.shapes.get(name), shapes.get(name)
         if not _is_part(slim, dense) and not (dense is None and _is_bias(name, shapes)):
@@ -328,7 +328,7 @@ def _is_part(slim: Sequence[int] | None, dense: Sequence[int] | None) -> bool:
 
 
 def _is_bias(name: str, shapes: _Shapes) -> bool:
-    """Whether a tensor that the dense network lacks may be a bias, as compensation adds some."""
+    """Return whether a tensor that the dense network lacks may be a bias that compensation added."""
     weight = shapes.get(f"{name.removesuffix('bias')}weight") if name.endswith(".bias") else None
     return bool(weight) and [*shapes[name]] == [*weight[:1]]
 
@@ -338,23 +338,25 @@ def _size(shape: Sequence[int] | None) -> str:
 
 
 def load_slim(path: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """A pruned network back from its file, in eval mode: every bit of its tensors, in the dtypes that they had.
+    """Load a pruned network in eval mode, with exactly the tensors and dtypes that were saved.
 
     Args:
-        path: with or without ``.safetensors``.
-        model: a freshly built dense network of the same class and settings, on any device; it takes on the file's
-            tensors, keeps its device and memory format, and is returned. It is unchanged after an error. Tensors that
-            it shares stay shared where they were saved alike. Without it, the network is built by
-            :func:`build_backbone` or as a ``Classifier`` on the CPU, if it came from there.
+        path: path of the file, with or without ``.safetensors``.
+        model: new dense network of the same class and settings, on any device. It takes on the file's tensors, keeps
+            its device and memory format, and is returned; after an error it is unchanged. Tensors that it shares stay
+            shared if they were saved alike. By default, the network is built on the CPU by :func:`build_backbone` or
+            as a ``Classifier``, if it came from there.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged or changed, or does not fit the model.
+        ValueError: if the file is damaged or changed, or does not fit the model.
     """
     with naming(str(_file(path))):
         file = _file(path)
         if not file.is_file():
-            raise FileNotFoundError(f"load_slim({str(path)!r}): there is no {file}; expected what save_slim wrote")
+            raise FileNotFoundError(
+                f"load_slim({str(path)!r}): there is no {file}; expected a file that save_slim wrote"
+            )
         with file.open("rb") as stream:
             header = int.from_bytes(stream.read(8), "little")
         try:
@@ -363,8 +365,8 @@ def load_slim(path: str | Path, model: nn.Module | None = None) -> nn.Module:
             content = safe_open(file, "pt")
         except SafetensorError as error:
             raise InputError(
-                f"no whole safetensors file ({_line(error)}); it was cut off or is of another kind. Pickles, "
-                "such as torch.save writes, are never opened here"
+                f"not a whole safetensors file ({_line(error)}); it was cut off or is of another kind. Pickles, "
+                "such as those of torch.save, are never opened here"
             ) from error
         with content:
             metadata = content.metadata() or {}
@@ -377,7 +379,7 @@ def load_slim(path: str | Path, model: nn.Module | None = None) -> nn.Module:
             _check_model(dense, plan, shapes)
             tensors = {name: content.get_tensor(name) for name in shapes}
             if _digest(metadata["plan"], tensors) != metadata["sha256"]:
-                raise InputError(f"its tensors or its plan are not those of its sha256; {_ADVICE}")
+                raise InputError(f"its tensors or its plan do not match its sha256; {_ADVICE}")
             fill(dense, plan, tensors)
         if model is None:
             _take_memory(dense)
@@ -387,8 +389,8 @@ def load_slim(path: str | Path, model: nn.Module | None = None) -> nn.Module:
 def _built(plan: Plan) -> nn.Module:
     if plan.backbone is None:
         raise InputError(
-            "the plan does not say how to build the network, which did not come from build_backbone; pass a "
-            "freshly built model: load_slim(path, MyNet())"
+            "the plan does not say how to build the network, because build_backbone did not build it; pass a "
+            "newly built model: load_slim(path, MyNet())"
         )
     try:
         return _build(plan.backbone)
@@ -399,7 +401,7 @@ def _built(plan: Plan) -> nn.Module:
 
 
 def _check_model(model: nn.Module, plan: Plan, shapes: _Shapes) -> None:
-    """Refuse a model that is not the dense network of a plan."""
+    """Raise ValueError if a model is not the dense network of a plan."""
     kind, own = type(model).__name__, _shapes(_tensors(model))
     names = [name for name in {**plan.shapes, **own} if own.get(name) != plan.shapes.get(name)]
     if names:
@@ -427,12 +429,12 @@ def _check_model(model: nn.Module, plan: Plan, shapes: _Shapes) -> None:
 
 
 def fill(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
-    """Turn a freshly built dense network into a pruned one, in place.
+    """Turn a newly built dense network into a pruned one, in place.
 
     Args:
-        model: of the class and settings that the plan was made from; unchanged after an error.
-        plan: by which the network was pruned.
-        tensors: the pruned network's parameters and buffers by name; they are copied.
+        model: network of the plan's class and settings; unchanged after an error.
+        plan: plan of the pruned network.
+        tensors: name → the pruned network's parameters and buffers; they are copied.
 
     Raises:
         ValueError: if the plan, the tensors and the model do not belong together.
@@ -448,7 +450,7 @@ def fill(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
                 f"{name!r} is {dtypes[1]}, but {dtypes[0]} in {type(model).__name__}: expected the same "
                 "dtype, or another floating-point one"
             )
-    first: dict[int, str] = {}  # the name that a shared tensor goes by first
+    first: dict[int, str] = {}  # id of a shared tensor → its first name
     for name, value in tensors.items():
         home, _, leaf = name.rpartition(".")
         old = own.get(name)
@@ -477,11 +479,11 @@ def _memory_format(tensor: Tensor) -> torch.memory_format:
 
 
 def _resize(module: nn.Module, features: int | None) -> None:
-    """Make the sizes that a module holds those of its tensors, or of a norm without weights ``features``."""
+    """Set a module's size attributes to the sizes of its tensors, or to ``features`` for a norm without weights."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, CONVOLUTIONS):
-        if module.groups == module.in_channels == module.out_channels:  # depthwise: one group a channel
+        if module.groups == module.in_channels == module.out_channels:  # depthwise: one group per channel
             module.groups = len(module.weight)
         module.out_channels, module.in_channels = len(module.weight), module.weight.shape[1] * module.groups
     elif isinstance(module, nn.PReLU):
@@ -504,11 +506,11 @@ def _features(norm: Any) -> int:
 
 
 def _take_memory(model: nn.Module) -> None:
-    """Give a network that was built on the meta device, and then filled, the rest of its state."""
+    """Complete the state of a network that was built on the meta device and then filled."""
     from chanaxes_pl.models import Classifier, ImageClassifier
 
-    if isinstance(model, Classifier):  # its metrics hold tensors that are in no state dict
+    if isinstance(model, Classifier):  # its metrics hold tensors that are not in the state dict
         fresh = ImageClassifier(nn.Identity(), model.hparams["num_classes"])
         for name in ("train_top1", "val_accuracy", "test_accuracy"):
             setattr(model, name, getattr(fresh, name))
-    model.to("cpu")  # which Lightning notes down
+    model.to("cpu")  # so that Lightning records the device

@@ -1,1 +1,1 @@
-"""The page of a report: what one run, or several of the same network, have shown."""
+"""Report on one run, or several of the same network, as an HTML page."""

@@ -1,4 +1,4 @@
-"""What a section of the report is made of."""
+"""Building blocks of the report's sections."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class Picture:
     """A figure, with the numbers that are drawn in it.
 
     Attributes:
-        name: of its files.
-        figure: as it is printed.
-        numbers: become the CSV file.
-        caption: says how to read it.
-        points: of each scatter plot, in the order they were drawn: ``run, layer, channel`` and the columns that a
-            pointer over a point shows.
+        name: name of its files.
+        figure: the figure.
+        numbers: table for the CSV file.
+        caption: explanation of the figure.
+        points: points of each scatter plot, in drawing order: ``run, layer, channel`` and the columns that a pointer
+            over a point shows.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells, the first of each row its name."""
+    """A table of text; the first cell of each row is its name."""
 
     caption: str
     head: Sequence[str]
@@ -40,14 +40,14 @@ class Table:
 
 @dataclass(frozen=True)
 class Missing:
-    """Why there is nothing to see here, and how to get it."""
+    """A note that says why something is missing, and how to get it."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Folded:
-    """Text that is shown when asked for."""
+    """Text that the reader can unfold."""
 
     summary: str
     text: str
@@ -58,7 +58,7 @@ Block = Picture | Table | Missing | Folded
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, what it is about, and what was found."""
+    """A section of the page: heading, introduction and blocks."""
 
     title: str
     about: str
@@ -66,10 +66,10 @@ class Section:
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing to see but why there is nothing."""
+        """Whether the section holds only notes about what is missing."""
         return all(isinstance(block, Missing) for block in self.blocks)
 
     @property
     def anchor(self) -> str:
-        """Its name within the page."""
+        """Name of the section in links within the page."""
         return self.title.lower().replace(" ", "-")

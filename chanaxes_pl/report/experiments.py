@@ -1,8 +1,6 @@
-"""The report's sections on what was done to the trained networks: lesions and pruning."""
+"""Sections of the report on experiments with the trained networks: lesions, early prediction and pruning."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pandas as pd
 
@@ -14,25 +12,25 @@ from chanaxes_pl.analysis.text import interval, intervals, number, variant
 from chanaxes_pl.core.statistics import mean_over_runs
 from chanaxes_pl.plots import plot_early_prediction, plot_lesions, plot_pruning
 from chanaxes_pl.plots.style import words
-from chanaxes_pl.report.blocks import Missing, Picture, Section, Table
+from chanaxes_pl.report.blocks import Block, Missing, Picture, Section, Table
 from chanaxes_pl.tables import DENSE, VARIANT
 
 _POINT = ["run", "layer", "channel"]
 
 
 def lesions(runs: Runs) -> Section:
-    """What lesions cost, and what that goes with."""
-    about = "What it costs on test images to take channels out one by one, and the metrics that this goes with."
+    """Make the section on the damage of lesions and its correlations."""
+    about = "Damage on test images when single channels are lesioned, and the metrics that it correlates with."
     damage = runs.damage
     if damage is None:
         reason = (
-            "No lesions.parquet in the run folder yet; it comes from "
+            "The run folder has no lesions.parquet yet; make it with "
             "`chanaxes lesion --config CONFIG --ckpt_path RUN/checkpoints/last.ckpt`."
         )
         if any(run.lesions for run in runs.each):
-            reason = "The tables of lesions have no operation in common, or no layer with 3 channels to correlate."
+            reason = "The tables of lesions share no operation, or have no layer with 3 channels to correlate."
         return Section("Lesions", about, [Missing(reason)])
-    blocks: list[Any] = []
+    blocks: list[Block] = []
     tables = list(damage.tables.groupby(["run", "place"], sort=False))
     for nth, ((run, place), table) in enumerate(tables):
         found = damage.correlations
@@ -46,21 +44,22 @@ def lesions(runs: Runs) -> Section:
                 plot_lesions(table, found, damage.column, title=str(run) if len(runs.each) > 1 else ""),
                 table,
                 f"{len(table)} channels of {run}; mean change of cross-entropy in nats: {', '.join(means)}. "
-                f"ρ: {damage.column} with the metric within layers, mean over layers [95 % over units].",
+                f"ρ: correlation of {damage.column} with the metric within layers, mean over layers [95 % over units].",
                 [table[[*_POINT, score, damage.column]] for score in panels],
             )
         )
     if len(tables) > 1:
         rows = [[words(str(row["score"])), interval(row)] for _, row in damage.over_runs.iterrows()]
-        caption = "ρ with damage over runs: mean ± standard deviation [95 % bootstrap over runs]."
+        caption = "ρ with damage: mean ± standard deviation [95 % bootstrap over runs]."
         blocks.append(Table(caption, ["metric", "ρ"], rows))
     return Section("Lesions", about, blocks)
 
 
 def early(runs: Runs) -> Section:
-    """How early the end can be told."""
-    about = "Rank correlation of each metric at each checkpoint with what becomes of the channels in the end."
-    frames, blocks = [], []
+    """Make the section on how early damage and pruning order can be predicted."""
+    about = "Rank correlation of each metric at each checkpoint with the channels' damage and pruning order at the end."
+    frames: list[pd.DataFrame] = []
+    blocks: list[Block] = []
     for run in runs.each:
         try:
             found = early_prediction(run, next(iter(run.lesions.values()), None), resamples=runs.resamples)
@@ -77,33 +76,33 @@ def early(runs: Runs) -> Section:
         drawn = mean_over_runs(table, "rho", runs.resamples).rename(columns={"mean": "rho"})
         drawn, spread = drawn.assign(reason=drawn["target"].map(reasons)), "mean of runs, 95 % over runs"
     caption = (
-        f"Mean over layers; bands: {spread}. Damage is that of removing a channel; the pruning order is that of input "
-        "capture at the last checkpoint, low goes first."
+        f"Mean over layers; bands: {spread}. Damage is the damage of removing a channel. The pruning order is that of "
+        "input capture at the last checkpoint, where the lowest channels go first."
     )
     picture = Picture("early", plot_early_prediction(drawn), table, caption)
     return Section("Early prediction", about, [*blocks, picture])
 
 
 def pruning(runs: Runs, against: str = "l1") -> Section:
-    """Accuracy over MACs.
+    """Make the section on accuracy over MACs.
 
     Args:
-        runs: of one network.
-        against: the score that the others are compared with where there are several runs.
+        runs: runs of one network.
+        against: score that the others are compared with if there are several runs.
     """
-    about = "Test accuracy over the share of multiply–accumulates that is left, under each score of what goes first."
+    about = "Test accuracy over the share of multiply–accumulates (MACs) that remains, for each score."
     places = list(dict.fromkeys(place for run in runs.each for place in run.pruning))
     if not places:
         command = "chanaxes prune --config CONFIG --ckpt_path RUN/checkpoints/last.ckpt"
         return Section(
-            "Pruning", about, [Missing(f"No pruning.parquet in the run folder yet; it comes from `{command}`.")]
+            "Pruning", about, [Missing(f"The run folder has no pruning.parquet yet; make it with `{command}`.")]
         )
-    blocks: list[Any] = []
+    blocks: list[Block] = []
     for nth, place in enumerate(places):
         grids = [run.pruning[place] for run in runs.each if place in run.pruning]
         grid = pd.concat(grids, ignore_index=True)
         title = "" if place == "." else place
-        spread = f"Mean of {len(grids)} runs; a band, where there is one, is their range. " if len(grids) > 1 else ""
+        spread = f"Mean of {len(grids)} runs; a band is their range. " if len(grids) > 1 else ""
         caption = f"{spread}The horizontal line is the dense network. Each row of panels has its own scale."
         name = f"pruning-{nth}" if len(places) > 1 else "pruning"
         blocks += [Picture(name, plot_pruning(grid, title), grid, caption), *_accuracies(grid, title, runs.resamples)]
@@ -113,17 +112,17 @@ def pruning(runs: Runs, against: str = "l1") -> Section:
 
 
 def _accuracies(grid: pd.DataFrame, title: str, resamples: int) -> list[Table]:
-    """A table for each allocation and compensation: accuracy by score and budget."""
+    """Make a table of accuracy by score and budget for each allocation and compensation."""
     pruned = grid[grid["score"] != DENSE]
     pruned = pruned.assign(accuracy=100 * pruned["accuracy"])
     tables = []
     for keys, part in pruned.groupby(["allocation", "compensate"], sort=False):
-        allocation, strength = map(str, keys)
+        allocation, compensate = map(str, keys)
         means = mean_over_runs(part[["run", *VARIANT, "accuracy"]], "accuracy", resamples)
         budgets = sorted(part["budget"].unique(), reverse=True)
         cells = intervals(means, "score", "budget", digits=1).fillna("–")
         rows = [[score, *cells.loc[score, budgets]] for score in part["score"].unique()]
-        kind = f"{title + ': ' if title else ''}{variant(str(allocation), str(strength))}"
+        kind = f"{title + ': ' if title else ''}{variant(allocation, compensate)}"
         tables.append(
             Table(f"{kind}. Accuracy in %.", ["score", *(f"{100 * budget:g} % of MACs" for budget in budgets)], rows)
         )
@@ -131,15 +130,15 @@ def _accuracies(grid: pd.DataFrame, title: str, resamples: int) -> list[Table]:
 
 
 def _paired(grid: pd.DataFrame, title: str, against: str) -> list[Table]:
-    """Differences of the area under the curve between scores, run by run."""
+    """Make a table of the differences between scores in the area under the curve, run by run."""
     differences = score_differences(grid, against=against)
     rows = [
-        [f"{row['scores']} less {row['against']}", variant(row["allocation"], row["compensate"]), cell]
+        [f"{row['scores']} minus {row['against']}", variant(row["allocation"], row["compensate"]), cell]
         for _, row in differences.iterrows()
         for cell in [interval(row, 1, sign=True, scale=100)]
     ]
     caption = (
-        f"{title + ': ' if title else ''}paired differences: accuracy in points, mean over the curve, of two scores on "
-        "the same runs; mean ± standard deviation over runs [95 % bootstrap over runs]."
+        f"{title + ': ' if title else ''}paired differences of two scores on the same runs, in points of accuracy "
+        "averaged over the curve; mean ± standard deviation over runs [95 % bootstrap over runs]."
     )
     return [Table(caption, ["scores", "under", "difference"], rows)] if rows else []

@@ -1,4 +1,4 @@
-"""What a page says first: up to five sentences with the runs' own numbers."""
+"""Findings at the top of the page: up to five sentences with the runs' own numbers."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from chanaxes_pl.core.statistics import mean_over_runs
 from chanaxes_pl.plots.style import words
 from chanaxes_pl.tables import DENSE
 
-#: Share of the MACs at which pruning is summed up; the nearest budget of the grid is taken.
+#: Share of the MACs at which pruning is summarised; the nearest budget of the grid is used.
 BUDGET = 0.5
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A sentence, and the title of the section that shows where it comes from."""
+    """A sentence, and the title of the section that supports it."""
 
     text: str
     section: str
 
 
 def findings(runs: Runs) -> list[Finding]:
-    """The sentences whose experiments were made, in the order of the page."""
+    """Write the sentences for the experiments that were made, in the order of the page."""
     makers = {
-        "Axis correlation": (_coupling, _parting),
+        "Axis correlation": (_coupling, _separation),
         "Lesions": (_damage, _peers),
         "Pruning": (_pruning,),
     }
@@ -37,7 +37,7 @@ def findings(runs: Runs) -> list[Finding]:
 
 
 def _coupling(runs: Runs) -> Iterator[str]:
-    """ρ at the first checkpoint and at the last, with intervals over channels of one run, else over runs."""
+    """State ρ at the first and the last checkpoint, with intervals over channels for one run, otherwise over runs."""
     if len(runs.each) == 1:
         rows = main_correlation(runs.correlations).rename(columns={"rho": "mean"}).set_index("step")
     else:
@@ -56,18 +56,18 @@ def _coupling(runs: Runs) -> Iterator[str]:
 def _coupled(row: pd.Series) -> str:
     if row["low"] != row["low"]:
         return "coupled" if row["mean"] > 0 else "not coupled"
-    return "coupled" if row["low"] > 0 else "coupled inversely" if row["high"] < 0 else "not coupled"
+    return "coupled" if row["low"] > 0 else "inversely coupled" if row["high"] < 0 else "not coupled"
 
 
-def _parting(runs: Runs) -> Iterator[str]:
-    """When ρ had fallen to half of its highest value."""
+def _separation(runs: Runs) -> Iterator[str]:
+    """State when ρ had fallen to half of its highest value."""
     if len(runs.steps) == 1:
         return
     found = separation(main_correlation(runs.correlations))
     coupled = found[found["highest"] > 0]
     if not len(coupled):
         if found["highest"].notna().any():
-            yield "At no checkpoint is the correlation above 0, so the axes had no coupling to lose."
+            yield "The correlation is not above 0 at any checkpoint, so the axes had no coupling to lose."
         return
     apart = coupled.dropna(subset=["step"])
     several = len(found) > 1
@@ -90,29 +90,29 @@ def _middle(values: pd.Series) -> str:
 
 
 def _damage(runs: Runs) -> Iterator[str]:
-    """The mean damage of removing a channel, and the metric that it correlates with most strongly."""
+    """State the mean damage of a lesion, and the metric that it correlates with most strongly."""
     damage = runs.damage
     if damage is None:
         return
     cost = _mean(damage.tables, damage.column)
-    text = f"{_OPERATION[damage.column]} one channel raises the test loss by {_cell(cost, 4)} nats on average"
+    text = f"{_OPERATION[damage.column]} raises the test loss by {_cell(cost, 4)} nats on average"
     strongest = damage.over_runs.dropna(subset=["mean"])
     if len(strongest):
         row = strongest.iloc[int(strongest["mean"].abs().to_numpy().argmax())]
-        text += f"; within layers this damage correlates most with {words(row['score'])} (ρ = {_cell(row)})"
+        text += f"; within layers, this damage correlates most with {words(row['score'])} (ρ = {_cell(row)})"
     yield text + "."
 
 
 _OPERATION = {
-    "zero_loss": "Removing",
-    "mean_loss": "Setting to its mean",
-    "peer_loss": "Replacing by its peers",
-    "hull_loss": "Replacing by its hull",
+    "zero_loss": "Removing one channel",
+    "mean_loss": "Setting one channel to its mean",
+    "peer_loss": "Rebuilding one channel from its peers",
+    "hull_loss": "Rebuilding one channel from its hull",
 }
 
 
 def _peers(runs: Runs) -> Iterator[str]:
-    """How much of the damage is gone where a channel is rebuilt from its peers."""
+    """State how much of the damage remains if a channel is rebuilt from its peers."""
     damage = runs.damage
     if damage is None or damage.column == "peer_loss":
         return
@@ -120,14 +120,14 @@ def _peers(runs: Runs) -> Iterator[str]:
     if "peer_loss" not in both or not len(both):
         return
     removed, rebuilt = (_mean(both, column) for column in (damage.column, "peer_loss"))
-    text = f"Rebuilding the channel from its peers leaves {_cell(rebuilt, 4)} nats of that"
+    text = f"Rebuilding the channel from its peers leaves {_cell(rebuilt, 4)} nats of this damage"
     if removed["mean"] > 0:
-        text += f", so peers give back {100 * (1 - rebuilt['mean'] / removed['mean']):.0f} % of the damage"
+        text += f", so peers recover {100 * (1 - rebuilt['mean'] / removed['mean']):.0f} % of it"
     yield text + "."
 
 
 def _pruning(runs: Runs) -> Iterator[str]:
-    """Accuracy of the best score at half the MACs without compensation, and of the same with it."""
+    """State the accuracy of the best score at half the MACs without compensation, and of the same score with it."""
     place = next((place for run in runs.each for place in run.pruning), None)
     if place is None:
         return
@@ -146,19 +146,19 @@ def _pruning(runs: Runs) -> Iterator[str]:
     bare = means.xs(kinds[0], level="compensate")
     score, allocation = bare.index[int(bare.to_numpy().argmax())]
     dense = 100 * grid.loc[grid["score"] == DENSE, "accuracy"].mean()
-    text = f"With {100 * budget:g} % of the multiply–accumulates left, accuracy falls from {number(dense, 1)} % to "
+    text = f"At {100 * budget:g} % of the multiply–accumulates, accuracy falls from {number(dense, 1)} % to "
     text += f"{number(100 * bare.max(), 1)} % under the best score, {score} ({allocation} allocation"
     text += ", no compensation)" if kinds[0] == "none" else f", {kinds[0]})"
     if kinds[0] == "none" and len(kinds) > 1 and (score, allocation, kinds[1]) in means.index:
         mended = means[score, allocation, kinds[1]]
         points = 100 * (mended - bare.max())
-        verb = "gives back" if points >= 0 else "takes away a further"
+        verb = "recovers" if points >= 0 else "costs a further"
         text += f"; {kinds[1]} {verb} {number(abs(points), 1)} points, to {number(100 * mended, 1)} %"
     yield text + "."
 
 
 def _mean(table: pd.DataFrame, column: str) -> pd.Series:
-    """The mean over channels of each run, and over runs."""
+    """Average over channels, then over runs."""
     by_run = table.groupby("run", sort=False)[column].mean().reset_index().assign(all="")
     return mean_over_runs(by_run, column, by=["all"]).iloc[0]
 

@@ -1,4 +1,4 @@
-"""Sections as one HTML file that opens without a network, and their figures as files beside it."""
+"""Page of a report: one HTML file that opens offline, and the figures as files beside it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from chanaxes_pl.plots.style import words
 from chanaxes_pl.report.blocks import Picture, Section
 from chanaxes_pl.report.findings import findings
 
-# Text as text in PDF, as outlines in the page: a reader's machine need not have the font. The same run, the same bytes.
+# Text stays text in PDF, and becomes outlines in the page, so that no font is needed. Equal runs give equal bytes.
 _LOOK: dict[Any, Any] = {"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "chanaxes", "savefig.dpi": 200}
 
 _VERSIONS = ("chanaxes_pl", "torch", "lightning", "numpy", "scipy", "matplotlib")
@@ -34,12 +34,12 @@ def write_page(folder: Path, runs: Runs, sections: Sequence[Section]) -> Path:
     """Write the page, the figures as PDF and their numbers as CSV.
 
     Args:
-        folder: where; it exists.
-        runs: for the heading.
-        sections: in order.
+        folder: existing folder to write into.
+        runs: runs for the heading and the findings.
+        sections: sections in order.
 
     Returns:
-        The page, ``<folder>/index.html``; it is there whole or as it was.
+        Path of the page, ``<folder>/index.html``. If writing fails, an older page stays as it was.
 
     Raises:
         OSError: if the folder cannot be written.
@@ -63,7 +63,7 @@ def write_page(folder: Path, runs: Runs, sections: Sequence[Section]) -> Path:
 
 
 def _embed(picture: Picture, folder: Path) -> dict[str, Any]:
-    """A figure as the page holds it, once its files are written."""
+    """Write a figure's files, and return what the page needs to show it."""
     svg = io.BytesIO()
     with mpl.rc_context(_LOOK):
         picture.figure.savefig(folder / f"{picture.name}.pdf", metadata={"CreationDate": None})
@@ -81,7 +81,7 @@ def _embed(picture: Picture, folder: Path) -> dict[str, Any]:
 
 
 def _hover(figure: Figure, panels: Sequence[pd.DataFrame]) -> list[dict[str, Any]]:
-    """Where the points of each scatter plot are, as shares of the figure's width and height, and what they are."""
+    """Locate the points of each scatter plot, as shares of the figure's width and height, and describe them."""
     scatters = [(axes, dots) for axes in figure.axes for dots in axes.collections if isinstance(dots, PathCollection)]
     drawn = []
     for (axes, dots), points in zip(scatters, panels, strict=True):

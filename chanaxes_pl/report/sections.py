@@ -1,4 +1,4 @@
-"""What the report shows, section by section: each takes the runs and returns what it found."""
+"""Sections of the report; each function makes one from the runs."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from chanaxes_pl.plots import (
     plot_peer_support,
 )
 from chanaxes_pl.plots.style import words
-from chanaxes_pl.report.blocks import Folded, Missing, Picture, Section, Table
+from chanaxes_pl.report.blocks import Block, Folded, Missing, Picture, Section, Table
 from chanaxes_pl.report.experiments import early, lesions, pruning
 from chanaxes_pl.tables import DENSE
 
-#: What a reader looks for first, by the end of its key in the configuration.
+#: Fact that a reader looks for first → its key in the configuration.
 _SHOWN = {
     "network": "model.init_args.backbone",
     "width": "model.init_args.width",
@@ -46,7 +46,7 @@ _SHOWN = {
 
 
 def configuration(runs: Runs) -> Section:
-    """What was run, and what of it could not be read."""
+    """Make the section on what was run, with notes about what could not be read."""
     shown = {name: [_fact(run, name, key) for run in runs.each] for name, key in _SHOWN.items()}
     versions = [run.about.get("versions") for run in runs.each]
     texts = [", ".join(f"{k} {v}" for k, v in each.items()) if isinstance(each, dict) else "" for each in versions]
@@ -56,27 +56,25 @@ def configuration(runs: Runs) -> Section:
         [run.name, *(cells[place] or "–" for cells in shown.values()), f"{len(run.steps)}, to step {run.steps[-1]}"]
         for place, run in enumerate(runs.each)
     ]
-    blocks: list[Any] = [Table("", ["run", *shown, "checkpoints"], rows)]
+    blocks: list[Block] = [Table("", ["run", *shown, "checkpoints"], rows)]
     if len(runs.each) > 1:
         left = sum(len(run.steps) for run in runs.each) - len(runs.each) * len(runs.steps)
         if left:
-            blocks.append(
-                Missing(f"Left out: {left} checkpoint{'s' * (left != 1)}, at steps where not every run was measured.")
-            )
+            blocks.append(Missing(f"Left out: {left} checkpoint{'s' * (left != 1)}, at steps that not all runs have."))
     blocks += [Missing(note) for run in runs.each for note in run.notes]
     saved = [run for run in runs.each if run.config]
     blocks += [Folded(f"whole configuration of {run.name}", yaml.safe_dump(run.config)) for run in saved]
     if len(saved) < len(runs.each):
-        blocks.append(Missing("No saved configuration: config.yaml is written by runs that `chanaxes fit` starts."))
-    return Section("Configuration", "What was trained, and how often it was measured.", blocks)
+        blocks.append(Missing("No saved configuration: only runs of `chanaxes fit` write config.yaml."))
+    return Section("Configuration", "Networks that were trained, and the number of checkpoints.", blocks)
 
 
 def accuracy(runs: Runs) -> Section:
-    """How well the networks do."""
+    """Make the section on accuracy."""
     rows = [row for run in runs.each for row in _accuracies(run)]
-    about = "Top-1 accuracy while training."
+    about = "Top-1 accuracy during training."
     if not rows:
-        reason = "No accuracy: metrics.csv in the run folder holds no top1. Train with a CSVLogger, and a Classifier."
+        reason = "No accuracy: metrics.csv in the run folder has no top1. Train a Classifier with a CSVLogger."
         return Section("Accuracy", about, [Missing(reason)])
     table = pd.DataFrame(rows)
     ends = table.groupby(["run", "split"], sort=False).last()["accuracy"].unstack()
@@ -84,9 +82,9 @@ def accuracy(runs: Runs) -> Section:
     cells = [[str(run), *(number(100 * row[split], 1) for split in splits)] for run, row in ends.iterrows()]
     if len(cells) > 1:
         cells.append(["mean ± sd", *(_mean_and_spread(100 * ends[split]) for split in splits)])
-    caption = "Train: mean over the epoch while it was trained. Validation and test: images not trained on."
+    caption = "Train: mean over the epoch, during training. Validation and test: images that were not trained on."
     picture = Picture("accuracy", plot_accuracy(table), table, caption)
-    return Section("Accuracy", about, [picture, Table("Top-1 accuracy at the end, %.", ["run", *splits], cells)])
+    return Section("Accuracy", about, [picture, Table("Top-1 accuracy at the end, in %.", ["run", *splits], cells)])
 
 
 def _mean_and_spread(values: pd.Series) -> str:
@@ -95,15 +93,15 @@ def _mean_and_spread(values: pd.Series) -> str:
 
 
 def correlation(runs: Runs) -> Section:
-    """How the two axes come apart."""
+    """Make the section on the correlation of the two axes."""
     several = len(runs.each) > 1
     means, change = runs.mean(), runs.change(runs.steps[0], runs.steps[-1])
     drawn = Picture(
         "correlations",
         plot_correlations(runs.correlations),
         runs.correlations,
-        "Left: ρ(input capture, task information), mean over layers; the ceiling is the highest ρ that the metrics' "
-        "split-half reliability allows, the null the same for a target that knows nothing. Right: every layer"
+        "Left: ρ(input capture, task information), mean over layers. The ceiling is the highest ρ that the metrics' "
+        "split-half reliability allows; the null is ρ for a random target. Right: every layer"
         + (", mean over runs." if several else "."),
     )
     reliable = reliabilities(runs.table)
@@ -121,11 +119,11 @@ def correlation(runs: Runs) -> Section:
         whole = interval(main_correlation(change, pair=pair).iloc[0], sign=True)
         rows.append([" and ".join(map(words, pair)), *cells, whole])
     spread = " ± standard deviation over runs [95 % bootstrap over runs]" if several else ""
-    caption = f"Mean over layers{spread}. Change: last less first, of the same run."
+    caption = f"Mean over layers{spread}. Change: last minus first checkpoint of the same run."
     table = Table(caption, ["pair", *_when(runs).values(), "change"], rows)
-    blocks: list[Any] = [drawn, table, pairs, *_against_headline(runs)]
+    blocks: list[Block] = [drawn, table, pairs, *_against_headline(runs)]
     if len(runs.steps) == 1:
-        blocks.insert(0, Missing('A single checkpoint: nothing to see over epochs. `schedule="log"` records more.'))
+        blocks.insert(0, Missing('A single checkpoint shows no change over epochs. `schedule="log"` records more.'))
     about = "Spearman's ρ between a channel's local and its target metrics, within layers, over training."
     return Section("Axis correlation", about, blocks)
 
@@ -142,77 +140,77 @@ def _against_headline(runs: Runs) -> list[Table]:
         for pair in PAIRS
         if pair != MAIN_PAIR
     ]
-    caption = "ρ less that of input capture and task information, on the same checkpoint of the same run."
+    caption = "ρ minus that of input capture and task information, at the same checkpoint of the same run."
     return [Table(caption, ["pair", "first checkpoint", "last checkpoint"], rows)]
 
 
 def metrics(runs: Runs) -> Section:
-    """The four metrics over time."""
+    """Make the section on the four metrics over time."""
     quantiles = distributions(runs.table)
     dead = runs.table.groupby("step")["dead"].sum()
     picture = Picture(
         "distributions",
         plot_distributions(quantiles),
         quantiles,
-        "Over all live channels: median, the middle half and the middle 90 %. "
+        "Over all live channels: median, middle half and middle 90 %. "
         f"Dead channels: {dead.iloc[0]:g} at the first checkpoint, {dead.iloc[-1]:g} at the last.",
     )
     return Section("Metrics", "How the four metrics are distributed over channels.", [picture])
 
 
 def channels(runs: Runs) -> Section:
-    """Every channel."""
+    """Make the section that shows every channel."""
     when = _when(runs)
     steps = {when[key]: runs.landmarks[key] for key in ("first", "last")}
     panels = channel_panels(runs.table, steps)
     kept = ["run", "layer", "channel"]
     points = [panel[[*kept, panel["local"].iloc[0], panel["target"].iloc[0]]] for panel in panels if len(panel)]
     numbers = pd.concat(panels)[["run", "epoch", "step", "layer", "channel", "when", "local", "target", "x", "y"]]
-    about = "Each point is a channel; rest the pointer on one to see which."
+    about = "Each point is a channel; rest the pointer on a point to see which one."
     if len(points) < len(panels):
         return Section("Channels", about, [Missing("No channel is live, or has its metrics defined.")])
     picture = Picture(
         "channels",
         plot_channels(panels, list(runs.each[0].widths)),
         numbers,
-        "Ranks within the layer. Coupled axes would lie along the diagonal.",
+        "Ranks within the layer. If the axes were coupled, the points would lie along the diagonal.",
         points,
     )
     return Section("Channels", about, [picture])
 
 
 def groups(runs: Runs) -> Section:
-    """Whether the axes sort channels alike."""
+    """Make the section on whether the axes group channels alike."""
     about = (
         "k-means groups (k = 4) of a layer's channels by their local metrics, and by their target metrics. The "
-        "adjusted Rand index is 1 where both groupings are the same, and 0 on average where they are unrelated."
+        "adjusted Rand index is 1 if both groupings are the same, and 0 on average if they are unrelated."
     )
     frames = [groupings(runs.table[runs.table["step"] == step]).assign(when=when) for when, step in _distinct(runs)]
     table = pd.concat(frames, ignore_index=True)
     if table["ari"].isna().all():
         return Section("Groupings", about, [Missing("No layer has 4 live channels, so none can be grouped.")])
     caption = (
-        "Beside the agreement of the axes stands that of each axis with itself on the probe's other half: its ceiling."
+        "Agreement of the two axes, and the ceiling of each axis: its agreement with itself on the probe's other half."
     )
     return Section("Groupings", about, [Picture("groupings", plot_groupings(table), table, caption)])
 
 
 def peers(runs: Runs) -> Section:
-    """What peers could stand in for."""
+    """Make the section on how well peers reconstruct channels."""
     last = runs.table[runs.table["step"] == runs.steps[-1]]
-    about = "How much of a channel's output ridge regression on its same-layer peers explains, at the last checkpoint."
+    about = "Share of a channel's variance that a ridge regression on its peers explains, at the last checkpoint."
     quartiles = last.groupby(["run", "layer"], sort=False)["peer_r2"].quantile(np.array([0.25, 0.5, 0.75])).unstack()
     support = quartiles.set_axis(["peer_r2_low", "peer_r2", "peer_r2_high"], axis=1).reset_index()
     table = support.merge(task_masses(last), on=["run", "layer"])
-    caption = "Task information counts as duplicated by the share of the channel that its peers explain, Σ I·R²."
+    caption = "Duplicated task information is weighted by the share of the channel that its peers explain, Σ I·R²."
     return Section("Peer support", about, [Picture("peers", plot_peer_support(table), table, caption)])
 
 
 def gradients(runs: Runs) -> Section:
-    """Whether a step on one information changes the other."""
+    """Make the section on the angle between the gradients of the two kinds of information."""
     about = (
         "Cosine between the gradients of input capture and of task information with respect to a channel's weights: "
-        "0 where a step on one leaves the other as it is."
+        "0 if a gradient step on one does not change the other."
     )
     if "alignment" not in runs.table:
         return Section(
@@ -225,15 +223,15 @@ def gradients(runs: Runs) -> Section:
     rows = [[layer, *cells.loc[layer]] for layer in runs.each[0].widths]
     known = {_setting(run.config, key) for run in runs.each for key in (_SHOWN["network"], _SHOWN["data"])}
     figure = plot_alignment(ends, published=known == {"resnet18", "CIFAR100DataModule"})
-    caption = "Absolute values over channels: quartiles, 5 to 95 %, and the mean as a diamond."
+    caption = "Absolute values over channels: quartiles, 5 to 95 % range, and the mean as a diamond."
     when = [f"epoch {epoch:.3g}" for epoch in sorted(ends["epoch"].unique())]
     blocks = [Picture("alignment", figure, table, caption), Table("Mean |cos| of a layer.", ["layer", *when], rows)]
     return Section("Gradient alignment", about, blocks)
 
 
 def cost(runs: Runs) -> Section:
-    """What measuring took."""
-    about = "What the tracker took of the training's time, probe passes and all."
+    """Make the section on the cost of measuring."""
+    about = "Time that the tracker added to training, including the passes over the probe."
     frames = []
     for run in runs.each:
         tracker = next((c.removesuffix("/seconds") for c in map(str, run.scalars) if c.endswith("/seconds")), None)
@@ -242,13 +240,13 @@ def cost(runs: Runs) -> Section:
             taken = {name: rows[f"{tracker}/{name}"] for name in ("seconds", "time_share")}
             frames.append(pd.DataFrame({"run": run.name, "epoch": rows["epoch"], "step": rows["step"], **taken}))
     if not frames:
-        return Section("Cost", about, [Missing("metrics.csv in the run folder holds no …/seconds: no CSVLogger ran.")])
+        return Section("Cost", about, [Missing("metrics.csv has no …/seconds. Train with a CSVLogger.")])
     table = pd.concat(frames, ignore_index=True)
-    return Section("Cost", about, [Picture("cost", plot_cost(table), table, "Wall-clock time, a line a run.")])
+    return Section("Cost", about, [Picture("cost", plot_cost(table), table, "Wall-clock time, one line per run.")])
 
 
 def _fact(run: Run, name: str, key: str) -> str:
-    """One fact about a run, from its configuration, else from what its tracker noted."""
+    """Look up a fact about a run, in its configuration or else in its tracker's notes."""
     noted = run.about.get(name)
     return _setting(run.config, key) or ("" if noted is None else str(noted))
 
@@ -257,7 +255,7 @@ def _setting(config: dict[str, Any], key: str) -> str:
     value: Any = config
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
-    if value is None:  # what a CSVLogger keeps of a Classifier has no such levels
+    if value is None:  # the hparams.yaml of a CSVLogger has no such levels
         value = config.get(key.split(".")[-1])
     return "" if value is None else str(value).split(".")[-1] if "class_path" in key else str(value)
 
@@ -281,19 +279,19 @@ def _accuracies(run: Run) -> Iterator[dict[str, Any]]:
 
 
 def _when(runs: Runs) -> dict[str, str]:
-    """What to call the landmarks."""
+    """Name the landmarks."""
     epochs = runs.table.drop_duplicates("step").set_index("step")["epoch"]
     names = {"first": "first checkpoint", "highest": "highest", "last": "last checkpoint"}
     return {key: f"{names[key]} (epoch {epochs[step]:.3g})" for key, step in runs.landmarks.items()}
 
 
 def _distinct(runs: Runs) -> list[tuple[str, int]]:
-    """The landmarks, each step once."""
+    """List the landmarks, each step once."""
     when = _when(runs)
     return [(when[key], step) for step, key in {step: key for key, step in runs.landmarks.items()}.items()]
 
 
-#: What the page shows, from top to bottom.
+#: Sections of the page, from top to bottom.
 SECTIONS: tuple[Callable[[Runs], Section], ...] = (
     configuration,
     accuracy,
@@ -311,11 +309,11 @@ SECTIONS: tuple[Callable[[Runs], Section], ...] = (
 
 
 def make_sections(runs: Runs, against: str = "l1") -> Iterator[Section]:
-    """The sections, one by one as they are made.
+    """Make the sections one by one.
 
     Args:
-        runs: of one network.
-        against: the pruning score that the others are compared with.
+        runs: runs of one network.
+        against: pruning score that the others are compared with.
     """
     for make in SECTIONS:
         yield pruning(runs, against) if make is pruning else make(runs)

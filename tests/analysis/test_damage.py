@@ -160,7 +160,7 @@ def test_join_keeps_lesioned_channels_and_both_reasons():
     assert joined["channel"].tolist() == [5, 6, 7]
     assert joined["reason"].tolist() == ["dead"] * 3
     assert joined["lesion_reason"].tolist() == [""] * 3
-    with pytest.raises(ValueError, match=r"axes.: channel 0 of 'layer0' stands there twice"):
+    with pytest.raises(ValueError, match=r"axes.: channel 0 of 'layer0' occurs twice"):
         join_axes(pd.concat([axes, axes]), lesions)
     with pytest.raises(ValueError, match="no channel in common; axes have the layers layer0, lesions other"):
         join_axes(axes, lesions.assign(layer="other"))

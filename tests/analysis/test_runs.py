@@ -60,7 +60,7 @@ def test_a_tracker_of_another_name_is_found_and_one_of_several_has_to_be_named(t
     run = write_run(tmp_path / "run", tracker="label")
     assert len(read_runs([run]).steps) == len(STEPS)
     write_run(run, tracker="margin")
-    with pytest.raises(FileNotFoundError, match=r"several trackers: name one, .*run/label or .*run/margin"):
+    with pytest.raises(FileNotFoundError, match=r"several trackers: choose one, .*run/label or .*run/margin"):
         read_runs([run])
     write_run(run, tracker="axis", steps=(0,))
     assert read_runs([run]).steps == [0]
@@ -138,12 +138,12 @@ def test_the_same_run_twice_is_refused(seeds):
 
 
 def test_no_run_is_refused():
-    with pytest.raises(ValueError, match="no run folder given: expected what training with AxisTracker wrote"):
+    with pytest.raises(ValueError, match="no run folder given: expected one that training with AxisTracker wrote"):
         read_runs([])
 
 
 def test_a_folder_that_is_no_run_says_what_it_holds_and_what_was_meant(seeds, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder; expected what training"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder; expected one that training"):
         read_runs([tmp_path / "nowhere"])
     with pytest.raises(FileNotFoundError, match=r"runs is no run folder: .* did you mean .*version_0 .*version_1 "):
         read_runs([tmp_path / "runs"])

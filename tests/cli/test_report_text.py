@@ -77,7 +77,7 @@ def test_several_runs_are_compared_in_pairs(tmp_path, capsys):
         for pair in (("input_capture", "l1"), ("task_information", "l1")):
             (wanted,) = paired_difference(areas, [pair[0]], [pair[1]]).to_dict("records")
             cell = f"{100 * wanted['mean']:.1f} [{100 * wanted['low']:.1f}, {100 * wanted['high']:.1f}]"
-            assert re.search(rf"{pair[0]} less {pair[1]} +{re.escape(cell)}", part)
+            assert re.search(rf"{pair[0]} minus {pair[1]} +{re.escape(cell)}", part)
         rows = differences[(differences["compensate"] == kind) & (differences["scores"] == "local-axis scores")]
         (wanted,) = paired_difference(areas, ["input_capture"], ["task_information"]).to_dict("records")
         assert rows[["mean", "low", "high"]].iloc[0].tolist() == [wanted["mean"], wanted["low"], wanted["high"]]
@@ -94,7 +94,7 @@ def test_bad_grids_are_refused(tmp_path):
     write_grid(run / "pruning.parquet")
     with pytest.raises(ValueError, match=r"no column 'speed' in the pruning grids; there are score, family"):
         report(str(run), text=True, value="speed", resamples=5)
-    with pytest.raises(FileNotFoundError, match=r"no file matches 'nowhere/\*'; expected what `chanaxes prune` wrote"):
+    with pytest.raises(FileNotFoundError, match=r"no file matches 'nowhere/\*'; expected pruning.parquet, which"):
         read_grids("nowhere/*")
     pd.DataFrame({"score": ["l1"]}).to_parquet(tmp_path / "other.parquet")
     with pytest.raises(ValueError, match=r"other.parquet: lacks the columns allocation, compensate, budget"):

@@ -108,7 +108,7 @@ def test_an_interrupted_run_goes_on_in_its_folder_to_the_same_network(chanaxes, 
         (
             "test",
             ["--run", "cut"],
-            "error: --run cut: no cut/checkpoints/last.ckpt; expected the folder of a training that kept one",
+            "error: --run cut: no cut/checkpoints/last.ckpt; expected the folder of a training that saved one",
         ),
         ("prune", ["--run", "none"], "error: --run none: no none/checkpoints/last.ckpt"),
         ("fit", ["--run", "new", "--trainer.logger=true"], "expected a CSVLogger or TensorBoardLogger as the first"),

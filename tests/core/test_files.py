@@ -80,7 +80,7 @@ def test_a_model_that_is_not_the_plans_is_not_saved(saved, tmp_path, model, matc
 @pytest.mark.parametrize("notes", [{"loss": float("nan")}, {"model": Grouped}])
 def test_notes_that_json_cannot_hold_are_refused_before_anything_is_written(tmp_path, notes):
     slim, plan = halved(Grouped(), **notes)
-    with pytest.raises(ValueError, match=r"save_slim\('.*new'\): the plan holds what JSON cannot .*see its notes"):
+    with pytest.raises(ValueError, match=r"save_slim\('.*new'\): the plan holds something that JSON cannot .* notes"):
         save_slim(tmp_path / "new", slim, plan)
     assert not list(tmp_path.iterdir())
 

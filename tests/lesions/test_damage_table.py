@@ -277,7 +277,7 @@ def test_the_bar_counts_lesions_on_a_terminal_only(capsys, monkeypatch):
         ),
         ({"channels": {"net.5": [0]}}, r"no layer 'net\.5'; did you mean 'net\.\d' or 'net\.\d'"),
         ({"channels": {"net.4": [0, 8]}}, r"layer 'net\.4' has no channel 8; expected 0 to 7"),
-        ({"channels": 0}, r"channels=0\): expected 'all', how many a layer"),
+        ({"channels": 0}, r"channels=0\): expected 'all', a number of channels per layer"),
         ({"layers": "covn"}, r"lesion_table\(layers='covn'\): no tracked module"),
         ({"step": images_and_labels}, r"'zero' needs units=find_units\(model, example\)"),
     ],

@@ -423,7 +423,7 @@ def test_networks_that_hold_on_to_float32_are_tried_in_it(kind):
 
 
 def test_half_precision_inside_is_a_reason():
-    with pytest.raises(ValueError, match=r"a: the network rounds to torch.bfloat16 within, too coarse to try"):
+    with pytest.raises(ValueError, match=r"a: the network rounds to torch.bfloat16 internally, which is too coarse"):
         find_units(Hard("bfloat16 inside"), ONE)
 
 

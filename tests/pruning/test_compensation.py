@@ -46,7 +46,7 @@ def duplicate(model: nn.Module, group: Group, unit: int, double: int) -> None:
             tensor[part.indices[double]] = tensor[part.indices[unit]]
 
 
-EXACT = [  # network, group, strengths that can make up for it
+EXACT = [  # network, group, kinds that can make up for it
     ("flattening", "body.0.0", ("fold", "refit")),  # read by a strided convolution
     ("flattening", "body.2.0", ("fold", "refit")),  # at all positions, by a Linear
     ("flattening", "hidden", ("fold", "refit")),
@@ -63,9 +63,9 @@ EXACT = [  # network, group, strengths that can make up for it
 ]
 
 
-@pytest.mark.parametrize(("name", "of", "strength"), [(n, g, s) for n, g, strengths in EXACT for s in strengths])
+@pytest.mark.parametrize(("name", "of", "compensation"), [(n, g, s) for n, g, kinds in EXACT for s in kinds])
 @torch.no_grad()
-def test_a_duplicate_is_made_up_for_exactly(name, of, strength):
+def test_a_duplicate_is_made_up_for_exactly(name, of, compensation):
     model = build(name)
     groups = find_units(model, ONE).groups
     group = groups[of]
@@ -74,7 +74,7 @@ def test_a_duplicate_is_made_up_for_exactly(name, of, strength):
     slim = cut(model, kept, groups.values())
     wanted, without = model(OTHERS), slim(OTHERS)
     # Shrinkage leaves an error in proportion to λ; much below 1e-4, rounding in float32 leaves a larger one.
-    report = compensate(slim, model, groups.values(), kept, BATCHES, strength, ridge=1e-4, positions=64)
+    report = compensate(slim, model, groups.values(), kept, BATCHES, compensation, ridge=1e-4, positions=64)
     spread = (wanted - wanted.mean(0)).abs().max()  # logits of random networks hardly depend on the image
     error = (slim(OTHERS) - wanted).abs().max()
     assert error < 1e-3 * spread
@@ -82,17 +82,17 @@ def test_a_duplicate_is_made_up_for_exactly(name, of, strength):
     assert report.after.max() < 1e-6
 
 
-@pytest.mark.parametrize("strength", RIDGE)
+@pytest.mark.parametrize("compensation", RIDGE)
 @pytest.mark.parametrize("name", NETS)
 @torch.no_grad()
-def test_every_fit_helps_and_so_do_all_together(name, strength):
+def test_every_fit_helps_and_so_do_all_together(name, compensation):
     model = build(name)
     groups = find_units(model, ONE).groups.values()
     kept = halves(groups, share=0.7)
     slim = cut(model, kept, groups)
     images = torch.cat(BATCHES)
     wanted, without = model(images), slim(images)
-    report = compensate(slim, model, groups, kept, BATCHES, strength)
+    report = compensate(slim, model, groups, kept, BATCHES, compensation)
     assert (slim(images) - wanted).square().mean() < 0.75 * (without - wanted).square().mean()
     assert list(report.columns) == ["layer", "before", "after", "reason"]
     assert list(report.layer) == executed_layers(model, ONE)
@@ -100,7 +100,7 @@ def test_every_fit_helps_and_so_do_all_together(name, strength):
     assert (fitted.after <= fitted.before * (1 + 1e-9)).all()
     assert (fitted.before > 0).sum() > len(fitted) / 3
     grouped = {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.groups > 1}
-    expected = grouped if strength == "fold" else set()
+    expected = grouped if compensation == "fold" else set()
     assert set(report.layer[report.reason != ""]) == expected
     assert report.reason[report.reason != ""].str.contains("read groups of inputs, which have nothing to fold").all()
 
@@ -126,13 +126,13 @@ def test_fits_see_the_errors_upstream():
     assert in_order < 0.9 * apart
 
 
-@pytest.mark.parametrize("strength", RIDGE)
+@pytest.mark.parametrize("compensation", RIDGE)
 @pytest.mark.parametrize("name", ["resnet18", "concatenating", "normed"])
-def test_with_nothing_removed_nothing_changes(name, strength):
+def test_with_nothing_removed_nothing_changes(name, compensation):
     model = build(name)
     groups = find_units(model, ONE).groups.values()
     slim = copy.deepcopy(model)
-    report = compensate(slim, model, groups, {g.name: torch.arange(g.size) for g in groups}, BATCHES, strength)
+    report = compensate(slim, model, groups, {g.name: torch.arange(g.size) for g in groups}, BATCHES, compensation)
     state = model.state_dict()
     assert list(slim.state_dict()) == list(state)
     assert all(torch.equal(value, state[key]) for key, value in slim.state_dict().items())
@@ -140,30 +140,30 @@ def test_with_nothing_removed_nothing_changes(name, strength):
     assert (report.after == 0).all()
 
 
-@pytest.mark.parametrize("strength", RIDGE)
-def test_layers_before_the_first_removal_are_left_alone(strength):
+@pytest.mark.parametrize("compensation", RIDGE)
+def test_layers_before_the_first_removal_are_left_alone(compensation):
     model = build("vgg16_bn")
     groups = find_units(model, ONE).groups.values()
     kept = {"features.14": torch.arange(40)}
     slim = cut(model, kept, groups)
     whole = copy.deepcopy(slim)
-    compensate(slim, model, groups, kept, BATCHES[2:], strength)
+    compensate(slim, model, groups, kept, BATCHES[2:], compensation)
     changed = [name for name, value in whole.state_dict().items() if not torch.equal(value, slim.state_dict()[name])]
     assert changed[0] == "features.17.weight"
     assert not any("running" in name or name.startswith("features.14") for name in changed)
 
 
-@pytest.mark.parametrize("strength", RIDGE)
+@pytest.mark.parametrize("compensation", RIDGE)
 @pytest.mark.parametrize("name", ["resnet18", "normed", "grouped", "inverted"])
-def test_a_network_that_cannot_be_traced_gets_the_same_weights(name, strength, monkeypatch):
+def test_a_network_that_cannot_be_traced_gets_the_same_weights(name, compensation, monkeypatch):
     model = build(name)
     groups = find_units(model, ONE).groups.values()
     kept = halves(groups)
     images = [batch[:12] for batch in BATCHES[:2]]
     traced, whole = cut(model, kept, groups), cut(model, kept, groups)
-    first = compensate(traced, model, groups, kept, images, strength)
+    first = compensate(traced, model, groups, kept, images, compensation)
     monkeypatch.setattr(tracing, "_checked_trace", lambda *_: None)
-    second = compensate(whole, model, groups, kept, images, strength)
+    second = compensate(whole, model, groups, kept, images, compensation)
     pd.testing.assert_frame_equal(first, second)
     for key, value in traced.state_dict().items():
         torch.testing.assert_close(whole.state_dict()[key], value, rtol=1e-5, atol=1e-6)
@@ -204,9 +204,9 @@ def test_the_networks_modes_and_the_dense_one_are_as_before():
     assert all(p.requires_grad and p.grad is None for p in slim.parameters())
 
 
-@pytest.mark.parametrize("strength", RIDGE)
+@pytest.mark.parametrize("compensation", RIDGE)
 @torch.no_grad()
-def test_signals_that_do_not_vary_give_no_figure_and_no_harm(strength):
+def test_signals_that_do_not_vary_give_no_figure_and_no_harm(compensation):
     model = build("concatenating")
     model.first[1].weight.zero_()
     model.second[0].weight.zero_()
@@ -214,9 +214,9 @@ def test_signals_that_do_not_vary_give_no_figure_and_no_harm(strength):
     groups = find_units(model, ONE).groups.values()
     kept = halves(groups)
     slim = cut(model, kept, groups)
-    report = compensate(slim, model, groups, kept, BATCHES, strength).set_index("layer")
+    report = compensate(slim, model, groups, kept, BATCHES, compensation).set_index("layer")
     assert all(value.isfinite().all() for value in slim.state_dict().values())
-    if strength == "refit":
+    if compensation == "refit":
         assert np.isnan(report.before["second.0"])
         assert report.reason["second.0"] == "what it was to be fitted to does not vary"
     assert report[["before", "after"]].isna().any(axis=1).equals(report.reason != "")
@@ -375,10 +375,10 @@ NOT_AFFINE: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
 }
 
 
-@pytest.mark.parametrize("strength", RIDGE)
+@pytest.mark.parametrize("compensation", RIDGE)
 @pytest.mark.parametrize("name", NOT_AFFINE)
 @torch.no_grad()
-def test_layers_that_are_not_affine_are_left_out_with_the_reason(name, strength):
+def test_layers_that_are_not_affine_are_left_out_with_the_reason(name, compensation):
     make, layer, reason = NOT_AFFINE[name]
     torch.manual_seed(0)
     model = make().eval()
@@ -387,7 +387,7 @@ def test_layers_that_are_not_affine_are_left_out_with_the_reason(name, strength)
     slim.first.bias[::3] = 0
     state, images = copy.deepcopy(slim.state_dict()), torch.cat(BATCHES)
     wanted, without = model(images), slim(images)
-    report = compensate(slim, model, [], {}, BATCHES, strength).set_index("layer")
+    report = compensate(slim, model, [], {}, BATCHES, compensation).set_index("layer")
     assert reason in report.reason[layer]
     assert report.loc[layer, ["before", "after"]].isna().all()
     assert (report.reason == "").sum() == 2
@@ -414,16 +414,16 @@ class Tied(nn.Module):
         return self.last(pooled(x.relu()))
 
 
-@pytest.mark.parametrize("strength", RIDGE)
+@pytest.mark.parametrize("compensation", RIDGE)
 @pytest.mark.parametrize("how", ["one parameter", "one memory", "a function"])
 @torch.no_grad()
-def test_tied_weights_are_left_out_with_the_reason(how, strength):
+def test_tied_weights_are_left_out_with_the_reason(how, compensation):
     torch.manual_seed(0)
     model = Tied(how).eval()
     slim = copy.deepcopy(model)
     slim.stem.weight[::3] = 0
     state = copy.deepcopy(slim.state_dict())
-    report = compensate(slim, model, [], {}, BATCHES, strength).set_index("layer")
+    report = compensate(slim, model, [], {}, BATCHES, compensation).set_index("layer")
     tied = [name for name in ("a", "b") if name in report.index]
     assert len(tied) == (1 if how == "a function" else 2)
     assert report.reason[tied].str.contains("read elsewhere too").all()

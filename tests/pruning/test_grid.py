@@ -80,8 +80,8 @@ def test_rows_are_what_prune_makes(table, allocation, compensate):
             settings = {"score": score, "allocation": allocation, "compensate": compensate, "budget": budget}
             slim = prune(network(), PROBE, **settings)
             row = table.query(
-                "score == @score and allocation == @allocation and budget == @budget and compensate == @strength",
-                local_dict=settings | {"strength": compensate or "none"},
+                "score == @score and allocation == @allocation and budget == @budget and compensate == @kind",
+                local_dict=settings | {"kind": compensate or "none"},
             ).iloc[0]
             assert row["macs"] == slim.macs
             assert row["macs_share"] == slim.macs / slim.dense_macs

@@ -99,9 +99,9 @@ def test_budget_of_one_is_the_dense_network():
     assert torch.equal(logits(slim.model), logits(dense))
 
 
-@pytest.mark.parametrize("strength", [False, "refit"])
-def test_saved_and_loaded_gives_the_same_logits(tmp_path, strength):
-    slim = prune(build("resnet18"), DATA, budget=0.5, compensate=strength)
+@pytest.mark.parametrize("compensation", [False, "refit"])
+def test_saved_and_loaded_gives_the_same_logits(tmp_path, compensation):
+    slim = prune(build("resnet18"), DATA, budget=0.5, compensate=compensation)
     slim.save(tmp_path / "half")
     assert torch.equal(logits(load_slim(tmp_path / "half")), logits(slim.model))
 

@@ -123,7 +123,7 @@ def test_a_lightning_module_loads_into_a_fresh_one(tmp_path):
 
 
 def test_a_network_of_ones_own_has_to_be_built(grouped):
-    with pytest.raises(ValueError, match=r"pass a freshly built model: load_slim\(path, MyNet\(\)\)"):
+    with pytest.raises(ValueError, match=r"pass a newly built model: load_slim\(path, MyNet\(\)\)"):
         load_slim(grouped[0] / "slim")
 
 

@@ -71,13 +71,13 @@ def edit(file: Path, **changes) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path):
-    refused(tmp_path / "slim", r"there is no \S+slim\.safetensors; expected what save_slim", error=FileNotFoundError)
+    refused(tmp_path / "slim", r"there is no \S+slim\.safetensors; expected a file", error=FileNotFoundError)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 200, -1])
 def test_a_cut_off_file_is_refused(file, keep):
     file.write_bytes(file.read_bytes()[:keep])
-    refused(file, r"slim\.safetensors: no whole safetensors file .*cut off")
+    refused(file, r"slim\.safetensors: not a whole safetensors file .*cut off")
 
 
 def test_a_header_of_any_size_is_not_read(file):
@@ -94,14 +94,14 @@ def test_one_changed_bit_is_noticed(file):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    refused(file, "its tensors or its plan are not those of its sha256")
+    refused(file, "its tensors or its plan do not match its sha256")
 
 
 def test_a_plan_of_another_save_is_noticed(saved, file):
     content = safetensors.torch.load(file.read_bytes())
     other = metadata_of(file) | {"plan": halved(Grouped(), biases=("stem",), budget=0.5)[1].to_json()}
     file.write_bytes(safetensors.torch.save(content, other))
-    refused(file, "its tensors or its plan are not those of its sha256")
+    refused(file, "its tensors or its plan do not match its sha256")
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_a_pickle_is_refused_and_nothing_in_it_runs(file, tmp_path, write):
     mark = tmp_path / "mark"
     with file.open("wb") as stream:
         write(Bomb(mark), stream)
-    refused(file, "Pickles, such as torch.save writes, are never opened")
+    refused(file, "Pickles, such as those of torch.save, are never opened")
     assert not mark.exists()
     with file.open("rb") as stream:
         torch.load(stream, weights_only=False) if write is torch.save else pickle.load(stream)

@@ -191,9 +191,9 @@ def test_what_a_run_lacks_is_said_with_the_way_to_get_it(tmp_path):
     missing = re.findall(r'<p class="missing">(.*?)</p>', text)
     assert any("`chanaxes lesion --config" in line for line in missing)
     assert any("`chanaxes prune --config" in line for line in missing)
-    assert any("no top1. Train with a CSVLogger" in line for line in missing)
-    assert any("config.yaml is written by runs that `chanaxes fit` starts" in line for line in missing)
-    assert any("no CSVLogger ran" in line for line in missing)
+    assert any("no top1. Train a Classifier with a CSVLogger" in line for line in missing)
+    assert any("only runs of `chanaxes fit` write config.yaml" in line for line in missing)
+    assert any("no …/seconds. Train with a CSVLogger" in line for line in missing)
 
 
 def test_a_single_checkpoint_makes_a_page_that_says_so(browser, tmp_path):
@@ -201,7 +201,7 @@ def test_a_single_checkpoint_makes_a_page_that_says_so(browser, tmp_path):
     tab, complaints = opened(browser, tmp_path / "index.html")
     assert complaints == []
     assert min(tab.evaluate(COLOURS).values()) > 5
-    assert "A single checkpoint: nothing to see over epochs" in tab.inner_text("body")
+    assert "A single checkpoint shows no change over epochs" in tab.inner_text("body")
 
 
 def test_a_run_cut_off_in_the_middle_makes_a_page_that_says_so(tmp_path, capsys):
