@@ -12,8 +12,8 @@ from chanaxes_pl.analysis.correlations import axis_correlations, reliabilities
 from chanaxes_pl.analysis.groupings import groupings
 from chanaxes_pl.core.errors import naming
 from chanaxes_pl.core.targets import TargetSpec
-from chanaxes_pl.network.layers import LayerSpec, channel_count
 from chanaxes_pl.network.batches import Placement, Step
+from chanaxes_pl.network.layers import LayerSpec, channel_count
 from chanaxes_pl.network.probe import Probe, ProbeSource
 from chanaxes_pl.network.recording import Settings, record
 from chanaxes_pl.tables import axes_table

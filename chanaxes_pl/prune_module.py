@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterable
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -15,7 +17,7 @@ import pandas as pd
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 from torchmetrics import Metric
 
 from chanaxes_pl.analysis.damage import join_axes, score_damage_correlation
@@ -26,8 +28,9 @@ from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.lesions.damage_table import LesionExperiment, join_shares, lesion_table
 from chanaxes_pl.models import ImageClassifier
 from chanaxes_pl.models.checkpoints import load_classifier
+from chanaxes_pl.network.batches import Placement
 from chanaxes_pl.network.groups import find_units
-from chanaxes_pl.network.probe import MIN_IMAGES, Placement, Probe, find_probe, image_batches
+from chanaxes_pl.network.probe import MIN_IMAGES, Probe, ProbeSource, find_probe, image_batches
 from chanaxes_pl.network.recording import Settings
 from chanaxes_pl.plots import plot_lesions, plot_pruning
 from chanaxes_pl.pruning.grid import PruningExperiment, pruning_grid
@@ -79,7 +82,7 @@ class PruneModule(ImageClassifier):
         model: nn.Module | Slim | str | Path,
         experiment: Experiment | ExperimentName | None = None,
         *,
-        probe: Dataset | DataLoader | None = None,
+        probe: ProbeSource | None = None,
         out: str | Path | None = None,
         lr: float = 0.01,
         momentum: float = 0.9,
@@ -188,8 +191,7 @@ class PruneModule(ImageClassifier):
     @property
     def _place(self) -> Placement:
         # Without the Trainer's precision plugin: experiments run in the precision of the weights.
-        trainer = self.trainer
-        return Placement(trainer.strategy.batch_to_device, rank=trainer.global_rank, world=trainer.world_size)
+        return dataclasses.replace(Placement.of_trainer(self.trainer), forward_context=nullcontext)
 
     @property
     def _shows_progress(self) -> bool:

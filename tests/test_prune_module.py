@@ -19,7 +19,7 @@ from chanaxes_pl import LesionExperiment, PruningExperiment
 from chanaxes_pl.lesions.damage_table import lesion_table
 from chanaxes_pl.models import Classifier
 from chanaxes_pl.models.checkpoints import load_classifier, load_weights, read_checkpoint
-from chanaxes_pl.network.probe import Placement
+from chanaxes_pl.network.batches import Placement
 from chanaxes_pl.prune_module import PruneModule
 from chanaxes_pl.pruning.grid import evaluate, pruning_grid
 from chanaxes_pl.pruning.pruner import prune

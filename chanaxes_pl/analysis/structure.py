@@ -11,18 +11,18 @@ import pandas as pd
 import torch
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
+from chanaxes_pl.analysis.upstream import Upstream, find_upstream, input_spread
 from chanaxes_pl.core.errors import ArgumentError, naming
 from chanaxes_pl.core.gaussian import Association, information
 from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.core.moments import Moments
 from chanaxes_pl.core.statistics import MIN_CHANNELS, spearman
 from chanaxes_pl.core.targets import TargetSpec
+from chanaxes_pl.network.batches import Placement, Step
 from chanaxes_pl.network.layers import LayerSpec, select_layers
-from chanaxes_pl.network.probe import MIN_IMAGES, Placement, Probe, Step, image_batches
+from chanaxes_pl.network.probe import MIN_IMAGES, Probe, ProbeSource, image_batches
 from chanaxes_pl.network.recording import LayerMoments, Settings, record
-from chanaxes_pl.analysis.upstream import Upstream, find_upstream, input_spread
 from chanaxes_pl.tables import associations, measure
 
 #: Weighted graphs over the channels of a layer.
@@ -35,7 +35,7 @@ _UNREACHED = "the forward pass did not reach it"
 
 def layer_structure(
     model: nn.Module,
-    probe: DataLoader | Dataset,
+    probe: ProbeSource,
     *,
     layers: LayerSpec = "conv",
     positions: int | Literal["all"] = 16,

@@ -11,12 +11,10 @@ import pandas as pd
 import torch
 from lightning.fabric.utilities.data import sized_len
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from chanaxes_pl.core.errors import ArgumentError, naming
-from chanaxes_pl.core.moments import accumulation_device
-from chanaxes_pl.core.targets import image_scores, task_variable
+from chanaxes_pl.core.targets import check_classes, image_scores, lifted
 from chanaxes_pl.lesions.interventions import (
     OPERATIONS,
     Intervention,
@@ -27,10 +25,11 @@ from chanaxes_pl.lesions.interventions import (
     check_places,
 )
 from chanaxes_pl.lesions.replacements import Replacement, check_operations, measure_replacements
+from chanaxes_pl.network.batches import Placement, Step, default_step, split_batch
 from chanaxes_pl.network.groups import Units, find_units
 from chanaxes_pl.network.hooks import observed
 from chanaxes_pl.network.layers import channel_count, select_layers
-from chanaxes_pl.network.probe import Placement, Probe, Step, check_sizes, images_and_labels
+from chanaxes_pl.network.probe import Probe, ProbeSource, check_sizes
 from chanaxes_pl.network.recording import Settings
 from chanaxes_pl.network.tracing import PartialForward
 
@@ -78,7 +77,7 @@ class LesionExperiment:
 
 def lesion_table(
     model: nn.Module,
-    probe: DataLoader | Dataset | None,
+    probe: ProbeSource | None,
     evaluation: Iterable[Any],
     experiment: LesionExperiment | None = None,
     *,
@@ -177,8 +176,9 @@ def _units_of_first(model: nn.Module, evaluation: Iterable[Any], place: Placemen
     if batch is None:
         raise ArgumentError("evaluation", "it holds no images")
     moved = place.to_device(batch)
-    images_and_labels(model, moved)  # refuses batches that do not fit
-    return find_units(model, moved[0][:1])
+    with observed(model):
+        check_classes(*default_step(model, moved))
+    return find_units(model, split_batch(moved)[0][:1])
 
 
 class _Damage:
@@ -187,7 +187,7 @@ class _Damage:
     def __init__(self, model: nn.Module, interventions: Sequence[Intervention], step: Step | None, fast: bool) -> None:
         self._model = model
         self._interventions = interventions
-        self._step = step or images_and_labels
+        self._step = step or default_step
         self._forward = PartialForward(model) if fast and step is None else None
         self.images = 0
         self._sums: Tensor | float = 0.0
@@ -197,14 +197,14 @@ class _Damage:
     def add(self, batch: Any, advance: Callable[[], Any]) -> None:
         """Add the effects on one batch."""
         logits, labels = self._step(self._model, batch)
-        intact = task_variable(image_scores, logits, labels)
+        check_classes(logits, labels)
+        labels = lifted(labels)
+        intact = image_scores(lifted(logits), labels)
         if self._forward is not None:
-            self._forward.run(batch[0], logits)
-        home = accumulation_device(logits.device)
+            self._forward.run(split_batch(batch)[0], logits)
         differences = []
         for intervention in self._interventions:
-            hurt = self._logits(intervention, batch).to(home).double()
-            difference = image_scores(hurt, labels.to(home).long()) - intact
+            difference = image_scores(lifted(self._logits(intervention, batch)), labels) - intact
             differences.append(torch.stack([difference.sum(0), difference.square().sum(0)]))
             advance()
         both = torch.stack(differences) if differences else intact.new_zeros(0, 2, 3)

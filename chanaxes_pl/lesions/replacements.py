@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from chanaxes_pl.core.errors import InputError, nearest
 from chanaxes_pl.core.moments import Moments
 from chanaxes_pl.core.peers import hull_coefficients, peer_reconstruction
-from chanaxes_pl.network.probe import Placement, Probe
+from chanaxes_pl.network.batches import Placement
+from chanaxes_pl.network.probe import Probe
 from chanaxes_pl.network.recording import Settings, record
 from chanaxes_pl.network.tracing import Edit
 

@@ -190,7 +190,8 @@ def _moved(batch: Any, device: torch.device, precision: Precision) -> Any:
 
 def _as_in_validation(trainer: Trainer, batch: Any) -> Any:
     batch = trainer.precision_plugin.convert_input(batch)
-    datamodule = getattr(trainer, "datamodule", None)
+    datamodule: Any = getattr(trainer, "datamodule", None)
     own = datamodule is not None and is_overridden("on_before_batch_transfer", datamodule)
-    batch = (datamodule if own else trainer.lightning_module).on_before_batch_transfer(batch, 0)
+    hooks: Any = datamodule if own else trainer.lightning_module
+    batch = hooks.on_before_batch_transfer(batch, 0)
     return trainer.strategy.batch_to_device(batch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import count, islice
 from typing import Any
@@ -42,6 +42,8 @@ MIN_IMAGES = 3
 _BATCH = 128
 _SEED = 0
 _END = object()
+# Iterable, but their items are no batches.
+_NO_BATCHES = (str, bytes, Mapping, Tensor)
 
 
 class Probe:
@@ -76,7 +78,7 @@ class Probe:
             self._source = loader
             if loader.batch_sampler is not None and _reads_items(loader):
                 self._plan(loader, shuffles)
-        elif isinstance(source, (str, bytes, Mapping, Tensor)) or not (isinstance(source, Iterable) or callable(source)):
+        elif isinstance(source, _NO_BATCHES) or not (isinstance(source, Iterable) or callable(source)):
             raise ArgumentTypeError(
                 f"probe={short(source)}",
                 "expected a Dataset, a DataLoader, or an iterable of batches (images, labels)",
@@ -139,7 +141,8 @@ class Probe:
         else:
             groups = self._groups[rank::world]
             share = [np.arange(a, a + len(g)) for a, g in zip(starts[rank::world], groups, strict=False)]
-        yield from zip(share, _same_draws(_again(self._source, batch_sampler=groups)), strict=True)
+        source: Any = self._source
+        yield from zip(share, _same_draws(_again(source, batch_sampler=groups)), strict=True)
 
     def _streamed(self, rank: int, world: int) -> Iterator[tuple[np.ndarray, Any]]:
         source: Any = self._source
@@ -259,7 +262,7 @@ def _seeded(seed: int) -> Iterator[None]:
     """Draw the same random numbers every time, and leave the global generators as they were."""
     with isolate_rng():
         torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)
+        np.random.seed(seed % 2**32)  # noqa: NPY002  # transforms draw from the global generator
         random.seed(seed)
         yield
 
@@ -347,8 +350,9 @@ def _draws(sampler: Any, data: Any, limit: int) -> tuple[list[Any], list[Any]]:
         copied.rank = rank
         shares.append([_once(copied, seed, limit) for seed in (_SEED, _SEED + 1)])
     total = len(sampler.dataset)  # type: ignore[arg-type]  # beyond it, images repeat to make shares equal
-    first, second = ([item for turn in zip(*drawn, strict=True) for item in turn] for drawn in zip(*shares, strict=True))
-    return first[:total], second[:total]
+    turns = [zip(*drawn, strict=True) for drawn in zip(*shares, strict=True)]
+    first, second = ([item for turn in each for item in turn][:total] for each in turns)
+    return first, second
 
 
 def _once(sampler: Any, seed: int, limit: int) -> list[Any]:

@@ -16,6 +16,7 @@ from chanaxes_pl.core.errors import ArgumentError, InputError
 from chanaxes_pl.core.metrics import check_noise
 from chanaxes_pl.core.moments import Moments, accumulation_device
 from chanaxes_pl.core.targets import Target, TargetSpec, infer_target, null_target
+from chanaxes_pl.network.batches import Placement, Step, default_step
 from chanaxes_pl.network.hooks import observed, same_outputs
 from chanaxes_pl.network.layers import (
     LayerSpec,
@@ -27,7 +28,6 @@ from chanaxes_pl.network.layers import (
 )
 from chanaxes_pl.network.moments_metric import MomentsMetric
 from chanaxes_pl.network.patches import PatchMoments, PatchRecorder
-from chanaxes_pl.network.batches import Placement, Step, default_step
 from chanaxes_pl.network.probe import MIN_IMAGES, Probe, check_sizes, too_small
 from chanaxes_pl.network.sampling import image_means, local_samples, sample_positions
 

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from chanaxes_pl.core.errors import ArgumentError
 from chanaxes_pl.core.moments import accumulation_device
+from chanaxes_pl.network.batches import Step
 from chanaxes_pl.network.groups import Units
 from chanaxes_pl.network.hooks import calls, observed
 from chanaxes_pl.network.layers import CONVOLUTIONS, channel_count
-from chanaxes_pl.network.probe import Step
 from chanaxes_pl.network.removal import clone
 
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm

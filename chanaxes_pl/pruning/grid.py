@@ -12,14 +12,14 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from chanaxes_pl.analysis.scores import score_family
 from chanaxes_pl.core.errors import ArgumentError, naming
-from chanaxes_pl.core.targets import image_scores
+from chanaxes_pl.core.targets import check_classes, image_scores
+from chanaxes_pl.network.batches import Placement, default_step
 from chanaxes_pl.network.hooks import observed
-from chanaxes_pl.network.probe import Placement, check_sizes, image_batches, images_and_labels
+from chanaxes_pl.network.probe import ProbeSource, check_sizes, image_batches
 from chanaxes_pl.pruning.allocation import ALLOCATIONS, GRID, Allocation, check_allocation, check_budget
 from chanaxes_pl.pruning.pruner import IMAGES, REFERENCE, Compensate, Pruner, compensation_of, fit_back
 from chanaxes_pl.pruning.scores import channel_scores, default_scores
@@ -81,7 +81,7 @@ class PruningExperiment:
 
 def pruning_grid(
     model: nn.Module,
-    probe: DataLoader | Dataset,
+    probe: ProbeSource,
     evaluation: Iterable[Any],
     experiment: PruningExperiment | None = None,
     *,
@@ -155,7 +155,8 @@ def evaluate(model: nn.Module, batches: Iterable[Any], place: Placement) -> dict
     total, count = torch.zeros(3, dtype=torch.float64), 0
     with observed(model):
         for batch in batches:
-            logits, labels = images_and_labels(model, place.to_device(batch))
+            logits, labels = default_step(model, place.to_device(batch))
+            check_classes(logits, labels)
             total += image_scores(logits.cpu().double(), labels.cpu().long()).sum(0)
             count += len(labels)
     return dict(zip(("loss", "accuracy", "margin"), (total / max(count, 1)).tolist(), strict=True))

@@ -11,14 +11,14 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from chanaxes_pl.core.errors import ArgumentError, InputError, naming
 from chanaxes_pl.core.moments import true_float32
+from chanaxes_pl.network.batches import Placement
 from chanaxes_pl.network.groups import find_units
 from chanaxes_pl.network.hooks import observed
 from chanaxes_pl.network.macs import Cost, count_macs
-from chanaxes_pl.network.probe import Placement, image_batches
+from chanaxes_pl.network.probe import ProbeSource, image_batches
 from chanaxes_pl.network.removal import clone, disagreement, remove
 from chanaxes_pl.pruning.allocation import (
     Allocation,
@@ -191,7 +191,7 @@ def _exactness(model: nn.Module, images: Tensor) -> float:
 
 def prune(
     model: nn.Module,
-    probe: DataLoader | Dataset,
+    probe: ProbeSource,
     *,
     budget: float,
     score: str = "l1",

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from scipy.stats import rankdata
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from chanaxes_pl.analysis.scores import OWN_SCORES, REVERSE, SCORES, base_score, from_maximum, own_scores, score_family
 from chanaxes_pl.core.errors import ArgumentError, InputError
 from chanaxes_pl.core.moments import Moments
+from chanaxes_pl.network.batches import Placement, Step, default_step
 from chanaxes_pl.network.groups import Units
 from chanaxes_pl.network.layers import channel_count
-from chanaxes_pl.network.probe import Placement, Probe, Step, images_and_labels
+from chanaxes_pl.network.probe import Probe, ProbeSource
 from chanaxes_pl.network.recording import LayerMoments, Settings, record
 from chanaxes_pl.network.removal import Group
 from chanaxes_pl.pruning.baselines import WEIGHT_SCORES, norms_behind, weight_scores
@@ -45,7 +45,7 @@ def default_scores(model: nn.Module, units: Units, images: Tensor) -> list[str]:
 
 def channel_scores(
     model: nn.Module,
-    probe: DataLoader | Dataset,
+    probe: ProbeSource,
     units: Units,
     scores: Sequence[str],
     *,
@@ -83,7 +83,7 @@ def channel_scores(
     for score in scores:
         score_family(score)
     place = place or Placement.of(model)
-    run = step or images_and_labels
+    run = step or default_step
     layers = {name: model.get_submodule(name) for group in units.groups.values() for name in group.producers}
     asked = {base_score(score) for score in scores}
 

@@ -14,14 +14,14 @@ import lightning.pytorch as L
 import pandas as pd
 import torch
 from lightning.pytorch.loggers import WandbLogger
-from torch.utils.data import DataLoader, Dataset
 
 from chanaxes_pl.analysis.correlations import axis_correlations
 from chanaxes_pl.axes import measure_axes
 from chanaxes_pl.core.errors import naming
 from chanaxes_pl.core.targets import TargetSpec
+from chanaxes_pl.network.batches import Placement, Step
 from chanaxes_pl.network.layers import LayerSpec, channel_count, select_layers
-from chanaxes_pl.network.probe import Placement, Probe, Step, find_probe
+from chanaxes_pl.network.probe import Probe, ProbeSource, find_probe
 from chanaxes_pl.network.recording import Settings
 from chanaxes_pl.run_folder import RunFolder, check_tracker_name
 from chanaxes_pl.tracking.history import History
@@ -74,11 +74,11 @@ class AxisTracker(L.Callback):
 
     def __init__(
         self,
-        probe: Dataset | DataLoader | None = None,
+        probe: ProbeSource | None = None,
         probe_size: int = 5000,
         layers: LayerSpec = "conv",
         schedule: ScheduleSpec = "epoch",
-        target: TargetSpec = "logit_margin",
+        target: TargetSpec = "auto",
         positions: int | str = 16,
         noise: str | float = "median",
         reliability: bool = True,

@@ -29,10 +29,10 @@ from chanaxes_pl.analysis.structure import (
     pair_excess,
     triplet_excess,
 )
+from chanaxes_pl.analysis.upstream import Upstream, direct_producers, find_upstream, input_spread
 from chanaxes_pl.core.gaussian import CEILING, MAX_CORRELATION, Association
 from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.core.moments import Moments
-from chanaxes_pl.analysis.upstream import Upstream, direct_producers, find_upstream, input_spread
 from chanaxes_pl.plots import plot_structure
 from tests.helpers.networks import CLASSES, IMAGES, Net, block, build, head, pooled
 

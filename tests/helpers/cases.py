@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from chanaxes_pl.core.targets import target_function
+from chanaxes_pl.core.targets import Target
+from chanaxes_pl.network.batches import default_step
 from chanaxes_pl.network.hooks import observed
 from chanaxes_pl.network.layers import LayerSpec, select_layers
-from chanaxes_pl.network.probe import Probe, images_and_labels
+from chanaxes_pl.network.probe import Probe
 from chanaxes_pl.network.recording import LayerMoments, Recorder
 from chanaxes_pl.tables import COLUMNS, HALVES, SPLIT_HALF, WITH_NULL
 
@@ -211,11 +212,11 @@ def recorded(
     alignment: bool = False,
 ) -> dict[str, LayerMoments]:
     """What one of ``world`` processes would hold after its share of the probe."""
-    layers, function = select_layers(model, "conv+linear"), target_function(target)
+    layers, function = select_layers(model, "conv+linear"), Target(target)
     recorder = Recorder(layers, function, positions, halves, alignment)
     with observed(model), recorder.attached():
         for indices, batch in Probe(loader).batches(rank, world):
-            recorder.record(indices, lambda batch=batch: images_and_labels(model, batch))
+            recorder.record(indices, lambda batch=batch: default_step(model, batch))
     return dict(recorder.moments())
 
 

@@ -16,9 +16,9 @@ from chanaxes_pl import LesionExperiment
 from chanaxes_pl.lesions.damage_table import join_shares, lesion_table
 from chanaxes_pl.lesions.interventions import OPERATIONS, lesion
 from chanaxes_pl.models import BACKBONES
+from chanaxes_pl.network.batches import Placement, default_step
 from chanaxes_pl.network.groups import find_units
 from chanaxes_pl.network.hooks import observed
-from chanaxes_pl.network.probe import Placement, images_and_labels
 from chanaxes_pl.network.removal import remove
 from tests.helpers import cases as zoo
 from tests.helpers import reference
@@ -120,7 +120,7 @@ def test_a_network_without_a_graph_gives_the_same_either_way():
     options = {"layers": "conv+linear", "units": find_units(build(Branching), batch(2, 8))}
     fast, slow = (table(build(Branching), fast=fast, **options) for fast in (True, False))
     pd.testing.assert_frame_equal(fast, slow, rtol=1e-9)
-    custom = table(build(Branching), step=images_and_labels, **options)
+    custom = table(build(Branching), step=default_step, **options)
     pd.testing.assert_frame_equal(custom, slow, rtol=1e-9)
 
 
@@ -279,7 +279,7 @@ def test_the_bar_counts_lesions_on_a_terminal_only(capsys, monkeypatch):
         ({"channels": {"net.4": [0, 8]}}, r"layer 'net\.4' has no channel 8; expected 0 to 7"),
         ({"channels": 0}, r"channels=0\): expected 'all', a number of channels per layer"),
         ({"layers": "covn"}, r"lesion_table\(layers='covn'\): no tracked module"),
-        ({"step": images_and_labels}, r"'zero' needs units=find_units\(model, example\)"),
+        ({"step": default_step}, r"'zero' needs units=find_units\(model, example\)"),
     ],
 )
 def test_errors_of_the_table_quote_the_call(options, message):

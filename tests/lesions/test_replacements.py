@@ -9,8 +9,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from chanaxes_pl.core.moments import Moments
 from chanaxes_pl.lesions.interventions import lesion
 from chanaxes_pl.lesions.replacements import REPLACEMENTS, Replacement, measure_replacements
+from chanaxes_pl.network.batches import Placement
 from chanaxes_pl.network.hooks import observed
-from chanaxes_pl.network.probe import Placement, Probe
+from chanaxes_pl.network.probe import Probe
 from chanaxes_pl.network.recording import Settings
 from tests.helpers import cases as zoo
 from tests.helpers import reference

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as torch_prune
 
 from chanaxes_pl import compute_axes
+from chanaxes_pl.analysis.upstream import input_spread
 from chanaxes_pl.core.errors import naming
 from chanaxes_pl.core.targets import scrambled
 from chanaxes_pl.network.hooks import same_outputs
@@ -25,7 +26,6 @@ from chanaxes_pl.network.layers import (
 )
 from chanaxes_pl.network.recording import Recorder
 from chanaxes_pl.network.sampling import image_means, local_samples, sample_positions
-from chanaxes_pl.analysis.upstream import input_spread
 from tests.helpers import cases as zoo
 from tests.helpers import reference
 

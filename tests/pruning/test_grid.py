@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 
 from chanaxes_pl.analysis.grids import area_under_curve, paired_difference
 from chanaxes_pl.lesions.damage_table import join_shares
+from chanaxes_pl.network.batches import Placement
 from chanaxes_pl.network.macs import count_macs
-from chanaxes_pl.network.probe import Placement
 from chanaxes_pl.plots import plot_lesions, plot_pruning
 from chanaxes_pl.pruning import grid as protocol
 from chanaxes_pl.pruning.grid import PruningExperiment, evaluate, milliseconds, pruning_grid
