@@ -180,7 +180,7 @@ def _mean_z_score(columns: Sequence[np.ndarray]) -> np.ndarray:
     return composite(columns, [1] * len(columns))
 
 
-_NOT_METRICS = (*KEYS, "layer", "channel", "dead", "at_ceiling", "reason")
+_NOT_METRICS = (*KEYS, "layer", "channel", "dead", "at_ceiling", "reason", "target")
 
 
 def _layer_rows(values: dict[str, np.ndarray], draws: np.ndarray) -> list[dict]:

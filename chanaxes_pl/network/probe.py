@@ -197,9 +197,7 @@ def find_probe(given: ProbeSource | None, trainer: Trainer) -> ProbeSource:
     if datamodule is not None and hasattr(datamodule, "probe_dataloader"):
         return datamodule.probe_dataloader()
     loaders = trainer.val_dataloaders
-    if trainer.testing:
-        loaders = trainer.test_dataloaders if loaders is None else loaders
-    elif loaders is None:  # not set up yet where nothing was trained
+    if loaders is None and not trainer.testing:  # not set up yet where nothing was trained
         with suppress(MisconfigurationException):  # Lightning's error where there is no validation; ours says more
             trainer.fit_loop.epoch_loop.val_loop.setup_data()
         loaders = trainer.val_dataloaders

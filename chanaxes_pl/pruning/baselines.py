@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from chanaxes_pl.core.errors import ArgumentError
 from chanaxes_pl.core.moments import accumulation_device
+from chanaxes_pl.core.targets import check_classes
 from chanaxes_pl.network.batches import Step
 from chanaxes_pl.network.groups import Units
 from chanaxes_pl.network.hooks import calls, observed
@@ -134,6 +135,7 @@ def _with_gradients(model: nn.Module, names: Iterable[str], batches: Iterable[An
     with observed(copied), torch.enable_grad():
         for batch in batches:
             logits, labels = step(copied, batch)
+            check_classes(logits, labels)
             loss = F.cross_entropy(logits, labels, reduction="sum")
             loss.backward()
             images, total = images + len(labels), total + loss.item()
