@@ -35,7 +35,7 @@ class LesionExperiment:
     """Which channels are lesioned, how, and on how many images.
 
     Args:
-        layers: layers to lesion: "conv", "conv+linear", or globs over names.
+        layers: layers to lesion: "auto", "conv", "conv+linear", or globs over names; see :func:`select_layers`.
         operations: some of "zero" (removed, zero ablation), "mean" (mean ablation), "peer" and "hull" (rebuilt from
             peers).
         channels: "all", a number of channels to draw at random from each layer, or layer name → channels.
@@ -48,7 +48,7 @@ class LesionExperiment:
         ValueError: for an unknown operation, or a number out of range.
     """
 
-    layers: str | Sequence[str] = "conv"
+    layers: str | Sequence[str] = "auto"
     operations: Sequence[str] = OPERATIONS
     channels: int | str | Mapping[str, Sequence[int]] = "all"
     scores: Sequence[str] | None = None
@@ -112,15 +112,15 @@ def lesion_table(
     experiment = experiment or LesionExperiment()
     operations = experiment.operations
     with naming("lesion_table"):
+        modules = select_layers(model, experiment.layers, whole=True)
         settings = Settings(
-            layers=experiment.layers,
+            layers=modules,
             positions=positions,
             reliability=False,
             step=step,
             probe_size=experiment.probe_size,
         )
         place = place or Placement.of(model)
-        modules = select_layers(model, experiment.layers)
         places = _places(modules, experiment.channels, experiment.seed)
         replacements: dict[str, Replacement] = {}
         with observed(model):
