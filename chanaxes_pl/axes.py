@@ -31,7 +31,9 @@ def measure_axes(
     """
     recorder = record(model, probe, settings, place)
     widths = {name: channel_count(layer) for name, layer in recorder.layers.items()}
-    return axes_table(recorder.moments(), widths, settings.noise).assign(target=recorder.target.name)
+    reasons = recorder.left_out() | recorder.without_alignment()
+    table = axes_table(recorder.moments(), widths, settings.noise, reasons)
+    return table.assign(target=recorder.target.name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +70,7 @@ def compute_axes(
     model: nn.Module,
     probe: ProbeSource,
     *,
-    layers: LayerSpec = "conv",
+    layers: LayerSpec = "auto",
     positions: int | str = 16,
     target: TargetSpec = "auto",
     noise: str | float = "median",
@@ -84,7 +86,9 @@ def compute_axes(
         model: ``model(images)`` gives logits ``[B, K]``. It stays where it is and as it is.
         probe: the probe set: a DataLoader of ``(images, labels)`` or a Dataset of ``(image, label)``, labels
             ``[B]`` from 0 to K − 1. See :class:`Probe` for which images are taken.
-        layers: ``"conv"``, ``"conv+linear"``, globs over layer names, or ``(name, module) → bool``.
+        layers: ``"auto"`` (convolutions, and Linear layers where those hold less than half of the weights, without
+            the head), ``"conv"``, ``"conv+linear"``, globs over layer names, or ``(name, module) → bool``; see
+            :func:`select_layers`.
         positions: local samples an image, or ``"all"``.
         target: the task variable: ``"logit_margin"``, ``"log_probability"``, ``"label"``, or
             ``(logits, labels) → [B]`` or ``[B, D]``.

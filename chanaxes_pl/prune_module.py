@@ -30,6 +30,7 @@ from chanaxes_pl.models import ImageClassifier
 from chanaxes_pl.models.checkpoints import load_classifier
 from chanaxes_pl.network.batches import Placement
 from chanaxes_pl.network.groups import find_units
+from chanaxes_pl.network.layers import select_layers
 from chanaxes_pl.network.probe import MIN_IMAGES, Probe, ProbeSource, find_probe, image_batches
 from chanaxes_pl.network.recording import Settings
 from chanaxes_pl.plots import plot_lesions, plot_pruning
@@ -166,7 +167,8 @@ class PruneModule(ImageClassifier):
         size, seed = experiment.probe_size, experiment.seed
         example = image_batches(probe, MIN_IMAGES, place)[0]
         units = find_units(self.network, example)
-        settings = Settings(layers=experiment.layers, reliability=False, probe_size=size)
+        layers = select_layers(self.network, experiment.layers, whole=True)  # what is lesioned
+        settings = Settings(layers=layers, reliability=False, probe_size=size)
         axes = measure_axes(self.network, Probe(probe, size), settings, place)
         names = experiment.scores
         names = default_scores(self.network, units, example) if names is None else names

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -24,7 +25,7 @@ from chanaxes_pl.core.metrics import (
 )
 from chanaxes_pl.core.moments import Moments, live_mask
 from chanaxes_pl.core.peers import peer_r2, peer_reconstruction
-from chanaxes_pl.network.recording import LayerMoments
+from chanaxes_pl.network.recording import UNREACHED, LayerMoments
 from chanaxes_pl.run_folder import table_paths
 
 #: Columns from the whole probe: in nats, except the last three (a share, a count and a share per count).
@@ -45,14 +46,19 @@ _FINITE = {"epoch", "budget", "macs_share"}
 
 
 def axes_table(
-    layers: Iterable[tuple[str, LayerMoments | None]], widths: Mapping[str, int], noise: str | float = "median"
+    layers: Iterable[tuple[str, LayerMoments | None]],
+    widths: Mapping[str, int],
+    noise: str | float = "median",
+    reasons: Mapping[str, str] = MappingProxyType({}),
 ) -> pd.DataFrame:
     """Make the table of channels of one checkpoint.
 
     Args:
-        layers: names of layers with their moments, or ``None`` for a layer that the forward pass never reached.
+        layers: names of layers with their moments, or ``None`` for a layer that has none.
         widths: layer name → number of channels.
         noise: noise power σ₀² of input capture.
+        reasons: why a layer has no moments, or lacks some of the columns; the default for a layer without moments is
+            that the forward pass never reached it.
 
     Returns:
         ``layer, channel``, :data:`COLUMNS`, ``dead`` (bool), ``at_ceiling`` (bool: a correlation of this channel
@@ -60,17 +66,19 @@ def axes_table(
         :data:`ALIGNMENT` if patches were recorded, and ``reason``, which says why a row holds NaN, or is empty. The
         columns of the halves are NaN if the halves were not kept apart.
     """
-    frames = [_layer_frame(name, moments, widths[name], noise) for name, moments in layers]
-    return pd.concat(frames, ignore_index=True)
+    frames = [_layer_frame(name, moments, widths[name], noise, reasons.get(name, "")) for name, moments in layers]
+    table = pd.concat(frames, ignore_index=True)
+    return table[[*(column for column in table if column != "reason"), "reason"]]
 
 
-def _layer_frame(name: str, moments: LayerMoments | None, width: int, noise: str | float) -> pd.DataFrame:
+def _layer_frame(name: str, moments: LayerMoments | None, width: int, noise: str | float, reason: str) -> pd.DataFrame:
     if moments is None:
         columns = {column: np.full(width, np.nan) for column in _columns()}
         columns |= {"dead": np.ones(width, bool), "at_ceiling": np.zeros(width, bool)}
-        columns["reason"] = np.full(width, "the forward pass did not reach this layer", object)
+        columns["reason"] = np.full(width, reason or UNREACHED, object)
     else:
         columns = measure(moments, noise)
+        columns["reason"] = np.where(columns["reason"] == "", reason, columns["reason"]).astype(object)
     frame = pd.DataFrame({"layer": name, "channel": np.arange(width), **columns})
     others = [*_columns()[len(COLUMNS) :], *(column for column in ALIGNMENT if column in frame)]
     return frame[["layer", "channel", *COLUMNS, "dead", "at_ceiling", *others, "reason"]]

@@ -110,8 +110,8 @@ plot_correlations(correlations, title="ResNet-18 at an eighth of its width, digi
 # %% [markdown]
 # ## Without a Trainer
 #
-# `compute_axes` measures any model once, here an untrained one of torchvision. `layers` takes `"conv"`,
-# `"conv+linear"`, or globs over the names of the model's layers.
+# `compute_axes` measures any model once, here an untrained one of torchvision. `layers` takes `"auto"`,
+# `"conv"`, `"conv+linear"`, or globs over the names of the model's layers.
 
 # %%
 torch.manual_seed(0)

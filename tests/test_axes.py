@@ -370,13 +370,6 @@ def test_something_that_is_no_probe_is_refused_by_what_it_is():
         compute_axes(restless(), 3)
 
 
-def test_a_layer_that_runs_twice_is_refused_by_name():
-    shared = nn.Conv2d(3, 3, 1)
-    model = nn.Sequential(shared, nn.ReLU(), shared, *zoo.head(3))
-    with pytest.raises(ValueError, match=r"layer '0' ran twice in one forward pass.*leave the layer out with layers="):
-        compute_axes(model, loader())
-
-
 def test_a_model_whose_output_holds_no_logits_is_described():
     class Boxes(nn.Sequential):
         def forward(self, x):

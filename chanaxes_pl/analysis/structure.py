@@ -31,13 +31,15 @@ GRAPHS = ("overlap", "excess")
 TRIPLETS = 20_000
 _EXCESS = ("pair_excess", "triplet_excess", "pair_excess_null", "triplet_excess_null")
 _UNREACHED = "the forward pass did not reach it"
+_UNMEASURED = "a layer that it reads could not be measured"
+_REPEATED = "it runs several times in a forward pass"
 
 
 def layer_structure(
     model: nn.Module,
     probe: ProbeSource,
     *,
-    layers: LayerSpec = "conv",
+    layers: LayerSpec = "auto",
     positions: int | Literal["all"] = 16,
     target: TargetSpec = "logit_margin",
     probe_size: int = 5000,
@@ -88,23 +90,25 @@ def layer_structure(
         ValueError: if a setting is out of range, the probe does not fit, or no layer matches.
     """
     with naming("layer_structure"):
+        tracked = select_layers(model, layers, whole=True)
         settings = Settings(
-            layers=layers, positions=positions, target=target, reliability=False, step=step, probe_size=probe_size
+            layers=tracked, positions=positions, target=target, reliability=False, step=step, probe_size=probe_size
         )
         if nulls < 2:
             raise ArgumentError(f"nulls={nulls}", "expected at least 2, to compute their mean and spread")
         place = Placement.of(model)
-        tracked = select_layers(model, layers)
         example = image_batches(probe, MIN_IMAGES, place)[0][:1] if example_input is None else example_input
         with input_spread(tracked) as spread:
             recorder = record(model, Probe(probe, probe_size), settings, place)
-        rows, metrics = [], {}
+        rows, metrics, missing = [], {}, recorder.left_out()
         for number, (name, moments) in enumerate(recorder.moments()):
             row, metrics[name] = _layer_row(moments, widest, nulls, np.random.default_rng([seed, number]))
-            rows.append({"layer": name} | row)
+            rows.append({"layer": name} | row | ({"reason": missing[name]} if name in missing else {}))
         upstream = find_upstream(model, tracked, spread, example)
         for number, row in enumerate(rows):
             row |= _propagation(upstream[row["layer"]], metrics, nulls, np.random.default_rng([seed, number, 1]))
+            if row["layer"] in recorder.repeated:  # and what it reads differs from run to run
+                row |= {name: math.nan for name in row if name.startswith("routed_")} | {"routed_reason": _REPEATED}
         return pd.DataFrame(rows)
 
 
@@ -221,7 +225,7 @@ def _propagation(
     """Correlate a layer's metrics with those routed to it by its weights, and by shuffled weights."""
     names = [f"routed_{metric}{end}" for metric in METRICS for end in ("", "_null", "_null_sd")]
     row: dict[str, Any] = {"producers": ", ".join(upstream.channels)} | dict.fromkeys(names, math.nan)
-    row["routed_reason"] = upstream.reason or ("" if all(metrics[name] for name in upstream.channels) else _UNREACHED)
+    row["routed_reason"] = upstream.reason or ("" if all(metrics[name] for name in upstream.channels) else _UNMEASURED)
     if row["routed_reason"]:
         return row
     dealt = [upstream.norms, *(rng.permuted(upstream.norms, axis=1) for _ in range(nulls))]

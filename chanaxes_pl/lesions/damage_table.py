@@ -42,7 +42,8 @@ class LesionExperiment:
     """Settings of a lesion experiment: which channels, which operations, and how many images.
 
     Args:
-        layers: layers to lesion: "conv", "conv+linear", or globs over layer names.
+        layers: layers to lesion: "auto", "conv", "conv+linear", or globs over layer names; see
+            :func:`select_layers`.
         operations: operations to try: "zero" (zero ablation of the channel's unit), "mean" (mean ablation), "peer"
             and "hull" (reconstruction from all peers, or from a few).
         channels: channels to lesion: "all", a number to draw at random from each layer, or layer name → channels.
@@ -55,7 +56,7 @@ class LesionExperiment:
         ValueError: if an operation is unknown, or a number is out of range.
     """
 
-    layers: str | Sequence[str] = "conv"
+    layers: str | Sequence[str] = "auto"
     operations: Sequence[Operation] = OPERATIONS
     channels: int | Literal["all"] | Mapping[str, Sequence[int]] = "all"
     scores: Sequence[str] | None = None
@@ -119,15 +120,15 @@ def lesion_table(
     experiment = experiment or LesionExperiment()
     operations = experiment.operations
     with naming("lesion_table"):
+        modules = select_layers(model, experiment.layers, whole=True)
         settings = Settings(
-            layers=experiment.layers,
+            layers=modules,
             positions=positions,
             reliability=False,
             step=step,
             probe_size=experiment.probe_size,
         )
         place = place or Placement.of(model)
-        modules = select_layers(model, experiment.layers)
         places = _places(modules, experiment.channels, experiment.seed)
         replacements: dict[str, Replacement] = {}
         with observed(model):

@@ -86,7 +86,7 @@ def lesion(
     """
     with naming("lesion"):
         check_operations([operation], OPERATIONS)
-        modules = select_layers(model, "conv+linear")
+        modules = select_layers(model, "conv+linear", whole=True)
         check_places(modules, {layer: [channel]})
     if operation == "zero" and units is None:
         raise ValueError("lesion(operation='zero'): pass units=find_units(model, images)")
@@ -166,7 +166,7 @@ class Interventions:
             why = self._fixed.get(path, "its layer is in no removable group")
             return (None, f"cannot be removed: {why}") if group is None else (Intervention(group=group, unit=unit), "")
         if layer not in self._replacements:
-            return None, "the forward pass did not reach this layer"
+            return None, "the forward pass did not reach this layer, or not with one output an image"
         statistics = self._replacements[layer]
         if not statistics.mean[channel].isfinite():
             return None, "output not finite"

@@ -1,31 +1,49 @@
-"""Which modules are tracked, and under what names."""
+"""Which modules are tracked, under what names, and what they read and gave when they ran."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
+from math import prod
+from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.hooks import RemovableHandle
 
-from chanaxes_pl.core.errors import ArgumentError
+from chanaxes_pl.core.errors import ArgumentError, nearest
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _KINDS = {"conv": CONVOLUTIONS, "conv+linear": (*CONVOLUTIONS, nn.Linear)}
-#: ``"conv"``, ``"conv+linear"``, a glob or several over layer names, or ``(name, module) → bool``.
+_WORDS = ("auto", *_KINDS)
+#: ``"auto"``, ``"conv"``, ``"conv+linear"``, a glob or several over layer names, or ``(name, module) → bool``.
 LayerSpec = str | Sequence[str] | Callable[[str, nn.Module], bool]
+# What holds a user's module as its attribute `module`, and names that wrappers alone give to what they hold.
+_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
+_WRAPPED = {"_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
-def select_layers(model: nn.Module, layers: LayerSpec = "conv") -> dict[str, nn.Module]:
+def select_layers(
+    model: nn.Module, layers: LayerSpec | Mapping[str, nn.Module] = "auto", whole: bool = False
+) -> dict[str, nn.Module]:
     """The tracked modules of a model, by their own names in it.
 
-    Trackable are modules that are affine in their input: ``Conv1d/2d/3d`` of any groups, and ``Linear``.
-    A wrapper that ``torch.compile`` put around a module does not show in the name.
+    Trackable are modules that are affine in their input: ``Conv1d/2d/3d`` of any groups, and ``Linear``. What wraps a
+    module (``torch.compile``, ``DistributedDataParallel``, ``AveragedModel`` and the like) does not show in its name.
+
+    ``"auto"`` takes the convolutions and, where these hold less than half of all trackable weights, the Linear layers
+    too, but for the last one in order of definition: the classifier's head, whose outputs are the classes.
 
     Args:
         model: any module.
-        layers: ``"conv"``, ``"conv+linear"``, a glob or a list of globs over names
-            (``"layer[34].*"``), or a function ``(name, module) → bool``.
+        layers: ``"auto"``, ``"conv"``, ``"conv+linear"``, a glob or a list of globs over names
+            (``"layer[34].*"``), or a function ``(name, module) → bool``; or what was selected before, as it is.
+        whole: leave attentions as the modules that they are. Otherwise a :class:`Projection` stands for each Linear
+            map that is packed in one: ``<name>.q``, ``.k``, ``.v`` and ``.out`` of a ``nn.MultiheadAttention``;
+            ``<name>.q``, ``.k`` and ``.v`` of a Linear layer called ``qkv`` with three times as many outputs as
+            inputs, in that order. A glob that matches the module's own name takes all of its projections.
 
     Raises:
         ValueError: if nothing matches; the message names the layers there are.
@@ -36,21 +54,68 @@ def select_layers(model: nn.Module, layers: LayerSpec = "conv") -> dict[str, nn.
         >>> list(select_layers(model)), list(select_layers(model, "conv+linear"))
         (['0'], ['0', '3'])
     """
-    trackable = {
-        ".".join(part for part in name.split(".") if part != "_orig_mod"): module
-        for name, module in model.named_modules()
-        if isinstance(module, _KINDS["conv+linear"])
-    }
+    if isinstance(layers, Mapping):
+        return dict(layers)
+    parts = dict(_trackable(model, split=True))
+    trackable = dict(_trackable(model, split=False)) if whole else parts
     if callable(layers):
         chosen = {name: module for name, module in trackable.items() if layers(name, module)}
-    elif isinstance(layers, str) and layers in _KINDS:
-        chosen = {name: module for name, module in trackable.items() if isinstance(module, _KINDS[layers])}
+    elif isinstance(layers, str) and layers in _WORDS:
+        kind, head = _automatic(parts) if layers == "auto" else (layers, None)
+        fit = {name: module for name, module in trackable.items() if isinstance(module, _KINDS[kind])}
+        chosen = {name: module for name, module in fit.items() if name != head or len(fit) == 1}
     else:
         globs = [layers] if isinstance(layers, str) else list(layers)
-        chosen = {n: m for n, m in trackable.items() if any(fnmatchcase(n, g) for g in globs)}
+        chosen = {n: m for n, m in trackable.items() if any(fnmatchcase(k, g) for g in globs for k in _names(n, m))}
     if not chosen:
         raise ArgumentError(f"layers={layers!r}", f"no tracked module; {_what_there_is(trackable, layers)}")
     return chosen
+
+
+def _trackable(model: nn.Module, split: bool) -> Iterator[tuple[str, nn.Module]]:
+    """Convolutions and Linear layers by name, each once; of attentions the projections, if ``split``."""
+    inside = set()
+    for name, module in _named_modules(model):
+        projections = Projection.all_of(name, module) if split else {}
+        yield from projections.items()
+        if projections and isinstance(module, nn.MultiheadAttention):
+            inside.add(module.out_proj)  # its weight is read, but it never runs
+        if not projections and module not in inside and isinstance(module, _KINDS["conv+linear"]):
+            yield name, module
+
+
+def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """``model.named_modules()`` without the names that wrappers add."""
+    shown: dict[str, str] = {}
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        above, _, own = path.rpartition(".")
+        wrapped = own in _WRAPPED or (own == "module" and isinstance(found[above], _WRAPPERS))
+        shown[path] = ".".join(filter(None, [shown.get(above, ""), "" if wrapped else own]))
+        found[path] = module
+        yield shown[path], module
+
+
+def _automatic(trackable: dict[str, nn.Module]) -> tuple[str, str | None]:
+    """The kind that ``"auto"`` stands for, and the name of the head to leave out."""
+    weights = {name: _weights(module) for name, module in trackable.items()}
+    linear = [name for name, module in trackable.items() if isinstance(module, nn.Linear)]
+    if 2 * sum(weights[name] for name in linear) <= sum(weights.values()):
+        return "conv", None
+    alone = [name for name in linear if not isinstance(trackable[name], Projection)]
+    return "conv+linear", alone[-1] if alone else None
+
+
+def _weights(layer: nn.Module) -> int:
+    """Numbers in a layer's weight, also where it has not been made yet or is spread over processes."""
+    if isinstance(layer, CONVOLUTIONS):
+        return layer.out_channels * layer.in_channels // layer.groups * prod(layer.kernel_size)
+    assert isinstance(layer, nn.Linear)
+    return layer.out_features * layer.in_features
+
+
+def _names(name: str, layer: nn.Module) -> tuple[str, ...]:
+    return (name, name.rpartition(".")[0]) if isinstance(layer, Projection) else (name,)
 
 
 def _what_there_is(trackable: dict[str, nn.Module], layers: LayerSpec) -> str:
@@ -58,9 +123,111 @@ def _what_there_is(trackable: dict[str, nn.Module], layers: LayerSpec) -> str:
         return "the model has no Conv1d, Conv2d, Conv3d or Linear layer"
     names = list(trackable)
     wanted = [layers] if isinstance(layers, str) else [] if callable(layers) else list(layers)
-    near = [hit for want in wanted for hit in difflib.get_close_matches(want, [*_KINDS, *names], n=2)]
-    begin = f"expected 'conv', 'conv+linear', a glob over names or a function; names begin with {', '.join(names[:3])}"
-    return begin + (f"; did you mean {' or '.join(map(repr, near))}?" if near else "")
+    kinds = ", ".join(map(repr, _WORDS))
+    begin = f"expected {kinds}, a glob over names or a function; names begin with {', '.join(names[:3])}"
+    return "; ".join([begin, *(nearest(want, [*_WORDS, *names]) for want in wanted[:1])])
+
+
+class Projection(nn.Linear):
+    """One of several Linear maps that an attention holds packed: a layer to watch, which never runs by itself.
+
+    Args:
+        owner: a ``nn.MultiheadAttention``, or a Linear layer that gives queries, keys and values side by side.
+        part: ``"q"``, ``"k"``, ``"v"`` or ``"out"``.
+
+    Attributes:
+        weight: ``[C, F]``, where the owner holds it; likewise ``bias``, ``[C]`` or ``None``.
+        reads: whether the owner tells what this map reads; the input of ``"out"`` never leaves the attention.
+    """
+
+    owner: nn.MultiheadAttention | nn.Linear
+
+    def __init__(self, owner: nn.MultiheadAttention | nn.Linear, part: str) -> None:
+        nn.Module.__init__(self)
+        object.__setattr__(self, "owner", owner)  # not as a module inside this one
+        self.part, self.reads = part, part != "out"
+        if isinstance(owner, nn.Linear):
+            self.in_features = self.out_features = owner.in_features
+        else:
+            self.out_features = owner.embed_dim
+            self.in_features = {"k": owner.kdim, "v": owner.vdim}.get(part, owner.embed_dim)
+
+    @classmethod
+    def all_of(cls, name: str, module: nn.Module) -> dict[str, Projection]:
+        """The projections packed in a module of this name; none in most."""
+        packed = False
+        if isinstance(module, nn.MultiheadAttention):
+            packed = (
+                type(module).forward is nn.MultiheadAttention.forward
+            )  # another may mean other things by its weights
+        elif isinstance(module, nn.Linear):
+            packed = name.rpartition(".")[2] == "qkv" and module.out_features == 3 * module.in_features
+        if not packed:
+            return {}
+        parts = ("q", "k", "v") if isinstance(module, nn.Linear) else ("q", "k", "v", "out")
+        return {".".join(filter(None, [name, part])): cls(module, part) for part in parts}  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        return self._packed()[name == "bias"] if name in ("weight", "bias") else super().__getattr__(name)
+
+    def of_run(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> tuple[Any, Any]:
+        """What this map read, ``None`` where that is not told, and what it gave, when its owner ran.
+
+        Returns:
+            ``[B, …, F]`` and ``[B, …, C]``; of an attention without a batch whatever it was given.
+        """
+        owner = self.owner
+        if isinstance(owner, nn.Linear):
+            return args[0] if args else kwargs.get("input"), output[..., self._rows]
+        if self.part == "out":
+            return None, self._batch_first(output[0])
+        given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+        read = self._batch_first(next(value for name, value in given.items() if name[0] == self.part))
+        weight, bias = self._packed()
+        return read, F.linear(read, weight, bias)
+
+    def _batch_first(self, tensor: Tensor) -> Tensor:
+        return tensor.transpose(0, 1) if tensor.ndim == 3 and not self.owner.batch_first else tensor
+
+    @property
+    def _rows(self) -> slice:
+        start = "qkv".index(self.part) * self.out_features
+        return slice(start, start + self.out_features)
+
+    def _packed(self) -> tuple[Tensor, Tensor | None]:
+        owner = self.owner
+        if isinstance(owner, nn.Linear):
+            weight, bias = owner.weight[self._rows], owner.bias
+        elif self.part == "out":
+            return owner.out_proj.weight.detach(), None if owner.out_proj.bias is None else owner.out_proj.bias.detach()
+        else:
+            separate = getattr(owner, f"{self.part}_proj_weight")
+            weight = owner.in_proj_weight[self._rows] if separate is None else separate
+            bias = owner.in_proj_bias
+        return weight.detach(), None if bias is None else bias.detach()[self._rows]
+
+
+def listen(layer: nn.Module, hook: Callable[[nn.Module, Any, Any], None]) -> RemovableHandle:
+    """Call ``hook(layer, input, output)`` whenever a tracked layer has run, be it inside an attention.
+
+    The input is ``None`` where the layer's call does not show it.
+    """
+    owner = layer.owner if isinstance(layer, Projection) else layer
+    return owner.register_forward_hook(partial(_heard, layer, hook), with_kwargs=True)
+
+
+def _heard(
+    layer: nn.Module,
+    hook: Callable[[nn.Module, Any, Any], None],
+    _: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,
+) -> None:
+    if isinstance(layer, Projection):
+        hook(layer, *layer.of_run(args, kwargs, output))
+    else:
+        hook(layer, args[0] if args else kwargs.get("input"), output)
 
 
 def channel_count(layer: nn.Module) -> int:
@@ -80,16 +247,32 @@ def by_position(layer: nn.Module, tensor: Tensor, images: int, name: str) -> Ten
     Raises:
         ValueError: if the first dimension is not the batch.
     """
-    convolution = isinstance(layer, CONVOLUTIONS)
-    if tensor.ndim < (3 if convolution else 2) or len(tensor) != images:
-        raise ValueError(
-            f"layer {name!r} gave an output of shape {tuple(tensor.shape)} for a batch of {images} images: "
-            f"expected {'[B, C, *spatial]' if convolution else '[B, …, C]'} with B = {images}; "
-            "leave the layer out with layers=[…]"
-        )
-    if convolution:
+    if why := misfit(layer, tensor, images):
+        raise ValueError(f"layer {name!r} gave {why}; leave the layer out with layers=[…]")
+    if isinstance(layer, CONVOLUTIONS):
         return tensor.flatten(2)
     return tensor[:, :, None] if tensor.ndim == 2 else tensor.flatten(1, -2).transpose(1, 2)
+
+
+def misfit(layer: nn.Module, tensor: Any, images: int, what: str = "an output") -> str:
+    """Why a layer's output (or input) has no positions of images; empty where it has.
+
+    Args:
+        layer: the module it belongs to.
+        tensor: the output.
+        images: B, the number of images in the batch.
+        what: what the tensor is, for the text.
+    """
+    convolution = isinstance(layer, CONVOLUTIONS)
+    if not isinstance(tensor, Tensor) or tensor.is_nested:
+        kind = "nested tensor" if isinstance(tensor, Tensor) else type(tensor).__name__
+        return f"{what} that is a {kind} for a batch of {images} images: expected one tensor"
+    if tensor.ndim < (3 if convolution else 2) or len(tensor) != images:
+        return (
+            f"{what} of shape {tuple(tensor.shape)} for a batch of {images} images: "
+            f"expected {'[B, C, *spatial]' if convolution else '[B, …, C]'} with B = {images}"
+        )
+    return ""
 
 
 def why_not_affine(layer: nn.Module) -> str:

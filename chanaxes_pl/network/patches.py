@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,24 +50,34 @@ class PatchRecorder:
             places: ``[B, p]`` positions sampled in each image, or ``None`` for all.
             name: the layer's name, for errors.
         """
-        layer, images = self._layer, len(seen)
-        if isinstance(layer, CONVOLUTIONS):
-            self._means = self._by_block(patch_means(layer, inputs, output.shape[2:]).flatten(1))
-        else:
-            inputs = by_position(layer, inputs, images, name)
-            self._means = self._by_block(image_means(inputs))
+        self._means = self._means_of(inputs, output, name)
+        images = torch.arange(len(seen), device=seen.device)
         if places is None:
-            places = torch.arange(seen.shape[2], device=seen.device).expand(images, -1)
-        width = self._means[0].numel()
-        for rows in torch.arange(images, device=seen.device).split(max(1, _NUMBERS // (width * places.shape[1]))):
-            if isinstance(layer, CONVOLUTIONS):
-                read = patches(layer, inputs, rows, places[rows], output.shape[2:]).flatten(1)
-            else:
-                read = local_samples(inputs, rows, places[rows])
-            gave = local_samples(seen, rows, places[rows])
-            if self._outputs is None:
-                self._outputs = self._metric(gave.shape[1] // self._blocks, seen.device)
-            self._outputs.update(CrossMoments.of(self._by_block(read), self._by_block(gave)))
+            places = torch.arange(seen.shape[2], device=seen.device).expand(len(seen), -1)
+        self._cover(inputs, output, seen, images, places, name)
+
+    def read_runs(self, runs: Sequence[tuple[Tensor, Tensor, Tensor]], places: Tensor | None, name: str) -> None:
+        """Take in a batch on which the layer ran several times.
+
+        Args:
+            runs: inputs, output and seen of each, as :meth:`read` has them.
+            places: ``[B, p]``, positions sampled in each image, counted through the positions of all runs in turn, or
+                ``None`` for all.
+            name: the layer's name, for errors.
+        """
+        images, total = len(runs[0][2]), sum(seen.shape[2] for *_, seen in runs)
+        if places is None:
+            places = torch.arange(total, device=runs[0][2].device).expand(images, -1)
+        means, start = [], 0
+        for inputs, output, seen in runs:
+            stop = start + seen.shape[2]
+            self._means = self._means_of(inputs, output, name)
+            means.append(self._means * (seen.shape[2] / max(1, total)))
+            rows, columns = ((places >= start) & (places < stop)).nonzero(as_tuple=True)
+            if len(rows):
+                self._cover(inputs, output, seen, rows, places[rows, columns, None] - start, name)
+            start = stop
+        self._means = torch.stack(means).sum(0)
 
     def learn(self, values: Tensor) -> None:
         """Add the target ``[B, 1]`` of the last batch."""
@@ -81,6 +92,29 @@ class PatchRecorder:
         assert self._target is not None
         outputs, target = self._outputs.merged.covariance, self._target.merged.covariance
         return PatchMoments(outputs.mT.flatten(0, 1), target.mT.repeat_interleave(outputs.shape[2], 0).flatten(0, 1))
+
+    def _means_of(self, inputs: Tensor, output: Tensor, name: str) -> Tensor:
+        """``[B, G, F]``: what each block reads on average over all positions."""
+        layer = self._layer
+        if isinstance(layer, CONVOLUTIONS):
+            return self._by_block(patch_means(layer, inputs, output.shape[2:]).flatten(1))
+        return self._by_block(image_means(by_position(layer, inputs, len(output), name)))
+
+    def _cover(self, inputs: Tensor, output: Tensor, seen: Tensor, images: Tensor, places: Tensor, name: str) -> None:
+        """Take in the patches at positions ``[n, p]`` of the images ``[n]``."""
+        layer, width = self._layer, self._means[0].numel()
+        if not isinstance(layer, CONVOLUTIONS):
+            inputs = by_position(layer, inputs, len(seen), name)
+        rows_at_once = max(1, _NUMBERS // (width * places.shape[1]))
+        for rows, at in zip(images.split(rows_at_once), places.split(rows_at_once), strict=True):
+            if isinstance(layer, CONVOLUTIONS):
+                read = patches(layer, inputs, rows, at, output.shape[2:]).flatten(1)
+            else:
+                read = local_samples(inputs, rows, at)
+            gave = local_samples(seen, rows, at)
+            if self._outputs is None:
+                self._outputs = self._metric(gave.shape[1] // self._blocks, seen.device)
+            self._outputs.update(CrossMoments.of(self._by_block(read), self._by_block(gave)))
 
     def _by_block(self, rows: Tensor) -> Tensor:
         return rows.reshape(len(rows), self._blocks, -1)

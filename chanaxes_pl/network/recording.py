@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,10 +19,14 @@ from chanaxes_pl.core.targets import Target, TargetSpec, infer_target, null_targ
 from chanaxes_pl.network.batches import Placement, Step, default_step
 from chanaxes_pl.network.hooks import observed, same_outputs
 from chanaxes_pl.network.layers import (
+    CONVOLUTIONS,
     LayerSpec,
+    Projection,
     affine,
     by_position,
     channel_count,
+    listen,
+    misfit,
     select_layers,
     widens_pointwise,
 )
@@ -37,6 +41,8 @@ _WAITING = 1 << 15
 # share of the largest value: far above what TF32 rounds off, far below what another map would give.
 _CHECKED = 8
 _CHECK_SHARE = 1e-2
+#: Why a layer that never ran has no moments.
+UNREACHED = "the forward pass did not reach this layer"
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,12 +113,23 @@ class _Parts:
 class Recorder:
     """Collects every tracked layer's moments while a model runs over the probe.
 
+    A layer that runs several times in a forward pass has the positions of all its runs, in their order, as positions of
+    the image. The first batch tells which layers these are, and is run again; from then on a copy of their outputs
+    (with ``alignment`` also of their inputs) is held until the end of each forward pass. What runs once is not copied.
+
+    A layer without moments is named in :meth:`left_out`.
+
     Args:
         layers: the tracked modules by name.
         target: what T is.
         positions: local samples an image, or ``"all"``.
         halves: keep even and odd images apart.
         alignment: collect what the gradients of both information terms need, too.
+
+    Attributes:
+        layers: as given.
+        images: how many this process has run.
+        repeated: names of layers that run several times in a forward pass.
     """
 
     def __init__(
@@ -131,13 +148,17 @@ class Recorder:
         self._local: dict[str, _Parts] = {}
         self._joint: dict[str, _Parts] = {}
         self._maps: dict[str, tuple[Tensor, Tensor] | None] = {}
-        self._patches = {name: PatchRecorder(layer) for name, layer in layers.items()} if alignment else {}
+        self._alignment = alignment
+        self._patches = self._new_patches()
+        self.repeated: set[str] = set()
+        self._ran: dict[str, int] = {}
+        self._unfit: dict[str, str] = {}
         self._batch = _Batch(np.arange(0), self._parts)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Listen to the layers' outputs."""
-        handles = [layer.register_forward_hook(partial(self._listen, name)) for name, layer in self.layers.items()]
+        handles = [listen(layer, partial(self._listen, name)) for name, layer in self.layers.items()]
         try:
             yield
         finally:
@@ -148,10 +169,10 @@ class Recorder:
         """Run ``forward`` → (logits, labels) on the images with these indices, and take in what the layers gave.
 
         Raises:
-            ValueError: if a layer ran twice, or logits, labels and target do not fit each other.
+            ValueError: if logits, labels and target do not fit each other.
         """
-        self._batch = batch = _Batch(indices, self._parts)
-        logits, labels = forward()
+        logits, labels = self._run(indices, forward)
+        batch = self._batch
         values = self.target(logits, labels)
         if len(values) != len(indices):
             raise InputError(f"the target has {len(values)} rows for a batch of {len(indices)} images")
@@ -166,17 +187,41 @@ class Recorder:
             if name not in self._joint:
                 self._joint[name] = _Parts(self._parts, rows.shape[1], rows.device)
             self._joint[name].update(rows[part] for part in batch.parts(rows.device))
-            if self._patches:
+            if name in self._patches:
                 self._patches[name].learn(values)
+            self._ran[name] = self._ran.get(name, 0) + len(indices)
         self.images += len(indices)
 
     def moments(self) -> Iterator[tuple[str, LayerMoments | None]]:
-        """The result layer by layer, ``None`` where the forward pass never reached it; collective calls.
+        """The result layer by layer, ``None`` for those that are :meth:`left_out`; collective calls.
 
         One at a time, so that no more than one layer's moments exist twice.
         """
+        missing = self.left_out()
         for name in self.layers:
-            yield name, self._layer_moments(name) if name in self._joint else None
+            yield name, None if name in missing else self._layer_moments(name)
+
+    def left_out(self) -> dict[str, str]:
+        """Why layers have no moments, by name; the same in all processes, a collective call."""
+        narrow = {name for name, mapped in self._maps.items() if mapped is not None}
+        shares = _of_all_processes(_Told(self.images, self._ran, self._unfit, narrow))
+        images = sum(share.images for share in shares)
+        reasons = {}
+        for name in self.layers:
+            ran = sum(share.ran.get(name, 0) for share in shares)
+            told = [share.unfit[name] for share in shares if name in share.unfit]
+            if told or not ran:
+                reasons[name] = told[0] if told else UNREACHED
+            elif ran < images:
+                reasons[name] = f"the forward pass reached this layer for {ran} of {images} images only"
+            elif len({name in share.narrow for share in shares}) > 1:
+                reasons[name] = "it could not be measured in the same way in all processes"
+        return reasons
+
+    def without_alignment(self) -> dict[str, str]:
+        """Why layers that may have moments have no patches where they were asked for, by name."""
+        missing = self.layers.keys() - self._new_patches().keys() if self._alignment else ()
+        return dict.fromkeys(missing, "no alignment: what this layer reads does not leave the attention")
 
     def _layer_moments(self, name: str) -> LayerMoments:
         local, joint = self._local[name].moments(), self._joint[name].moments()
@@ -187,24 +232,88 @@ class Recorder:
             extra = len(joint[0].mean) - weight.shape[1]
             weight = torch.block_diag(weight, torch.eye(extra).to(weight))
             joint = tuple(part.mapped(weight, torch.cat([bias, bias.new_zeros(extra)])) for part in joint)
-        return LayerMoments(channels, local, joint, self._patches[name].moments if self._patches else None)
+        return LayerMoments(channels, local, joint, self._patches[name].moments if name in self._patches else None)
 
-    def _listen(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def _run(self, indices: np.ndarray, forward: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Run ``forward`` with all that the layers give in the batch, again while layers turn out to run repeatedly."""
+        while True:
+            self._batch = batch = _Batch(indices, self._parts)
+            given = forward()
+            if not batch.repeated:
+                break
+            self.repeated |= batch.repeated
+            self._local, self._maps, self._patches = {}, {}, self._new_patches()
+        for name, runs in batch.runs.items():
+            self._take_runs(name, self.layers[name], runs)
+        batch.runs.clear()
+        return given
+
+    def _new_patches(self) -> dict[str, PatchRecorder]:
+        if not self._alignment:
+            return {}
+        shown = (name for name, layer in self.layers.items() if not isinstance(layer, Projection) or layer.reads)
+        return {name: PatchRecorder(self.layers[name]) for name in shown}
+
+    def _listen(self, name: str, layer: nn.Module, read: Any, gave: Any) -> None:
         batch = self._batch
-        if name in batch.means:
-            raise ValueError(
-                f"layer {name!r} ran twice in one forward pass: a channel would have two outputs an image; "
-                "leave the layer out with layers=[…]"
-            )
-        seen = by_position(layer, output, len(batch.indices), name)
-        if self._patches:
+        if name in self._unfit:
+            return
+        if why := self._misfit(name, layer, read, gave):
+            self._drop(name, why)
+        elif name in self.repeated:
+            # Copies: what comes next may write into what it is given.
+            run = _Run(read.clone() if name in self._patches else None, gave.clone())
+            batch.runs.setdefault(name, []).append(run)
+        elif name not in batch.means:
+            self._take(name, layer, read, gave)
+        elif not self.images:
+            batch.repeated.add(name)
+        else:
+            self._drop(name, "it ran once on the first images and several times in a forward pass on later ones")
+
+    def _misfit(self, name: str, layer: nn.Module, read: Any, gave: Any) -> str:
+        images, width = len(self._batch.indices), channel_count(layer)
+        if why := misfit(layer, gave, images):
+            return f"it gave {why}"
+        channels = gave.shape[1 if isinstance(layer, CONVOLUTIONS) else -1]
+        if channels != width:
+            return f"it gave {channels} channels, expected {width}"
+        why = misfit(layer, read, images, "an input") if name in self._patches else ""
+        return f"it read {why}" if why else ""
+
+    def _drop(self, name: str, why: str) -> None:
+        self._unfit[name] = why
+        for kept in (self._local, self._joint, self._maps, self._patches, self._batch.means, self._batch.runs):
+            kept.pop(name, None)
+
+    def _take(self, name: str, layer: nn.Module, read: Any, gave: Tensor) -> None:
+        """Take in what a layer that runs once has read and given."""
+        images = len(self._batch.indices)
+        seen = by_position(layer, gave, images, name)
+        if name in self._patches:
             places = self._positions_of(seen.shape[2], seen.device)
-            self._patches[name].read(inputs[0], output, seen, places, name)
+            self._patches[name].read(read, gave, seen, places, name)
         if name not in self._maps:
-            read = by_position(layer, inputs[0], len(batch.indices), name) if widens_pointwise(layer) else None
-            self._maps[name] = None if read is None else _affine_map(layer, read, seen)
+            narrower = widens_pointwise(layer) and not misfit(layer, read, images)
+            self._maps[name] = _affine_map(layer, by_position(layer, read, images, name), seen) if narrower else None
         if self._maps[name] is not None:
-            seen = by_position(layer, inputs[0], len(batch.indices), name)
+            seen = by_position(layer, read, images, name)
+        self._sample(name, seen)
+
+    def _take_runs(self, name: str, layer: nn.Module, runs: list[_Run]) -> None:
+        """Take in all runs of a layer in one forward pass."""
+        outputs = [by_position(layer, run.gave, len(run.gave), name) for run in runs]
+        seen = torch.cat(outputs, 2)
+        if name in self._patches:
+            places = self._positions_of(seen.shape[2], seen.device)
+            self._patches[name].read_runs(
+                [(run.read, run.gave, output) for run, output in zip(runs, outputs, strict=True)], places, name
+            )
+        self._maps[name] = None
+        self._sample(name, seen)
+
+    def _sample(self, name: str, seen: Tensor) -> None:
+        batch = self._batch
         batch.means[name] = image_means(seen)
         if name not in self._local:
             self._local[name] = _Parts(self._parts, seen.shape[1], accumulation_device(seen.device))
@@ -223,18 +332,53 @@ class Recorder:
 
 
 class _Batch:
-    """What the layers of one batch share: its images, its parts, positions by map size, image means by layer."""
+    """What the layers of one batch share.
+
+    Attributes:
+        indices: of its images.
+        places: positions by map size.
+        means: image means by layer.
+        runs: of the layers that are known to run several times.
+        repeated: layers that did so without being known to.
+    """
 
     def __init__(self, indices: np.ndarray, parts: int) -> None:
         self.indices = indices
         self.places: dict[int, Tensor | None] = {}
         self.means: dict[str, Tensor] = {}
+        self.runs: dict[str, list[_Run]] = {}
+        self.repeated: set[str] = set()
         self._parts = [torch.from_numpy(np.flatnonzero(indices % parts == k)) for k in range(parts)]
 
     def parts(self, device: torch.device) -> list[Tensor]:
         """Rows of the batch in each part of the probe."""
         self._parts = [part.to(device) for part in self._parts]
         return self._parts
+
+
+class _Run(NamedTuple):
+    """What a layer read (where patches are asked for) and gave in one of several runs."""
+
+    read: Any
+    gave: Tensor
+
+
+class _Told(NamedTuple):
+    """What processes tell each other: how many images they ran, and each layer; what does not fit; how they measure."""
+
+    images: int
+    ran: dict[str, int]
+    unfit: dict[str, str]
+    narrow: set[str]
+
+
+def _of_all_processes(told: _Told) -> list[_Told]:
+    """What every process tells, in order of their ranks; a collective call where several run."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [told]
+    shares: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(shares, told)
+    return shares
 
 
 def _affine_map(layer: nn.Module, read: Tensor, gave: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -262,7 +406,7 @@ class Settings:
         ValueError: for a value that is out of range, quoting it.
     """
 
-    layers: LayerSpec = "conv"
+    layers: LayerSpec | Mapping[str, nn.Module] = "auto"
     positions: int | str = 16
     target: TargetSpec = "auto"
     noise: str | float = "median"

@@ -99,7 +99,7 @@ def channel_scores(
     if asked & _RECORDED:
         names = {layer: name for name, layer in layers.items()}  # a recorder names compiled layers differently
         settings = Settings(
-            layers=lambda _, layer: layer in names,
+            layers={name: layer for layer, name in names.items()},
             positions=positions,
             reliability=False,
             step=step,
@@ -107,7 +107,7 @@ def channel_scores(
         )
         recorder = record(model, Probe(probe, probe_size), settings, place)
         measured = ((names[recorder.layers[name]], moments) for name, moments in recorder.moments())
-        found |= _recorded(measured, asked)
+        found |= _recorded(measured, asked, recorder.left_out())
     if asked & set(MAP_SCORES):
         images: dict[MapScore, int] = {score: MAP_IMAGES[score] for score in MAP_SCORES if score in asked}
         of_units = map_scores(model, units.groups.values(), batches, lambda batch: run(model, batch), images)
@@ -123,13 +123,15 @@ def _directed(score: str, found: Mapping[str, Mapping[str, Tensor]], layer: str)
     return torch.where(finite, values, -torch.inf)
 
 
-def _recorded(layers: Iterable[tuple[str, LayerMoments | None]], asked: set[str]) -> dict[str, dict[str, Tensor]]:
+def _recorded(
+    layers: Iterable[tuple[str, LayerMoments | None]], asked: set[str], missing: Mapping[str, str]
+) -> dict[str, dict[str, Tensor]]:
     """Return our own scores and the root mean square of the activations, by score and layer."""
     found: dict[str, dict[str, Tensor]] = {name: {} for name in _RECORDED}
     needs_target = sorted(name for name in asked if SCORES[name] in ("target", "both"))
     for layer, moments in layers:
         if moments is None:
-            raise InputError(f"the forward pass did not reach layer {layer!r}; leave it out with protect=")
+            raise InputError(f"layer {layer!r} could not be measured, {missing[layer]}; leave it out with protect=")
         columns = measure(moments)
         reasons = set(columns["reason"][~columns["dead"]]) - {""}
         if reasons and needs_target:

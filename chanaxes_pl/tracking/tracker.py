@@ -45,7 +45,9 @@ class AxisTracker(L.Callback):
         probe: labelled, un-augmented images: a Dataset of ``(image, label)`` or a DataLoader. Default: the
             datamodule's ``probe_dataloader()``, else the validation loader's data set.
         probe_size: images at most.
-        layers: ``"conv"``, ``"conv+linear"``, globs over layer names, or ``(name, module) → bool``.
+        layers: ``"auto"`` (convolutions, and Linear layers where those hold less than half of the weights, without
+            the head), ``"conv"``, ``"conv+linear"``, globs over layer names, or ``(name, module) → bool``; see
+            :func:`select_layers`.
         schedule: ``"epoch"``; ``"log"`` (steps 0, 1, 2, 4, … in the first epoch, then epochs); every ``n`` epochs
             (a number, or ``"n epochs"``); ``"n steps"``; or a list of optimiser steps. Step 0 is always measured.
         target: the task variable: ``"logit_margin"``, ``"log_probability"``, ``"label"``, or
@@ -76,7 +78,7 @@ class AxisTracker(L.Callback):
         self,
         probe: ProbeSource | None = None,
         probe_size: int = 5000,
-        layers: LayerSpec = "conv",
+        layers: LayerSpec = "auto",
         schedule: ScheduleSpec = "epoch",
         target: TargetSpec = "auto",
         positions: int | str = 16,

@@ -57,7 +57,7 @@ class Bench:
             self.model = self.model.to(memory_format=torch.channels_last)
             self.images = self.images.to(memory_format=torch.channels_last)
         self.labels = torch.arange(BATCH, device=device) % 100
-        self.layers = select_layers(self.model)
+        self.layers = select_layers(self.model, "conv")
         self.recorder = Recorder(self.layers, TARGETS["logit_margin"], alignment=alignment)
         self.forward = torch.compile(self.model) if compiled else self.model
         self.device = device

@@ -57,7 +57,7 @@ def compare(name: str, device: str, batch: int, repeats: int) -> tuple[float, fl
     torch.manual_seed(0)
     model = build_backbone(MODELS[name][0], 100, 1.0, 32).to(device)
     images = torch.randn(batch, 3, 32, 32, device=device)
-    layers = select_layers(model)
+    layers = select_layers(model, "conv")
     paths = {module: path for path, module in model.named_modules()}
     totals = [0.0, 0.0]
     with observed(model):

@@ -10,11 +10,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as torch_prune
+from torch.optim.swa_utils import AveragedModel
 
-from chanaxes_pl import compute_axes
+from chanaxes_pl import AxisTracker, LesionExperiment, compute_axes
 from chanaxes_pl.analysis.upstream import input_spread
 from chanaxes_pl.core.errors import naming
 from chanaxes_pl.core.targets import scrambled
+from chanaxes_pl.models.backbones import build_backbone
 from chanaxes_pl.network.hooks import same_outputs
 from chanaxes_pl.network.layers import (
     affine,
@@ -24,7 +26,7 @@ from chanaxes_pl.network.layers import (
     why_not_affine,
     widens_pointwise,
 )
-from chanaxes_pl.network.recording import Recorder
+from chanaxes_pl.network.recording import Recorder, Settings
 from chanaxes_pl.network.sampling import image_means, local_samples, sample_positions
 from tests.helpers import cases as zoo
 from tests.helpers import reference
@@ -43,6 +45,7 @@ def network() -> nn.Module:
 @pytest.mark.parametrize(
     ("layers", "expected"),
     [
+        ("auto", ["stem", "body.0", "body.2"]),
         ("conv", ["stem", "body.0", "body.2"]),
         ("conv+linear", ["stem", "body.0", "body.2", "body.3", "head"]),
         ("body.*", ["body.0", "body.2", "body.3"]),
@@ -60,6 +63,71 @@ def test_selection(layers, expected):
     chosen = select_layers(model, layers)
     assert list(chosen) == expected
     assert all(module is model.get_submodule(name) for name, module in chosen.items())
+
+
+def test_auto_takes_linear_layers_where_they_hold_most_of_the_weights_and_leaves_out_the_head():
+    head = nn.Linear(8, 2)
+    conv, mixer = nn.Conv2d(3, 8, 1), nn.Linear(8, 8)
+    assert list(select_layers(nn.Sequential(conv, nn.Linear(8, 3)), "auto")) == ["0"]  # 24 weights and 24
+    assert list(select_layers(nn.Sequential(conv, nn.Linear(25, 1)), "auto")) == ["0"]  # the one Linear is the head
+    assert list(select_layers(nn.Sequential(conv, mixer, head), "auto")) == ["0", "1"]
+    assert list(select_layers(nn.Sequential(mixer, nn.ReLU(), nn.Linear(8, 8), head))) == ["0", "2"]
+    assert list(select_layers(nn.Sequential(head))) == ["0"]  # or there would be none
+    assert list(select_layers(nn.Sequential(nn.LazyConv2d(4, 1), nn.LazyLinear(3)))) == ["0"]
+
+
+def test_auto_is_the_default_everywhere_and_measures_an_mlp():
+    mlp = nn.Sequential(nn.Flatten(), nn.Linear(108, 7), nn.ReLU(), nn.Linear(7, 6), nn.ReLU(), nn.Linear(6, 4))
+    table = compute_axes(mlp, zoo.loader_of(zoo.images_2d())).table
+    assert table["layer"].unique().tolist() == ["1", "3"]
+    assert np.isfinite(table["input_capture"]).all()
+    assert Settings().layers == AxisTracker().settings.layers == LesionExperiment().layers == "auto"
+
+
+def test_auto_takes_the_linear_layers_of_a_convnext():
+    names = list(select_layers(build_backbone("convnext_tiny", 10, 0.25)))
+    assert "features.1.0.block.3" in names  # pointwise, as Linear
+    assert "classifier.2" not in names
+
+
+class Holder(nn.Module):
+    """A user's own attribute of that name."""
+
+    def __init__(self):
+        super().__init__()
+        self.module = nn.Conv2d(3, 2, 1)
+
+    def forward(self, x):
+        return self.module(x)
+
+
+def sharded(module):
+    """As FullyShardedDataParallel holds a module, and as Lightning's wrappers do."""
+    outer, inner = nn.Module(), nn.Module()
+    inner._fsdp_wrapped_module, outer._forward_module = module, inner
+    return outer
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [nn.DataParallel, AveragedModel, sharded, lambda m: torch.compile(nn.DataParallel(m), backend="eager")],
+)
+def test_what_wraps_a_module_does_not_show_in_its_name(wrap):
+    model = nn.Sequential(Holder(), nn.Conv2d(2, 4, 1))
+    assert list(select_layers(wrap(model))) == list(select_layers(model)) == ["0.module", "1"]
+    model[0] = wrap(model[0])
+    assert list(select_layers(model)) == ["0.module", "1"]
+    model.add_module("module", wrap(nn.Conv2d(4, 4, 1)))
+    assert list(select_layers(model)) == ["0.module", "1", "module"]
+
+
+def test_what_ddp_wraps_keeps_its_name(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(nn.Sequential(Holder(), nn.Conv2d(2, 4, 1)))
+        assert list(select_layers(wrapped)) == ["0.module", "1"]
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_compiled_child_keeps_its_name_and_gives_the_same_table():
@@ -126,15 +194,6 @@ def test_an_output_whose_first_dimension_is_not_the_batch_is_refused(layer, shap
     message = r"layer 'odd' gave an output of shape .* for a batch of 2 images: expected .*B = 2.*layers="
     with pytest.raises(ValueError, match=message):
         by_position(layer, torch.zeros(shape), 2, "odd")
-
-
-def test_a_layer_that_folds_positions_into_the_batch_is_refused_by_name():
-    fold = zoo.Apply(lambda x: x.movedim(1, -1).flatten(0, 2))
-    unfold = zoo.Apply(lambda x: x.unflatten(0, (-1, 36)).mean(1))
-    model = nn.Sequential(fold, nn.Linear(3, 2), unfold, nn.Linear(2, zoo.CLASSES))
-    with pytest.raises(ValueError, match=r"layer '1' gave an output of shape \(576, 2\) for a batch of 16 images"):
-        compute_axes(model, zoo.loader_of(zoo.images_2d()), layers="conv+linear")
-    assert set(compute_axes(model, zoo.loader_of(zoo.images_2d()), layers=["3"]).table["layer"]) == {"3"}
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 1), (2, 3, 70_000), (40, 16, 900), (1, 1, 300_000)])

@@ -246,7 +246,7 @@ def test_scores_of_weights_read_no_probe(name):
     model, _, units = residual()
     broken = DataLoader(TensorDataset(torch.zeros(8, 1)), batch_size=4)  # no labels, and the model could not run
     if name == "bn_scale":
-        with pytest.raises(ValueError, match="the images of a batch, a tensor of shape .*, and failed"):
+        with pytest.raises(ValueError, match=r"the images of a batch, a tensor of shape .*, and failed"):
             channel_scores(model, broken, units, [name])
     else:
         assert set(channel_scores(model, broken, units, [name])[name]) == {"stem", "inner", "outer", "depthwise"}
