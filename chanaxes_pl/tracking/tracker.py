@@ -13,19 +13,18 @@ from typing import Any
 import lightning.pytorch as L
 import pandas as pd
 import torch
-from lightning.pytorch.loggers import WandbLogger
 from torch.utils.data import DataLoader, Dataset
 
 from chanaxes_pl.analysis.correlations import axis_correlations
 from chanaxes_pl.axes import measure_axes
-from chanaxes_pl.core.errors import naming
+from chanaxes_pl.core.errors import ArgumentError, naming
 from chanaxes_pl.core.targets import TargetSpec
 from chanaxes_pl.network.layers import LayerSpec, channel_count, select_layers
 from chanaxes_pl.network.probe import Placement, Probe, Step, find_probe
 from chanaxes_pl.network.recording import Settings
 from chanaxes_pl.run_folder import RunFolder, check_tracker_name
 from chanaxes_pl.tracking.history import History
-from chanaxes_pl.tracking.logging import checkpoint_media, checkpoint_scalars
+from chanaxes_pl.tracking.logging import Measurement, checkpoint_scalars, log
 from chanaxes_pl.tracking.schedules import Schedule, ScheduleSpec
 
 # A fast development run only shows that nothing breaks.
@@ -90,6 +89,8 @@ class AxisTracker(L.Callback):
         super().__init__()
         with naming(type(self).__name__):
             check_tracker_name(name)
+            if name == "epoch":
+                raise ArgumentError("name='epoch'", "expected another name: loggers hold a value epoch already")
             self.settings = Settings(
                 layers=layers,
                 positions=positions,
@@ -198,21 +199,13 @@ class AxisTracker(L.Callback):
         scalars = checkpoint_scalars(table, correlations, self.name)
         scalars |= {f"{self.name}/{key}": value for key, value in cost.items()}
         self._scalars = scalars
-        self._log(trainer, epoch, first)
+        shown = Measurement(
+            self.name, epoch, trainer.global_step, self.table, self.correlations, scalars, self.folder, first
+        )
+        for logger in trainer.loggers:
+            log(logger, shown, media=trainer.is_global_zero)
         self._spent += time.perf_counter() - now
         _monitor(trainer, scalars)
-
-    def _log(self, trainer: L.Trainer, epoch: float, first: bool) -> None:
-        """To every logger, with ``epoch`` in the row: W&B can only plot over what a row holds."""
-        for logger in trainer.loggers:
-            media = {}
-            if isinstance(logger, WandbLogger) and trainer.is_global_zero:
-                media = checkpoint_media(self.table, trainer.global_step, self.name)
-                # One by one: a pattern would lose to the one that Lightning registers first.
-                for key in [*(self._scalars if first else ()), *media]:
-                    logger.experiment.define_metric(key, step_metric="epoch")
-            logger.log_metrics({**self._scalars, **media, "epoch": epoch}, step=trainer.global_step)
-            logger.save()
 
 
 def _monitor(trainer: L.Trainer, scalars: dict[str, float]) -> None:
