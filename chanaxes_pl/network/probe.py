@@ -132,6 +132,19 @@ class Probe:
             if len(self._order) < MIN_IMAGES:
                 raise InputError(too_small(len(self._order)))
 
+    @property
+    def images(self) -> int | None:
+        """How many; ``None`` for a stream, which does not tell."""
+        return len(self._order) if self._indexed else None
+
+    def sample(self, count: int = 64) -> Any:
+        """A batch of images from all over the probe, or the first batch of a stream; read in this process."""
+        if not self._indexed:
+            return next(iter(self._loader), None)
+        chosen = self._order[:: -(-len(self._order) // count)].tolist()
+        few, generator = Subset(self._loader.dataset, chosen), torch.Generator()
+        return next(iter(DataLoader(few, count, collate_fn=self._loader.collate_fn, generator=generator)))
+
     def batches(self, rank: int = 0, world: int = 1) -> Iterator[tuple[np.ndarray, Any]]:
         """This process's share, as ``(indices [B] of the images in the probe, batch)``.
 
