@@ -43,18 +43,27 @@ class AxisTracker(L.Callback):
     """Records the local and the target axis of every channel, from random initialisation on.
 
     Training goes on bit for bit as without it. At every checkpoint of its schedule it runs the model over a fixed
-    probe set, logs axis correlations and what they rest on to every logger of the Trainer (``epoch`` counts
-    completed epochs; in W&B it is the x-axis, and histograms and a table come with it), and writes the table of
-    channels to ``<run folder>/<name>/step-….parquet`` (see :func:`read_run`). The logged values also stand in
-    ``trainer.callback_metrics``, for ``ModelCheckpoint`` and ``EarlyStopping`` to monitor.
+    probe set, and writes the table of channels to ``<run folder>/<name>/step-….parquet`` (see :func:`read_run`).
+
+    Every logger of the Trainer gets the axis correlations and what they rest on; ``epoch`` counts passes over the
+    training data, see :class:`Clock` for streams. W&B, whose x-axis that is, also gets histograms and a table,
+    TensorBoard histograms and the figure of the correlations, MLflow the tables as artefacts. The values also stand
+    in ``trainer.callback_metrics``, for ``ModelCheckpoint`` and ``EarlyStopping`` to monitor.
+
+    Where a ``WeightAveraging`` holds averages, the weights are measured that validation sees; averages that another
+    callback leaves when training ends are measured then. ``about.json`` beside the tables says which. ``validate``
+    and ``test`` leave one table of the network that they were given in ``<run folder>/validate/<name>`` and
+    ``test/<name>``. Where training is resumed, settings and probe must be the same.
 
     Args:
         probe: labelled, un-augmented images: a Dataset of ``(image, label)`` or a DataLoader. Default: the
-            datamodule's ``probe_dataloader()``, else the validation loader's data set.
+            datamodule's ``probe_dataloader()``, else the validation loader's data set. Where a network is tested
+            and there is none of these: the images that it was trained with as a probe, else those of the test.
         probe_size: images at most.
         layers: ``"conv"``, ``"conv+linear"``, globs over layer names, or ``(name, module) → bool``.
         schedule: ``"epoch"``; ``"log"`` (steps 0, 1, 2, 4, … in the first epoch, then epochs); every ``n`` epochs
-            (a number, or ``"n epochs"``); ``"n steps"``; or a list of optimiser steps. Step 0 is always measured.
+            (a number, or ``"n epochs"``); ``"n steps"``; or a list of optimiser steps. Step 0 is always measured, and
+            the end of a training in which the schedule never came due.
         target: the task variable: ``"logit_margin"``, ``"log_probability"``, ``"label"``, or
             ``(logits, labels) → [B]`` or ``[B, D]``.
         positions: local samples an image, or ``"all"``.
@@ -120,6 +129,7 @@ class AxisTracker(L.Callback):
         self._widths: dict[str, int] = {}
         self._fingerprint: dict[str, Any] = {}
         self._probe: Probe | None = None
+        self._trained_with: Dataset | DataLoader | None = None
         self._scalars: dict[str, float] = {}
         self._weights: list[float] = []
         self._started = self._spent = 0.0
@@ -211,11 +221,11 @@ class AxisTracker(L.Callback):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure the network that ``trainer.validate`` was given; not in a training's own validation."""
         if trainer.state.fn == "validate":
-            self._evaluate(trainer, pl_module)
+            self._evaluate(trainer, pl_module, "validate")
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure the network that ``trainer.test`` was given."""
-        self._evaluate(trainer, pl_module)
+        self._evaluate(trainer, pl_module, "test")
 
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         probe, widths = self._prepare(trainer, pl_module)
@@ -233,8 +243,20 @@ class AxisTracker(L.Callback):
         size = min(self.settings.probe_size, _FAST_IMAGES) if _fast(trainer) else self.settings.probe_size
         with naming(type(self).__name__):
             layers = select_layers(pl_module, self.settings.layers)
-            probe = Probe(_probe_images(self._given, trainer), size)
+            probe = Probe(self._images(trainer), size)
         return probe, {name: channel_count(layer) for name, layer in layers.items()}
+
+    def _images(self, trainer: L.Trainer) -> Dataset | DataLoader:
+        """As :func:`find_probe`; for a mere test also those that training was probed with, else the test's own."""
+        try:
+            images = find_probe(self._given, trainer)
+        except InputError:
+            if not trainer.testing:
+                raise
+            images = _test_images(trainer) if self._trained_with is None else self._trained_with
+        if self._stage == "fit":
+            self._trained_with = images
+        return images
 
     def _writes(self, trainer: L.Trainer) -> bool:
         return self._save and trainer.is_global_zero and not _fast(trainer)
@@ -265,30 +287,23 @@ class AxisTracker(L.Callback):
         self._spent += time.perf_counter() - now
         _monitor(trainer, scalars)
 
-    def _evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, verb: str) -> None:
         """One table, apart from those of a training: ``<run folder>/validate/<name>`` or ``test/<name>``."""
         probe, _ = self._prepare(trainer, pl_module)
         axes = self._axes(trainer, pl_module, probe)
         self._evaluated = History()
         if self._writes(trainer):
             root, run = RunFolder.of_trainer(trainer)
-            root = root if root.path.name == self._stage else RunFolder(root.path / self._stage)
+            root = root if root.path.name == verb else RunFolder(root.path / verb)
             self._evaluated.open(root, self.name, run, _about(trainer) | {"weights": "those evaluated"})
         self._evaluated.add(self._clock.step, self._clock.epoch, axes)
         self.table = self._evaluated.table
         _monitor(trainer, checkpoint_scalars(axes.table, axes.correlations, self.name))
 
 
-def _probe_images(given: Dataset | DataLoader | None, trainer: L.Trainer) -> Dataset | DataLoader:
-    """As :func:`find_probe`; where a network is only tested and there is nothing else, the images of the test."""
-    try:
-        return find_probe(given, trainer)
-    except InputError:
-        loaders: Any = trainer.test_dataloaders if trainer.testing else None
-        loader = loaders[0] if isinstance(loaders, (list, tuple)) and loaders else loaders
-        if not isinstance(loader, DataLoader):
-            raise
-        return loader
+def _test_images(trainer: L.Trainer) -> Dataset | DataLoader:
+    loaders: Any = trainer.test_dataloaders
+    return loaders[0] if isinstance(loaders, (list, tuple)) else loaders
 
 
 def _fast(trainer: L.Trainer) -> bool:
