@@ -2,6 +2,7 @@
 
     trainer = L.Trainer(callbacks=[AxisTracker()])              # both axes at every checkpoint of a training
     axes = compute_axes(model, loader)                          # the same once, without a Trainer
+    History("runs/mine").add(step, epoch, axes)                 # and kept as a run, for read_run and the report
     slim = prune(model, loader, budget=0.5)                     # half the multiply-accumulates, nothing retrained
     trainer.test(PruneModule(model, "lesion"), datamodule=dm)   # what removing each channel costs
 
@@ -34,11 +35,13 @@ if TYPE_CHECKING:
     from chanaxes_pl.pruning.slim_file import load_slim as load_slim
     from chanaxes_pl.simulation import simulate as simulate
     from chanaxes_pl.tables import read_run as read_run
+    from chanaxes_pl.tracking.history import History as History
     from chanaxes_pl.tracking.tracker import AxisTracker as AxisTracker
 
 _HOMES = {
     "Axes": "axes",
     "AxisTracker": "tracking.tracker",
+    "History": "tracking.history",
     "LesionExperiment": "lesions.damage_table",
     "PruneModule": "prune_module",
     "PruningExperiment": "pruning.grid",

@@ -90,8 +90,9 @@ def compute_axes(
             the head), ``"conv"``, ``"conv+linear"``, globs over layer names, or ``(name, module) → bool``; see
             :func:`select_layers`.
         positions: local samples an image, or ``"all"``.
-        target: the task variable: ``"logit_margin"``, ``"log_probability"``, ``"label"``, or
-            ``(logits, labels) → [B]`` or ``[B, D]``.
+        target: task variable T: ``"auto"`` (from outputs and labels, see :func:`infer_target`), ``"logit_margin"``,
+            ``"log_probability"``, ``"signed_logit"``, ``"log_likelihood"``, ``"label"``, or
+            ``(outputs, labels) → [B]`` or ``[B, D]``.
         noise: σ₀² of input capture: ``"median"``, ``"mean"``, a quantile such as ``"q0.25"``, a number.
         reliability: keep the probe's two halves apart, for reliabilities.
         alignment: add :data:`ALIGNMENT`, the cosine between the gradients of input capture and

@@ -8,9 +8,11 @@ import pytest
 
 from chanaxes_pl import AxisTracker, read_run
 from chanaxes_pl.analysis.runs import read_runs
+from chanaxes_pl.axes import Axes
 from chanaxes_pl.run_folder import RunFolder, checkpoint_path
 from chanaxes_pl.tracking.history import History
 from tests.analysis.test_runs import write_run
+from tests.helpers import cases as zoo
 from tests.helpers.training import QUIET, build, loaders, trainer
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
@@ -68,7 +70,7 @@ def write_tables(folder: Path, mark: int, ready) -> None:
         ready.wait(120)
         history.open(RunFolder(folder / str(trial)), "axis", f"run {mark}")
         for step in range(3):
-            history.add(float(step), step, pd.DataFrame({"channel": [mark]}), pd.DataFrame({"rho": [0.0]}))
+            history.add(step, step, Axes(pd.DataFrame(zoo.synthetic_layer(0, 4)).assign(at_ceiling=mark), 0))
 
 
 def test_two_processes_that_start_at_once_write_into_two_folders(tmp_path):
@@ -82,7 +84,9 @@ def test_two_processes_that_start_at_once_write_into_two_folders(tmp_path):
     assert [process.exitcode for process in both] == [0, 0]
     for trial in range(8):
         folders = RunFolder(tmp_path / str(trial)).trackers["axis"]
-        marks = [[pd.read_parquet(path)["channel"].item() for path in folder.glob("*.parquet")] for folder in folders]
+        marks = [
+            [pd.read_parquet(path)["at_ceiling"].iloc[0] for path in folder.glob("*.parquet")] for folder in folders
+        ]
         assert sorted(marks) == [[1, 1, 1], [2, 2, 2]]
 
 

@@ -108,6 +108,21 @@ class Probe:
         if self._images < MIN_IMAGES:
             raise InputError(too_small(self._images))
 
+    @property
+    def images(self) -> int | None:
+        """Number of images; ``None`` for a stream, which does not tell."""
+        return None if self._groups is None else self._images
+
+    def sample(self, size: int = 64) -> Any:
+        """A batch of images from all over the probe, or the first batch of a stream; read in this process."""
+        if self._groups is None:
+            return next((batch for _, batch in self._streamed(0, 1)), None)
+        order = [item for group in self._groups for item in group]
+        chosen = order[:: -(-len(order) // size)] if self._dealt_singly else self._groups[0]
+        source: Any = self._source
+        here = {"num_workers": 0, "prefetch_factor": None, "multiprocessing_context": None, "timeout": 0}
+        return next(_same_draws(_again(source, batch_sampler=[chosen], **here)))
+
     def batches(self, rank: int = 0, world: int = 1) -> Iterator[tuple[np.ndarray, Any]]:
         """This process's share, as ``(indices [B] of the images in the probe, batch)``.
 

@@ -1,4 +1,4 @@
-"""Measurement schedules."""
+"""When to measure, and what time it is."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lightning.pytorch import Trainer
+
 from chanaxes_pl.core.errors import ArgumentError
+
+# Batches that an epoch of unknown length is taken to have left.
+_LEFT = 1000
 
 ScheduleSpec = str | int | Sequence[int]
 
@@ -60,6 +65,11 @@ class Schedule:
             "epochs, 'n epochs', 'n steps', or a list of steps",
         )
 
+    @property
+    def only_start(self) -> bool:
+        """Whether nothing is asked for but random initialisation."""
+        return not (self.every_epochs or self.every_steps or self.doubling or self.steps - {0})
+
     def due(self, step: int, epoch: int, epoch_ends: bool) -> bool:
         """Whether to measure after ``step`` optimiser steps, in epoch number ``epoch`` (from 0)."""
         if step == 0 or step in self.steps:
@@ -69,3 +79,39 @@ class Schedule:
         if self.doubling and epoch == 0 and step & (step - 1) == 0:
             return True
         return bool(self.every_steps) and step % self.every_steps == 0
+
+
+@dataclass
+class Clock:
+    """Where training stands.
+
+    Where the loader does not tell how many batches an epoch has, it counts as long as the one before it. The first
+    counts as ``max_steps`` steps long, more than which it cannot be; without ``max_steps`` it counts as having 1,000
+    batches left, whenever one asks. Fractions so found grow, and stay below the whole number of the epoch's end.
+
+    Attributes:
+        epoch: passes over the training data so far.
+        step: optimiser steps so far.
+        batches: of the last whole epoch; 0 before it ends.
+    """
+
+    epoch: float = 0.0
+    step: int = 0
+    batches: int = 0
+
+    def tick(self, trainer: Trainer, batch_idx: int) -> None:
+        """A batch has been trained on."""
+        begun, seen = trainer.current_epoch, batch_idx + 1
+        if trainer.is_last_batch:
+            self.epoch, self.batches = begun + 1.0, seen
+        elif trainer.num_training_batches != float("inf"):
+            self.epoch = begun + seen / trainer.num_training_batches
+        else:
+            self.epoch = begun + self._guess(seen, trainer.max_steps * trainer.accumulate_grad_batches, begun)
+        self.step = trainer.global_step
+
+    def _guess(self, seen: int, most: int, begun: int) -> float:
+        length = self.batches or max(most, 0)
+        before = max(self.epoch - begun, 0.0)
+        part = seen / max(length, seen + 1) if length else 0.0
+        return part if part > before else before + (1 - before) / (_LEFT + 1)

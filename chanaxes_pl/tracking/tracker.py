@@ -4,29 +4,37 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import pandas as pd
 import torch
-from lightning.pytorch.loggers import WandbLogger
+from torch.utils.data import DataLoader
 
-from chanaxes_pl.analysis.correlations import axis_correlations
-from chanaxes_pl.axes import measure_axes
-from chanaxes_pl.core.errors import naming
+from chanaxes_pl.axes import Axes, measure_axes
+from chanaxes_pl.core.errors import ArgumentError, InputError, naming
 from chanaxes_pl.core.targets import TargetSpec
 from chanaxes_pl.network.batches import Placement, Step
 from chanaxes_pl.network.layers import LayerSpec, channel_count, select_layers
 from chanaxes_pl.network.probe import Probe, ProbeSource, find_probe
 from chanaxes_pl.network.recording import Settings
 from chanaxes_pl.run_folder import RunFolder, check_tracker_name
-from chanaxes_pl.tracking.history import History
-from chanaxes_pl.tracking.logging import checkpoint_media, checkpoint_scalars
-from chanaxes_pl.tracking.schedules import Schedule, ScheduleSpec
+from chanaxes_pl.tracking.history import History, versions
+from chanaxes_pl.tracking.logging import Measurement, checkpoint_scalars, log
+from chanaxes_pl.tracking.resume import check_same, check_same_layers, fingerprint
+from chanaxes_pl.tracking.schedules import Clock, Schedule, ScheduleSpec
+from chanaxes_pl.tracking.weights import (
+    as_validated,
+    averaging,
+    measured_weights,
+    move_behind_averaging,
+    weight_sums,
+)
 
 # A fast development run only shows that nothing breaks.
 _FAST_IMAGES = 32
@@ -36,22 +44,32 @@ class AxisTracker(L.Callback):
     """Records the local and the target axis of every channel, from random initialisation on.
 
     Training goes on bit for bit as without it. At every checkpoint of its schedule it runs the model over a fixed
-    probe set, logs axis correlations and what they rest on to every logger of the Trainer (``epoch`` counts
-    completed epochs; in W&B it is the x-axis, and histograms and a table come with it), and writes the table of
-    channels to ``<run folder>/<name>/step-….parquet`` (see :func:`read_run`). The logged values also stand in
-    ``trainer.callback_metrics``, for ``ModelCheckpoint`` and ``EarlyStopping`` to monitor.
+    probe set, and writes the table of channels to ``<run folder>/<name>/step-….parquet`` (see :func:`read_run`).
+
+    Every logger of the Trainer gets the axis correlations and what they rest on; ``epoch`` counts passes over the
+    training data, see :class:`Clock` for streams. W&B, whose x-axis that is, also gets histograms and a table,
+    TensorBoard histograms and the figure of the correlations, MLflow the tables as artefacts. The values also stand
+    in ``trainer.callback_metrics``, for ``ModelCheckpoint`` and ``EarlyStopping`` to monitor.
+
+    Where a ``WeightAveraging`` holds averages, the weights are measured that validation sees; averages that another
+    callback leaves when training ends are measured then. ``about.json`` beside the tables says which. ``validate``
+    and ``test`` leave one table of the network that they were given in ``<run folder>/validate/<name>`` and
+    ``test/<name>``. Where training is resumed, settings and probe must be the same.
 
     Args:
         probe: labelled, un-augmented images: a Dataset of ``(image, label)`` or a DataLoader. Default: the
-            datamodule's ``probe_dataloader()``, else the validation loader's data set.
+            datamodule's ``probe_dataloader()``, else the validation loader's data set. Where a network is tested
+            and there is none of these: the images that it was trained with as a probe, else those of the test.
         probe_size: images at most.
         layers: ``"auto"`` (convolutions, and Linear layers where those hold less than half of the weights, without
             the head), ``"conv"``, ``"conv+linear"``, globs over layer names, or ``(name, module) → bool``; see
             :func:`select_layers`.
         schedule: ``"epoch"``; ``"log"`` (steps 0, 1, 2, 4, … in the first epoch, then epochs); every ``n`` epochs
-            (a number, or ``"n epochs"``); ``"n steps"``; or a list of optimiser steps. Step 0 is always measured.
-        target: the task variable: ``"logit_margin"``, ``"log_probability"``, ``"label"``, or
-            ``(logits, labels) → [B]`` or ``[B, D]``.
+            (a number, or ``"n epochs"``); ``"n steps"``; or a list of optimiser steps. Step 0 is always measured, and
+            the end of a training in which the schedule never came due.
+        target: task variable T: ``"auto"`` (from outputs and labels, see :func:`infer_target`), ``"logit_margin"``,
+            ``"log_probability"``, ``"signed_logit"``, ``"log_likelihood"``, ``"label"``, or
+            ``(outputs, labels) → [B]`` or ``[B, D]``.
         positions: local samples an image, or ``"all"``.
         noise: σ₀² of input capture: ``"median"``, ``"mean"``, a quantile such as ``"q0.25"``, a number.
         reliability: keep the probe's two halves apart, for reliabilities.
@@ -92,6 +110,8 @@ class AxisTracker(L.Callback):
         super().__init__()
         with naming(type(self).__name__):
             check_tracker_name(name)
+            if name == "epoch":
+                raise ArgumentError("name='epoch'", "expected another name: loggers hold a value epoch already")
             self.settings = Settings(
                 layers=layers,
                 positions=positions,
@@ -105,23 +125,32 @@ class AxisTracker(L.Callback):
             self.schedule = Schedule.parse(schedule)
         self.name = name
         self.table = pd.DataFrame()
-        self._given = probe
+        self._given, self._asked = probe, schedule
         self._save = save
-        self._history = History()
+        self._history, self._clock = History(), Clock()
+        self._evaluated: History | None = None
+        self._stage = ""
         self._widths: dict[str, int] = {}
+        self._fingerprint: dict[str, Any] = {}
         self._probe: Probe | None = None
+        self._trained_with: ProbeSource | None = None
         self._scalars: dict[str, float] = {}
+        self._weights: list[float] = []
         self._started = self._spent = 0.0
 
     @property
     def correlations(self) -> pd.DataFrame:
-        """Axis correlations of all checkpoints so far."""
-        return self._history.correlations
+        """Axis correlations of all checkpoints of the training so far; before one, of the network last evaluated."""
+        return self._shown.correlations
 
     @property
     def folder(self) -> Path | None:
-        """Where the tables are written; ``None`` before training, where none are, and on other ranks than 0."""
-        return self._history.folder
+        """Where those tables are written; ``None`` before any, where none are, and on other ranks than 0."""
+        return self._shown.folder
+
+    @property
+    def _shown(self) -> History:
+        return self._history if self._history.checkpoints or self._evaluated is None else self._evaluated
 
     @property
     def state_key(self) -> str:
@@ -129,19 +158,39 @@ class AxisTracker(L.Callback):
         return f"{type(self).__qualname__}({self.name})"
 
     def state_dict(self) -> dict[str, Any]:
-        """The history so far, the values last logged and the widths of the tracked layers."""
-        return {"layers": dict(self._widths), "scalars": dict(self._scalars), "history": self._history.state_dict()}
+        """The history so far, the values last logged, and what must be the same where training is resumed."""
+        return {
+            "layers": dict(self._widths),
+            "fingerprint": dict(self._fingerprint),
+            "scalars": dict(self._scalars),
+            "clock": asdict(self._clock),
+            "history": self._history.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint's history."""
-        self._widths = state_dict["layers"]
-        self._scalars = state_dict.get("scalars", {})
-        self._history.load_state_dict(state_dict["history"])
+        """Go on from a checkpoint's history; where its network is only evaluated, take its place in time."""
+        if "clock" in state_dict:
+            self._clock = Clock(**state_dict["clock"])
+        if self._stage == "fit":
+            self._widths = state_dict["layers"]
+            self._fingerprint = state_dict.get("fingerprint", {})
+            self._scalars = state_dict.get("scalars", {})
+            self._history.load_state_dict(state_dict["history"])
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take a checkpoint's place in time; the state that is loaded after this is more exact, where there is one."""
+        self._clock = Clock(float(checkpoint.get("epoch", 0)), checkpoint.get("global_step", 0))
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Begin anew where training does; a checkpoint's history is loaded after this."""
-        if stage == "fit" and trainer.global_step == 0:
-            self._history, self._widths, self._scalars = History(), {}, {}
+        self._stage = stage
+        if self._clock.step != trainer.global_step:
+            self._clock = Clock(float(trainer.current_epoch), trainer.global_step)
+        if stage == "fit":
+            move_behind_averaging(trainer, self)
+            if trainer.global_step == 0:
+                self._history, self._clock = History(), Clock()
+                self._widths, self._fingerprint, self._scalars = {}, {}, {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure random initialisation, or take up a resumed run."""
@@ -154,10 +203,18 @@ class AxisTracker(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Measure where the schedule says so: before validation, so that checkpoints of this epoch hold it."""
-        ends = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        if self.schedule.due(trainer.global_step, trainer.current_epoch, ends):
-            part = 1.0 if ends else (batch_idx + 1) / trainer.num_training_batches
-            self._measure(trainer, pl_module, trainer.current_epoch + part)
+        self._clock.tick(trainer, batch_idx)
+        due = self.schedule.due(trainer.global_step, trainer.current_epoch, trainer.is_last_batch)
+        if due and trainer.global_step != self._history.last_step:  # else gradients still accumulate
+            self._measure(trainer, pl_module, self._clock.epoch)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure the trained network where averages have become its weights, or the schedule never came due."""
+        never = self._history.last_step == 0 < trainer.global_step and not self.schedule.only_start
+        if never or (averaging(trainer) and weight_sums(pl_module) != self._weights):
+            self._measure(trainer, pl_module, self._clock.epoch)
+        if never and not _fast(trainer):
+            warnings.warn(_never_due(self._asked, trainer.global_step), stacklevel=2)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure initialisation even where not a single batch was trained on."""
@@ -165,56 +222,104 @@ class AxisTracker(L.Callback):
             self._begin(trainer, pl_module)
             self._measure(trainer, pl_module, 0.0)
 
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure the network that ``trainer.validate`` was given; not in a training's own validation."""
+        if trainer.state.fn == "validate":
+            self._evaluate(trainer, pl_module, "validate")
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure the network that ``trainer.test`` was given."""
+        self._evaluate(trainer, pl_module, "test")
+
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        fast = bool(getattr(trainer, "fast_dev_run", False))  # the Trainer sets it without declaring it
-        size = min(self.settings.probe_size, _FAST_IMAGES) if fast else self.settings.probe_size
-        with naming(type(self).__name__):
-            layers = select_layers(pl_module, self.settings.layers)
-            self._probe = Probe(find_probe(self._given, trainer), size)
-        widths = {name: channel_count(layer) for name, layer in layers.items()}
-        if self._widths and self._widths != widths:
-            raise ValueError(_other_layers(self._widths, widths))
-        self._widths = widths
-        if self._save and trainer.is_global_zero and not fast:
+        probe, widths = self._prepare(trainer, pl_module)
+        now = {} if _fast(trainer) else fingerprint(self.settings, probe)
+        check_same_layers(self._widths, widths)
+        check_same(self._fingerprint, now)
+        self._probe, self._widths, self._fingerprint = probe, widths, now
+        if self._writes(trainer):
             root, run = RunFolder.of_trainer(trainer)
-            self._history.open(root, self.name, run, _about(trainer))
+            self._history.open(root, self.name, run, _about(trainer) | {"weights": measured_weights(trainer)})
         self._started, self._spent = time.perf_counter(), 0.0
 
+    def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[Probe, dict[str, int]]:
+        """The probe, and the channels of each tracked layer."""
+        size = min(self.settings.probe_size, _FAST_IMAGES) if _fast(trainer) else self.settings.probe_size
+        with naming(type(self).__name__):
+            layers = select_layers(pl_module, self.settings.layers)
+            probe = Probe(self._images(trainer), size)
+        return probe, {name: channel_count(layer) for name, layer in layers.items()}
+
+    def _images(self, trainer: L.Trainer) -> ProbeSource:
+        """As :func:`find_probe`; for a mere test also those that training was probed with, else the test's own."""
+        try:
+            images = find_probe(self._given, trainer)
+        except InputError:
+            if not trainer.testing:
+                raise
+            images = _test_images(trainer) if self._trained_with is None else self._trained_with
+        if self._stage == "fit":
+            self._trained_with = images
+        return images
+
+    def _writes(self, trainer: L.Trainer) -> bool:
+        return self._save and trainer.is_global_zero and not _fast(trainer)
+
+    def _axes(self, trainer: L.Trainer, pl_module: L.LightningModule, probe: Probe) -> Axes:
+        with _as_validation(trainer), naming(type(self).__name__):
+            return Axes(measure_axes(pl_module, probe, self.settings, Placement.of_trainer(trainer)), 0)
+
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: float) -> None:
-        if trainer.global_step == self._history.last_step:  # gradients still accumulate, or two schedules meet
-            return
         begin = time.perf_counter()
         assert self._probe is not None
-        with _as_validation(trainer), naming(type(self).__name__):
-            table = measure_axes(
-                pl_module,
-                self._probe,
-                self.settings,
-                Placement.of_trainer(trainer),
-            )
-        correlations = axis_correlations(table)
-        self.table = self._history.add(epoch, trainer.global_step, table, correlations)
+        with as_validated(trainer, pl_module):
+            axes = self._axes(trainer, pl_module, self._probe)
+            self._weights = weight_sums(pl_module) if averaging(trainer) else []
+        self._history.add(trainer.global_step, epoch, axes, replace=True)
+        self.table = self._history.table
         first, now = self._spent == 0.0, time.perf_counter()
         self._spent += now - begin
         cost = {"seconds": now - begin, "time_share": self._spent / max(now - self._started, 1e-9)}
-        scalars = checkpoint_scalars(table, correlations, self.name)
+        scalars = checkpoint_scalars(axes.table, axes.correlations, self.name)
         scalars |= {f"{self.name}/{key}": value for key, value in cost.items()}
         self._scalars = scalars
-        self._log(trainer, epoch, first)
+        shown = Measurement(
+            self.name, epoch, trainer.global_step, self.table, self.correlations, scalars, self.folder, first
+        )
+        for logger in trainer.loggers:
+            log(logger, shown, media=trainer.is_global_zero)
         self._spent += time.perf_counter() - now
         _monitor(trainer, scalars)
 
-    def _log(self, trainer: L.Trainer, epoch: float, first: bool) -> None:
-        """To every logger, with ``epoch`` in the row: W&B can only plot over what a row holds."""
-        for logger in trainer.loggers:
-            media = {}
-            if isinstance(logger, WandbLogger) and trainer.is_global_zero:
-                media = checkpoint_media(self.table, trainer.global_step, self.name)
-                # One by one: a pattern would lose to the one that Lightning registers first.
-                for key in [*(self._scalars if first else ()), *media]:
-                    logger.experiment.define_metric(key, step_metric="epoch")
-            logger.log_metrics({**self._scalars, **media, "epoch": epoch}, step=trainer.global_step)
-            logger.save()
+    def _evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, verb: str) -> None:
+        """One table, apart from those of a training: ``<run folder>/validate/<name>`` or ``test/<name>``."""
+        probe, _ = self._prepare(trainer, pl_module)
+        axes = self._axes(trainer, pl_module, probe)
+        self._evaluated = History()
+        if self._writes(trainer):
+            root, run = RunFolder.of_trainer(trainer)
+            root = root if root.path.name == verb else RunFolder(root.path / verb)
+            self._evaluated.open(root, self.name, run, _about(trainer) | {"weights": "those evaluated"})
+        self._evaluated.add(self._clock.step, self._clock.epoch, axes)
+        self.table = self._evaluated.table
+        _monitor(trainer, checkpoint_scalars(axes.table, axes.correlations, self.name))
+
+
+def _test_images(trainer: L.Trainer) -> ProbeSource:
+    loaders: Any = trainer.test_dataloaders
+    return loaders[0] if isinstance(loaders, (list, tuple)) else loaders
+
+
+def _fast(trainer: L.Trainer) -> bool:
+    return bool(getattr(trainer, "fast_dev_run", False))  # the Trainer sets it without declaring it
+
+
+def _never_due(schedule: ScheduleSpec, steps: int) -> str:
+    return (
+        f"AxisTracker(schedule={schedule!r}) came due at no step of {steps} after initialisation, so the trained "
+        f"network was measured as well. For more in between pass a schedule in steps, such as "
+        f"schedule='{max(steps // 10, 1)} steps'"
+    )
 
 
 def _monitor(trainer: L.Trainer, scalars: dict[str, float]) -> None:
@@ -238,22 +343,14 @@ def _as_validation(trainer: L.Trainer) -> Iterator[None]:
 
 def _about(trainer: L.Trainer) -> dict[str, Any]:
     """What a reader of the tables wants to know of their training."""
-    datamodule = getattr(trainer, "datamodule", None)
+    loaders = (trainer.train_dataloader, trainer.val_dataloaders, trainer.test_dataloaders)
+    data = getattr(trainer, "datamodule", None) or next(
+        (loader.dataset for loader in loaders if isinstance(loader, DataLoader)), None
+    )
     return {
-        "data": type(datamodule or getattr(trainer.train_dataloader, "dataset", None)).__name__,
+        "data": type(data).__name__,
         "seed": os.environ.get("PL_GLOBAL_SEED"),
         "epochs": trainer.max_epochs,
         "precision": str(trainer.precision),
-        "versions": {name: version(name) for name in ("chanaxes_pl", "torch", "lightning")},
+        "versions": versions(),
     }
-
-
-def _other_layers(before: dict[str, int], now: dict[str, int]) -> str:
-    changed = [f"{n}: {before[n]} channels, now {now[n]}" for n in before if n in now and before[n] != now[n]]
-    gone, new = [n for n in before if n not in now], [n for n in now if n not in before]
-    parts = [*changed, *(f"{n}: gone" for n in gone), *(f"{n}: new" for n in new)]
-    return (
-        f"the checkpoint's AxisTracker followed other layers than this one ({len(before)} before, {len(now)} now): "
-        f"{'; '.join(parts[:5])}{' …' if len(parts) > 5 else ''}. Resume with the same model and layers=, or track "
-        "under another name= to begin a new table"
-    )

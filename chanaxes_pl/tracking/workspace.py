@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SECTIONS: dict[str, dict[str, tuple[str, ...] | str]] = {
     "correlations": {
         "ρ(input capture, task information)": ("rho", "rho_null", "rho_disattenuated"),
-        "ρ of every pair of metrics": ("rho", *(f"rho/{local}-{target}" for local, target in PAIRS[1:])),
+        "ρ of every pair of metrics": ("rho", *(f"rho_pairs/{local}-{target}" for local, target in PAIRS[1:])),
     },
     "reliability": {
         "split-half reliability": tuple(f"reliability/{metric}" for metric in (*METRICS, "peer_r2")),

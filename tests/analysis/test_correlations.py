@@ -326,7 +326,7 @@ def test_scalars_are_the_tables_numbers():
     scalars = checkpoint_scalars(table, correlations, "axis")
     assert scalars["axis/rho"] == row(correlations, NETWORK)["rho"]
     assert scalars["axis/rho_null"] == row(correlations, NETWORK)["null"]
-    assert scalars["axis/rho/peer_overlap-target_excess"] == row(correlations, NETWORK, *PAIRS[3])["rho"]
+    assert scalars["axis/rho_pairs/peer_overlap-target_excess"] == row(correlations, NETWORK, *PAIRS[3])["rho"]
     assert scalars["axis/layer/a/rho"] == row(correlations, "a")["rho"]
     assert scalars["axis/layer/b/rho_axes"] == row(correlations, "b", *PAIRS[4])["rho"]
     assert scalars["axis/dead"] == scalars["axis/layer/a/dead"] == 1

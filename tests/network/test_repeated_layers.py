@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from chanaxes_pl import AxisTracker, LesionExperiment, compute_axes, find_units, lesion_table, read_run
+from chanaxes_pl.network.batches import default_step
 from chanaxes_pl.network.hooks import observed
 from chanaxes_pl.network.layers import CONVOLUTIONS
-from chanaxes_pl.network.probe import Probe, images_and_labels
+from chanaxes_pl.network.probe import Probe
 from chanaxes_pl.network.recording import Recorder
 from chanaxes_pl.network.sampling import sample_positions
 from chanaxes_pl.tables import ALIGNMENT, COLUMNS
@@ -420,6 +421,6 @@ def test_shares_of_a_probe_are_told_apart_by_what_each_process_measured():
     recorder = Recorder({"shared": net.shared}, lambda logits, labels: logits[:, 0])
     with observed(net), recorder.attached():
         for indices, batch in Probe(loader()).batches():
-            recorder.record(indices, lambda batch=batch: images_and_labels(net, batch))
+            recorder.record(indices, lambda batch=batch: default_step(net, batch))
     assert recorder.left_out() == {"shared": "the forward pass reached this layer for 44 of 60 images only"}
     assert dict(recorder.moments()) == {"shared": None}

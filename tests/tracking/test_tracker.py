@@ -23,10 +23,10 @@ NETWORK_KEYS = {
     "rho_disattenuated",
     "dead",
     "at_ceiling",
-    "rho/input_capture-target_excess",
-    "rho/peer_overlap-task_information",
-    "rho/peer_overlap-target_excess",
-    "rho/local_axis-target_axis",
+    "rho_pairs/input_capture-target_excess",
+    "rho_pairs/peer_overlap-task_information",
+    "rho_pairs/peer_overlap-target_excess",
+    "rho_pairs/local_axis-target_axis",
     "task_mass/duplicate",
     "task_mass/nonreplaceable",
     "reliability/input_capture",
@@ -199,10 +199,9 @@ def test_two_trackers_of_one_name_are_refused(tmp_path):
         trainer(tmp_path, AxisTracker(), AxisTracker(layers="conv+linear"))
 
 
-@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
-def test_only_fitting_measures(tmp_path, verb):
+def test_predicting_measures_nothing(tmp_path):
     tracker, logger = AxisTracker(), RecordingLogger(tmp_path)
-    getattr(trainer(tmp_path, tracker, logger=logger), verb)(build(), loaders()["val_dataloaders"])
+    trainer(tmp_path, tracker, logger=logger).predict(build(), loaders()["val_dataloaders"])
     assert (len(tracker.correlations), logger.of(), list(tmp_path.rglob("*.parquet"))) == (0, [], [])
 
 
