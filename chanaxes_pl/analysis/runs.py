@@ -41,7 +41,8 @@ class Run:
         lesions: folder relative to the run folder → the table of lesions in it.
         pruning: folder relative to the run folder → the pruning grid in it.
         notes: messages about what could not be read, and why.
-        about: data set, seed, epochs and versions as the tracker wrote them; empty for runs of older versions.
+        about: data set, seed, epochs, versions and measured weights, as the tracker wrote them; empty for runs of
+            older versions.
     """
 
     name: str

@@ -20,6 +20,8 @@ TargetName = Literal["auto", "logit_margin", "log_probability", "signed_logit", 
 TargetFunction = Callable[[Any, Any], Tensor]
 TargetSpec = TargetName | TargetFunction
 
+#: Targets of dense prediction too, where an image may have no labelled position.
+MAP_TARGETS = ("logit_margin", "signed_logit")
 #: Class indices that mark a position of a map as not labelled, beside all negative ones.
 _IGNORED = 255
 

@@ -409,7 +409,12 @@ def _count(batch: Any) -> int:
         images = split_batch(batch)[0]
     except InputError:  # a step of the user's reads it
         images = None
-    return len(images) if isinstance(images, (Tensor, list)) else extract_batch_size(batch)
+    if isinstance(images, (Tensor, list)):
+        return len(images)
+    try:
+        return extract_batch_size(batch)
+    except MisconfigurationException:
+        raise InputError(f"a batch is {describe(batch)}: expected (images, labels)") from None
 
 
 def image_batches(source: ProbeSource, count: int, place: Placement) -> list[Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from chanaxes_pl.core.errors import ArgumentError, InputError
 from chanaxes_pl.core.metrics import check_noise
 from chanaxes_pl.core.moments import Moments, accumulation_device
-from chanaxes_pl.core.targets import Target, TargetSpec, infer_target, null_target
+from chanaxes_pl.core.targets import MAP_TARGETS, Target, TargetSpec, infer_target, null_target
 from chanaxes_pl.network.batches import Placement, Step, default_step
 from chanaxes_pl.network.hooks import observed, same_outputs
 from chanaxes_pl.network.layers import (
@@ -182,11 +182,20 @@ class Recorder:
                 "gradient; use target='logit_margin' or 'log_probability', or a function that gives [B]"
             )
         null = torch.from_numpy(null_target(indices, values.shape[1])).to(values.device)
+        parts = batch.parts(values.device)
+        if self.target.name in MAP_TARGETS and logits.ndim > 2:
+            labelled = values.isfinite().all(1)
+            if self._patches and not labelled.all():
+                raise InputError(
+                    "alignment=True with an image that has no labelled position: expected one in each; leave such "
+                    "images out of the probe"
+                )
+            parts = [part[labelled[part]] for part in parts]
         for name, means in batch.means.items():
             rows = torch.cat([means, values, null], 1)
             if name not in self._joint:
                 self._joint[name] = _Parts(self._parts, rows.shape[1], rows.device)
-            self._joint[name].update(rows[part] for part in batch.parts(rows.device))
+            self._joint[name].update(rows[part] for part in parts)
             if name in self._patches:
                 self._patches[name].learn(values)
             self._ran[name] = self._ran.get(name, 0) + len(indices)

@@ -51,6 +51,8 @@ def configuration(runs: Runs) -> Section:
     versions = [run.about.get("versions") for run in runs.each]
     texts = [", ".join(f"{k} {v}" for k, v in each.items()) if isinstance(each, dict) else "" for each in versions]
     shown["versions"] = texts
+    shown["target"] = ["" if (named := run.table.get("target")) is None else str(named.iloc[0]) for run in runs.each]
+    shown["weights"] = [str(run.about.get("weights", "")) for run in runs.each]
     shown = {name: cells for name, cells in shown.items() if any(cells)}
     rows = [
         [run.name, *(cells[place] or "–" for cells in shown.values()), f"{len(run.steps)}, to step {run.steps[-1]}"]

@@ -72,6 +72,9 @@ def log(logger: Logger, shown: Measurement, media: bool = True) -> None:
 
 def _to_wandb(logger: WandbLogger, shown: Measurement) -> dict[str, Any]:
     media = checkpoint_media(shown.table, shown.step, shown.name)
+    if shown.first:
+        target = {f"{shown.name}/target": shown.table["target"].iloc[0]}
+        logger.experiment.config.update(target, allow_val_change=True)
     # One by one: a pattern would lose to the one that Lightning registers first.
     for key in [*(shown.scalars if shown.first else ()), *media]:
         logger.experiment.define_metric(key, step_metric="epoch")

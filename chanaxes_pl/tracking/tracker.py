@@ -233,7 +233,8 @@ class AxisTracker(L.Callback):
 
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         probe, widths = self._prepare(trainer, pl_module)
-        now = {} if _fast(trainer) else fingerprint(self.settings, probe)
+        with naming(type(self).__name__):
+            now = {} if _fast(trainer) else fingerprint(self.settings, probe)
         check_same_layers(self._widths, widths)
         check_same(self._fingerprint, now)
         self._probe, self._widths, self._fingerprint = probe, widths, now

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from chanaxes_pl import AxisTracker, LesionExperiment, compute_axes, find_units, lesion_table, read_run
+from chanaxes_pl.core.targets import Target
 from chanaxes_pl.network.batches import default_step
 from chanaxes_pl.network.hooks import observed
 from chanaxes_pl.network.layers import CONVOLUTIONS
@@ -418,7 +419,7 @@ def test_two_processes_leave_out_the_same_layers_and_measure_the_others_alike(tm
 def test_shares_of_a_probe_are_told_apart_by_what_each_process_measured():
     """One process alone says of its own images what it has seen."""
     net = Counted([1, 0, 1, 1])
-    recorder = Recorder({"shared": net.shared}, lambda logits, labels: logits[:, 0])
+    recorder = Recorder({"shared": net.shared}, Target(lambda logits, labels: logits[:, 0]))
     with observed(net), recorder.attached():
         for indices, batch in Probe(loader()).batches():
             recorder.record(indices, lambda batch=batch: default_step(net, batch))

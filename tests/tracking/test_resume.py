@@ -34,8 +34,8 @@ CURE = r"\. Resume with the same settings and probe, or track under another name
 @pytest.mark.parametrize(
     ("other", "differs"),
     [
-        ({"target": "label"}, "target: 'logit_margin', now 'label'"),
-        ({"target": margin}, "target: 'logit_margin', now 'margin'"),
+        ({"target": "label"}, "target: 'auto', now 'label'"),
+        ({"target": margin}, "target: 'auto', now 'margin'"),
         ({"positions": 4}, "positions: 16, now 4"),
         ({"positions": "all"}, "positions: 16, now 'all'"),
         ({"noise": 0.5}, "noise: 'median', now 0.5"),

@@ -47,7 +47,7 @@ def test_schedules_that_mean_something_are_taken(schedule):
         ({"positions": 0}, r"AxisTracker\(positions=0\): expected a whole number above 0, or 'all'"),
         ({"positions": "most"}, r"AxisTracker\(positions='most'\)"),
         ({"probe_size": 2}, r"AxisTracker\(probe_size=2\): expected at least 3 images"),
-        ({"target": "margin"}, r"AxisTracker\(target='margin'\): expected 'logit_margin'"),
+        ({"target": "margin"}, r"AxisTracker\(target='margin'\): expected 'auto', 'logit_margin'"),
         ({"noise": "mode"}, r"AxisTracker: .*mode"),
     ],
 )
@@ -65,21 +65,22 @@ def test_a_misspelt_kind_of_layers_is_answered_with_the_right_one(tmp_path):
 
 
 @pytest.mark.parametrize("epochs", [0, 1])
-def test_without_a_probe_the_three_ways_to_give_one_are_named(tmp_path, epochs):
-    fitter = trainer(tmp_path, AxisTracker(), max_epochs=epochs)
-    with pytest.raises(
-        ValueError, match=r"AxisTracker: found no probe images: pass probe=.*probe_dataloader\(\).*validation loader"
-    ):
-        fitter.fit(build(), loaders()["train_dataloaders"])
+def test_without_validation_images_a_warning_names_the_ways_to_give_some(tmp_path, epochs):
+    tracker = AxisTracker()
+    with pytest.warns(UserWarning, match=r"measured on training images.*pass probe=.*probe_dataloader\(\)"):
+        trainer(tmp_path, tracker, max_epochs=epochs).fit(build(), loaders()["train_dataloaders"])
+    assert tracker.table["task_information"].notna().all()
 
 
-def test_validation_that_is_switched_off_gives_no_probe_and_the_error_says_so(tmp_path):
-    with pytest.raises(ValueError, match=r"found no probe images: .*limit_val_batches above 0"):
+def test_validation_that_is_switched_off_is_named_too(tmp_path):
+    with pytest.warns(UserWarning, match=r"no validation loader \(or limit_val_batches is 0\)"):
         train(tmp_path, AxisTracker(), limit_val_batches=0)
 
 
 def test_a_probe_of_another_type_is_refused(tmp_path):
-    with pytest.raises(TypeError, match=r"AxisTracker\(probe=\[1, 2, 3\]\): expected a Dataset or a DataLoader"):
+    with pytest.raises(TypeError, match=r"AxisTracker\(probe=3\): expected a Dataset, a DataLoader, or an iterable"):
+        train(tmp_path, AxisTracker(probe=3))
+    with pytest.raises(ValueError, match=r"AxisTracker: a batch is of type int: expected \(images, labels\)"):
         train(tmp_path, AxisTracker(probe=[1, 2, 3]))
 
 
@@ -101,16 +102,17 @@ class Dicts(torch.utils.data.Dataset):
     def __getitem__(self, index):
         torch.rand(1)
         image, label = images()[index]
-        return {"image": image, "label": label}
+        return {"picture": image, "label": label}
 
 
 def test_a_batch_of_another_kind_needs_a_step(tmp_path):
     message = (
-        r"a batch that is a dict with keys \['image', 'label'\]: expected \(images, labels\).*pass step=\(module, b"
+        r"a batch has the keys picture, label: 0 for the images and 1 for the labels.*"
+        r"pass step=lambda module, batch: \(module\(batch\['image'\]\), batch\['label'\]\)"
     )
     with pytest.raises(ValueError, match=message):
         train(tmp_path, AxisTracker(probe=Dicts()))
-    tracker = AxisTracker(probe=Dicts(), step=lambda module, batch: (module(batch["image"]), batch["label"]))
+    tracker = AxisTracker(probe=Dicts(), step=lambda module, batch: (module(batch["picture"]), batch["label"]))
     train(tmp_path, tracker)
     plain = AxisTracker()
     train(tmp_path / "plain", plain)
@@ -133,7 +135,7 @@ def test_a_probe_that_fails_leaves_the_network_and_the_trainer_as_they_were(tmp_
 
     model, before = build(), Before()
     fitter = trainer(tmp_path, before, AxisTracker(probe=Dicts()))
-    with pytest.raises(ValueError, match="a dict with keys"):
+    with pytest.raises(ValueError, match="a batch has the keys picture, label"):
         fitter.fit(model, **loaders())
     assert model.net.training
     assert not model.frozen.training
