@@ -62,7 +62,7 @@ def crops(split: str) -> Tensor:
     return photos.read(split).images.float() / 255
 
 
-photos = PhotosDataModule(crops=200, test_crops=40)
+photos = PhotosDataModule(crops=100, test_crops=40)
 train, test = crops("train"), crops("test")
 share = (edges(test) == 1).float().mean()
 print(f"{len(train)} training crops, {len(test)} test crops; {share:.0%} of the pixels are edges")
@@ -103,10 +103,10 @@ class UNet(L.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=0.002)
 
 
-def fit(model: L.LightningModule, labels: tuple[Tensor, Tensor], epochs: int) -> AxisTracker:
-    tracker = AxisTracker(schedule="log")
+def fit(model: L.LightningModule, labels: tuple[Tensor, Tensor]) -> AxisTracker:
+    tracker = AxisTracker(schedule="log", probe=TensorDataset(test, labels[1]))
     trainer = L.Trainer(
-        max_epochs=epochs,
+        max_epochs=6,
         accelerator="cpu",
         callbacks=[tracker],
         logger=False,
@@ -115,14 +115,13 @@ def fit(model: L.LightningModule, labels: tuple[Tensor, Tensor], epochs: int) ->
         enable_model_summary=False,
         default_root_dir=tempfile.mkdtemp(),
     )
-    loaders = [DataLoader(TensorDataset(*pair), 64, shuffle=pair[0] is train) for pair in zip((train, test), labels)]
-    trainer.fit(model, *loaders)
+    trainer.fit(model, DataLoader(TensorDataset(train, labels[0]), 64, shuffle=True))
     return tracker
 
 
 L.seed_everything(0, verbose=False)
 unet = UNet()
-tracker = fit(unet, (edges(train), edges(test)), epochs=4)
+tracker = fit(unet, (edges(train), edges(test)))
 with torch.no_grad():
     labels = edges(test)
     right = ((unet.eval()(test)[:, 0] > 0).long() == labels)[labels != 255].float().mean()
@@ -162,7 +161,7 @@ def amount(images: Tensor) -> Tensor:
 
 L.seed_everything(0, verbose=False)
 regressor = Regressor()
-tracker = fit(regressor, (amount(train), amount(test)), epochs=4)
+tracker = fit(regressor, (amount(train), amount(test)))
 with torch.no_grad():
     wanted = amount(test)
     error = (regressor.eval()(test)[:, 0] - wanted).square().mean() / wanted.var()

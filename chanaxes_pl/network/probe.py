@@ -226,9 +226,9 @@ def find_probe(given: ProbeSource | None, trainer: Trainer) -> ProbeSource:
             "probe_dataloader(), or train with a validation loader (and limit_val_batches above 0)"
         )
     warnings.warn(
-        "there is no validation loader (or limit_val_batches is 0), so the axes are measured on training images, with "
-        "their random transforms under a fixed seed. For images that were not trained on, without augmentation, pass "
-        "probe=a DataLoader, or give the datamodule a probe_dataloader()",
+        "there is no validation (no loader, no validation_step, or limit_val_batches=0), so the axes are measured on "
+        "training images, with their random transforms under a fixed seed. For images that were not trained on, "
+        "without augmentation, pass probe=a DataLoader, or give the datamodule a probe_dataloader()",
         stacklevel=2,
     )
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):

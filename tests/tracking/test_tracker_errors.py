@@ -73,7 +73,7 @@ def test_without_validation_images_a_warning_names_the_ways_to_give_some(tmp_pat
 
 
 def test_validation_that_is_switched_off_is_named_too(tmp_path):
-    with pytest.warns(UserWarning, match=r"no validation loader \(or limit_val_batches is 0\)"):
+    with pytest.warns(UserWarning, match=r"no validation \(no loader, no validation_step, or limit_val_batches=0\)"):
         train(tmp_path, AxisTracker(), limit_val_batches=0)
 
 
