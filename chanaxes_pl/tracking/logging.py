@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from chanaxes_pl.analysis.correlations import MAIN_PAIR, NETWORK, PAIRS, main_correlation, reliabilities, task_masses
 from chanaxes_pl.core.metrics import METRICS
@@ -60,14 +61,15 @@ def log(logger: Logger, shown: Measurement, media: bool = True) -> None:
         media: whether to log anything but scalars: true on one process.
     """
     more: dict[str, Any] = {}
-    if media and isinstance(logger, WandbLogger):
-        more = _to_wandb(logger, shown)
-    elif media and isinstance(logger, TensorBoardLogger):
-        _to_tensorboard(logger, shown)
-    elif media and isinstance(logger, MLFlowLogger):
-        _to_mlflow(logger, shown)
-    logger.log_metrics({**shown.scalars, **more, "epoch": shown.epoch}, step=shown.step)
-    logger.save()
+    with isolate_rng():  # what loggers draw, such as names, is not taken from training
+        if media and isinstance(logger, WandbLogger):
+            more = _to_wandb(logger, shown)
+        elif media and isinstance(logger, TensorBoardLogger):
+            _to_tensorboard(logger, shown)
+        elif media and isinstance(logger, MLFlowLogger):
+            _to_mlflow(logger, shown)
+        logger.log_metrics({**shown.scalars, **more, "epoch": shown.epoch}, step=shown.step)
+        logger.save()
 
 
 def _to_wandb(logger: WandbLogger, shown: Measurement) -> dict[str, Any]:

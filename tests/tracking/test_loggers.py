@@ -84,11 +84,16 @@ def test_tensorboard_holds_scalars_histograms_and_the_figure_of_the_correlations
 # --- MLflow ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["files", "sqlite"])
-def store(request, tmp_path, monkeypatch):
-    """Where MLflow keeps its runs: files, which newer versions have to be allowed, or a database."""
+@pytest.fixture(autouse=True)
+def quiet_mlflow(monkeypatch):
+    """Stores of files, which newer versions have to be allowed; nothing sent."""
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+
+
+@pytest.fixture(params=["files", "sqlite"])
+def store(request, tmp_path):
+    """Where MLflow keeps its runs."""
     return f"file:{tmp_path}/mlruns" if request.param == "files" else f"sqlite:///{tmp_path}/mlflow.db"
 
 
@@ -115,10 +120,11 @@ def test_mlflow_holds_scalars_and_tables_that_can_be_read_as_a_run(tmp_path, sto
 
 
 @pytest.mark.parametrize("make", [TensorBoardLogger, lambda root: MLFlowLogger(tracking_uri=f"file:{root}/mlruns")])
-def test_training_is_bit_identical_with_what_they_get_and_without(tmp_path, monkeypatch, make):
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    bare = trained(tmp_path / "bare", logger=make(tmp_path / "one"))
-    tracked = trained(tmp_path / "tracked", AxisTracker(schedule="1 steps"), logger=make(tmp_path / "two"))
+def test_training_is_bit_identical_with_what_they_get_and_without(tmp_path, make):
+    loggers = [make(tmp_path / "one"), make(tmp_path / "two")]
+    assert [logger.experiment is not None for logger in loggers]  # MLflow draws its number, digit by digit
+    bare = trained(tmp_path / "bare", logger=loggers[0])
+    tracked = trained(tmp_path / "tracked", AxisTracker(schedule="1 steps"), logger=loggers[1])
     assert differences(bare, tracked) == []
 
 
