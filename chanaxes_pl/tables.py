@@ -19,12 +19,11 @@ from chanaxes_pl.core.metrics import (
     METRICS,
     TARGET_METRICS,
     input_capture,
-    peer_overlap,
     target_excess,
     task_information,
 )
 from chanaxes_pl.core.moments import Moments, live_mask
-from chanaxes_pl.core.peers import peer_r2, peer_reconstruction
+from chanaxes_pl.core.peers import peer_overlap, peer_r2, peer_reconstruction
 from chanaxes_pl.network.recording import UNREACHED, LayerMoments
 from chanaxes_pl.run_folder import table_paths
 

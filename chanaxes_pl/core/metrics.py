@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from chanaxes_pl.core.gaussian import Association, information
+from chanaxes_pl.core.gaussian import Association
 from chanaxes_pl.core.moments import Moments, median
+from chanaxes_pl.core.peers import peer_overlap
 
 
 def input_capture(local: Moments, noise: str | float = "median") -> Tensor:
@@ -64,22 +65,6 @@ def _noise_power(power: Tensor, noise: str | float) -> Tensor:
     if not text.startswith("q") and value > 0:
         return power.new_tensor(value)
     raise ValueError(f"noise={noise!r}: expected 'median', 'mean', a quantile such as 'q0.25', or a number above 0")
-
-
-def peer_overlap(local: Moments) -> Tensor:
-    """Compute the mean pairwise Gaussian information between a channel and its live peers.
-
-    Args:
-        local: moments of the layer's C channels over local samples.
-
-    Returns:
-        ``[C]``, nats; NaN for dead channels, and for all channels if fewer than two are live.
-    """
-    live = local.live
-    shared = information(local.select(live).correlation.square()).fill_diagonal_(0.0)
-    overlap = torch.full_like(local.mean, torch.nan)
-    overlap[live] = shared.sum(0) / (len(shared) - 1)
-    return overlap
 
 
 def task_information(association: Association) -> Tensor:

@@ -1,4 +1,4 @@
-"""Peer reconstruction: how well the other channels of a layer can reconstruct a channel."""
+"""What a channel shares with the other channels of its layer: peer overlap, and reconstruction by its peers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,27 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from chanaxes_pl.core.gaussian import information
 from chanaxes_pl.core.moments import Moments
 
 #: Default ridge λ, in units of a channel's variance.
 RIDGE = 1e-3
+
+
+def peer_overlap(local: Moments) -> Tensor:
+    """Compute the mean pairwise Gaussian information between a channel and its live peers.
+
+    Args:
+        local: moments of the layer's C channels over local samples.
+
+    Returns:
+        ``[C]``, nats; NaN for dead channels, and for all channels if fewer than two are live.
+    """
+    live = local.live
+    shared = information(local.select(live).correlation.square()).fill_diagonal_(0.0)
+    overlap = torch.full_like(local.mean, torch.nan)
+    overlap[live] = shared.sum(0) / (len(shared) - 1)
+    return overlap
 
 
 @dataclass(frozen=True, eq=False)

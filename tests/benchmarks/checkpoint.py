@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from chanaxes_pl.analysis.correlations import axis_correlations
-from chanaxes_pl.core.targets import TARGETS
+from chanaxes_pl.core.targets import Target
 from chanaxes_pl.models import build_backbone
 from chanaxes_pl.network.hooks import observed
 from chanaxes_pl.network.layers import channel_count, select_layers
@@ -58,7 +58,7 @@ class Bench:
             self.images = self.images.to(memory_format=torch.channels_last)
         self.labels = torch.arange(BATCH, device=device) % 100
         self.layers = select_layers(self.model, "conv")
-        self.recorder = Recorder(self.layers, TARGETS["logit_margin"], alignment=alignment)
+        self.recorder = Recorder(self.layers, Target("logit_margin"), alignment=alignment)
         self.forward = torch.compile(self.model) if compiled else self.model
         self.device = device
         self.context: Callable[[], Any] = (

@@ -14,9 +14,9 @@ from torch import nn
 
 from chanaxes_pl import compute_axes
 from chanaxes_pl.core.gaussian import CEILING, Association, information
-from chanaxes_pl.core.metrics import input_capture, peer_overlap, target_excess
+from chanaxes_pl.core.metrics import input_capture, target_excess
 from chanaxes_pl.core.moments import Moments
-from chanaxes_pl.core.peers import peer_r2, peer_reconstruction
+from chanaxes_pl.core.peers import peer_overlap, peer_r2, peer_reconstruction
 from chanaxes_pl.network.layers import select_layers, widens_pointwise
 from chanaxes_pl.network.sampling import sample_positions
 from chanaxes_pl.tables import COLUMNS, SPLIT_HALF
