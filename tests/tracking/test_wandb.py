@@ -122,6 +122,14 @@ def test_an_offline_run_holds_every_key_step_table_and_histogram_of_both_tracker
     assert trackers[0].folder == digits[0] / "digits" / trackers[0].folder.parent.name / "axis"
 
 
+def test_the_run_names_the_task_variable_of_each_tracker_in_its_config(digits):
+    _, records, trackers = digits
+    config = {}
+    for record in records:
+        config |= record.get("config", {}).get("update", {})
+    assert [config[f"{tracker.name}/target"] for tracker in trackers] == ["logit_margin", "logit_margin"]
+
+
 def without(key):
     """Damage: a key that is missing in the last row."""
 
