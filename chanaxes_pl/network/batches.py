@@ -124,8 +124,8 @@ def default_step(module: nn.Module, batch: Any) -> tuple[Any, Any]:
     except _FAILURES as error:
         raise InputError(
             f"{type(module).__name__}.forward was called with the images of a batch, {describe(images)}, and failed: "
-            f"{type(error).__name__}: {error}. If forward expects something else, pass step=lambda module, batch: "
-            "(outputs, labels), which calls the module as your validation step does"
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}. If forward expects something "
+            "else, pass step=lambda module, batch: (outputs, labels), which calls the module as your validation step does"
         ) from error
     return logits_of(output), labels
 
