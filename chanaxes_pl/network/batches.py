@@ -122,10 +122,11 @@ def default_step(module: nn.Module, batch: Any) -> tuple[Any, Any]:
     except (InputError, torch.OutOfMemoryError):
         raise
     except _FAILURES as error:
+        told = str(error).partition("\n")[0]
         raise InputError(
             f"{type(module).__name__}.forward was called with the images of a batch, {describe(images)}, and failed: "
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}. If forward expects something "
-            "else, pass step=lambda module, batch: (outputs, labels), which calls the module as your validation step does"
+            f"{type(error).__name__}: {told}. If forward expects something else, pass step=lambda module, batch: "
+            "(outputs, labels), which calls the module as your validation step does"
         ) from error
     return logits_of(output), labels
 

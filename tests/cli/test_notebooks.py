@@ -35,7 +35,7 @@ def outputs(notebook) -> list:
 
 
 def test_there_are_notebooks():
-    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05"]
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -59,7 +59,8 @@ def test_a_notebook_says_what_its_reader_will_know_and_defines_nothing(path):
     defined = [
         node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, (ast.FunctionDef, ast.ClassDef))
     ]
-    assert defined == []
+    # The networks and labels of other tasks are the reader's own; everything else is the package's.
+    assert bool(defined) == (path.stem == "06_other_tasks")
 
 
 def test_no_notebook_is_kept_with_outputs():
