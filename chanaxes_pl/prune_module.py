@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import partial
@@ -23,7 +24,7 @@ from torchmetrics import Metric
 from chanaxes_pl.analysis.damage import join_axes, score_damage_correlation
 from chanaxes_pl.analysis.scores import SCORE_COLUMN
 from chanaxes_pl.axes import measure_axes
-from chanaxes_pl.core.errors import naming
+from chanaxes_pl.core.errors import InputError, naming
 from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.lesions.damage_table import LesionExperiment, join_shares, lesion_table
 from chanaxes_pl.models import ImageClassifier
@@ -240,7 +241,15 @@ class PruneModule(ImageClassifier):
         assert experiment is not None
         damage = f"{experiment.operations[0]}_loss"
         metrics = [*METRICS, "peer_r2"]
-        correlations = score_damage_correlation(self.table, metrics, damage)
+        try:
+            correlations = score_damage_correlation(self.table, metrics, damage)
+        except InputError as error:
+            warnings.warn(
+                f"PruneModule: {folder / 'lesions.parquet'} is written, without a figure of how the damage correlates "
+                f"with the axes: {error.text}; lesion more channels a layer for one, LesionExperiment(channels=…)",
+                stacklevel=2,
+            )
+            return
         plot_lesions(self.table, correlations, damage).savefig(folder / "lesions.png", dpi=150)
 
 

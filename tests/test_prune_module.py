@@ -105,6 +105,15 @@ def test_lesions_are_the_tables_of_lesions_and_axes(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lesions.parquet", "lesions.png"]
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+def test_too_few_channels_to_correlate_leave_a_table_and_one_warning(tmp_path, channels):
+    with pytest.warns(UserWarning, match=r"lesions.parquet is written, without a figure .*: no layer has 3 ch") as said:
+        module = ran(tmp_path, "lesion", channels=channels)
+    assert sum("without a figure" in str(warning.message) for warning in said) == 1
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "lesions.parquet"), module.table, check_exact=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["lesions.parquet"]
+
+
 @pytest.mark.parametrize("experiment", ["prune", "lesion"])
 def test_the_network_stays_and_its_figures_are_logged(tmp_path, experiment):
     logger = RecordingLogger()

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from chanaxes_pl.core.errors import InputError
+from chanaxes_pl.network.batches import logits_of
 from chanaxes_pl.network.hooks import hooked, observed, same_outputs
 from chanaxes_pl.network.layers import channel_count
 
@@ -260,9 +261,9 @@ def disagreement(
     groups = list(groups)
     with observed(model), observed(slim):
         try:
-            found = slim(images)
+            found = logits_of(slim(images))
             with masked(model, groups, kept):
-                wanted = model(images)
+                wanted = logits_of(model(images))
         except FAILURES as error:
             return f"the network does not run without some of its channels ({error})"
     if same_outputs(found, wanted, share):

@@ -16,6 +16,7 @@ from torch.utils.data import TensorDataset
 
 from chanaxes_pl import LesionExperiment, PruningExperiment, find_units, lesion_table, prune, pruning_grid
 from chanaxes_pl.network.removal import clone
+from chanaxes_pl.network.tracing import PartialForward
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's old spectral norm
 
@@ -177,6 +178,14 @@ def test_what_cannot_be_copied_is_shared_and_a_trainer_left_out():
     assert torch.equal(logits, net.last["logits"][0])
     assert net.last["logits"][0].grad_fn is not None
     assert torch.equal(torch.rand(3, generator=copied.draws), torch.rand(3, generator=net.draws))
+
+
+def test_tracing_leaves_no_stand_in_for_the_logits():
+    net = made(last_logits)
+    with torch.no_grad():
+        logits = net(IMAGES)
+    PartialForward(net)
+    assert net.last["logits"][0] is logits
 
 
 def test_an_object_that_refuses_is_named():
