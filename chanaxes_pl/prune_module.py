@@ -38,7 +38,7 @@ from chanaxes_pl.plots import plot_lesions, plot_pruning
 from chanaxes_pl.pruning.grid import PruningExperiment, pruning_grid
 from chanaxes_pl.pruning.pruner import Slim
 from chanaxes_pl.pruning.scores import channel_scores, default_scores
-from chanaxes_pl.pruning.slim_file import Plan, fill
+from chanaxes_pl.pruning.slim_file import CHECKPOINT_PLAN, Plan, fill
 from chanaxes_pl.run_folder import RunFolder
 from chanaxes_pl.tables import write_parquet
 
@@ -46,7 +46,6 @@ Experiment = PruningExperiment | LesionExperiment
 #: A key of the registry of experiments.
 ExperimentName = Literal["prune", "lesion"]
 _EXPERIMENTS: dict[ExperimentName, type[Experiment]] = {"prune": PruningExperiment, "lesion": LesionExperiment}
-_PLAN = "chanaxes_plan"  # key of the plan in a checkpoint
 
 
 class PruneModule(ImageClassifier):
@@ -59,6 +58,8 @@ class PruneModule(ImageClassifier):
 
     ``trainer.fit(PruneModule(prune(…)), datamodule=dm)`` fine-tunes with a fixed recipe (SGD, momentum, cosine). Its
     checkpoints hold the plan, so a run can be resumed with a module made from the same plan or from the dense network.
+    ``load_slim("last.ckpt", MyNet())`` gives the fine-tuned network alone, and
+    ``PruneModule.load_from_checkpoint("last.ckpt", model=MyNet())`` the module.
 
     Args:
         model: network from images to logits, a :class:`Slim`, or the path of a :class:`Classifier`'s checkpoint.
@@ -123,7 +124,7 @@ class PruneModule(ImageClassifier):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the plan with the weights."""
         if self.plan is not None:
-            checkpoint[_PLAN] = self.plan.to_json()
+            checkpoint[CHECKPOINT_PLAN] = self.plan.to_json()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Give a dense network the shape of the checkpoint's pruned one.
@@ -131,10 +132,10 @@ class PruneModule(ImageClassifier):
         Raises:
             ValueError: if this network was pruned differently, or is another one.
         """
-        if _PLAN not in checkpoint:
+        if CHECKPOINT_PLAN not in checkpoint:
             return
         with naming("PruneModule"):
-            plan = Plan.from_json(checkpoint[_PLAN])
+            plan = Plan.from_json(checkpoint[CHECKPOINT_PLAN])
         if self.plan is None:
             own = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith("network.")}
             fill(self.network, plan, {name[len("network.") :]: tensor for name, tensor in own.items()})
