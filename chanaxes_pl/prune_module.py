@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import partial
@@ -23,7 +24,7 @@ from torchmetrics import Metric
 from chanaxes_pl.analysis.damage import join_axes, score_damage_correlation
 from chanaxes_pl.analysis.scores import SCORE_COLUMN
 from chanaxes_pl.axes import measure_axes
-from chanaxes_pl.core.errors import naming
+from chanaxes_pl.core.errors import InputError, naming
 from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.lesions.damage_table import LesionExperiment, join_shares, lesion_table
 from chanaxes_pl.models import ImageClassifier
@@ -37,7 +38,7 @@ from chanaxes_pl.plots import plot_lesions, plot_pruning
 from chanaxes_pl.pruning.grid import PruningExperiment, pruning_grid
 from chanaxes_pl.pruning.pruner import Slim
 from chanaxes_pl.pruning.scores import channel_scores, default_scores
-from chanaxes_pl.pruning.slim_file import Plan, fill
+from chanaxes_pl.pruning.slim_file import CHECKPOINT_PLAN, Plan, fill
 from chanaxes_pl.run_folder import RunFolder
 from chanaxes_pl.tables import write_parquet
 
@@ -45,7 +46,6 @@ Experiment = PruningExperiment | LesionExperiment
 #: A key of the registry of experiments.
 ExperimentName = Literal["prune", "lesion"]
 _EXPERIMENTS: dict[ExperimentName, type[Experiment]] = {"prune": PruningExperiment, "lesion": LesionExperiment}
-_PLAN = "chanaxes_plan"  # key of the plan in a checkpoint
 
 
 class PruneModule(ImageClassifier):
@@ -58,6 +58,8 @@ class PruneModule(ImageClassifier):
 
     ``trainer.fit(PruneModule(prune(…)), datamodule=dm)`` fine-tunes with a fixed recipe (SGD, momentum, cosine). Its
     checkpoints hold the plan, so a run can be resumed with a module made from the same plan or from the dense network.
+    ``load_slim("last.ckpt", MyNet())`` gives the fine-tuned network alone, and
+    ``PruneModule.load_from_checkpoint("last.ckpt", model=MyNet())`` the module.
 
     Args:
         model: network from images to logits, a :class:`Slim`, or the path of a :class:`Classifier`'s checkpoint.
@@ -122,7 +124,7 @@ class PruneModule(ImageClassifier):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the plan with the weights."""
         if self.plan is not None:
-            checkpoint[_PLAN] = self.plan.to_json()
+            checkpoint[CHECKPOINT_PLAN] = self.plan.to_json()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Give a dense network the shape of the checkpoint's pruned one.
@@ -130,10 +132,10 @@ class PruneModule(ImageClassifier):
         Raises:
             ValueError: if this network was pruned differently, or is another one.
         """
-        if _PLAN not in checkpoint:
+        if CHECKPOINT_PLAN not in checkpoint:
             return
         with naming("PruneModule"):
-            plan = Plan.from_json(checkpoint[_PLAN])
+            plan = Plan.from_json(checkpoint[CHECKPOINT_PLAN])
         if self.plan is None:
             own = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith("network.")}
             fill(self.network, plan, {name[len("network.") :]: tensor for name, tensor in own.items()})
@@ -240,7 +242,15 @@ class PruneModule(ImageClassifier):
         assert experiment is not None
         damage = f"{experiment.operations[0]}_loss"
         metrics = [*METRICS, "peer_r2"]
-        correlations = score_damage_correlation(self.table, metrics, damage)
+        try:
+            correlations = score_damage_correlation(self.table, metrics, damage)
+        except InputError as error:
+            warnings.warn(
+                f"PruneModule: {folder / 'lesions.parquet'} is written, without a figure of how the damage correlates "
+                f"with the axes: {error.text}; lesion more channels a layer for one, LesionExperiment(channels=…)",
+                stacklevel=2,
+            )
+            return
         plot_lesions(self.table, correlations, damage).savefig(folder / "lesions.png", dpi=150)
 
 

@@ -17,13 +17,13 @@ from torch.utils.data import DataLoader
 
 from chanaxes_pl import LesionExperiment, PruningExperiment
 from chanaxes_pl.lesions.damage_table import lesion_table
-from chanaxes_pl.models import Classifier
+from chanaxes_pl.models import Classifier, build_backbone
 from chanaxes_pl.models.checkpoints import load_classifier, load_weights, read_checkpoint
 from chanaxes_pl.network.batches import Placement
 from chanaxes_pl.prune_module import PruneModule
 from chanaxes_pl.pruning.grid import evaluate, pruning_grid
 from chanaxes_pl.pruning.pruner import prune
-from chanaxes_pl.pruning.slim_file import Plan
+from chanaxes_pl.pruning.slim_file import Plan, load_slim
 from chanaxes_pl.run_folder import RunFolder
 from tests.helpers.training import QUIET, RecordingLogger, build, images, trainer
 
@@ -103,6 +103,15 @@ def test_lesions_are_the_tables_of_lesions_and_axes(tmp_path):
     pd.testing.assert_frame_equal(module.table[list(wanted)], wanted, check_exact=True)
     assert {"input_capture", "peer_r2", "task_information"} <= set(module.table)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lesions.parquet", "lesions.png"]
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_too_few_channels_to_correlate_leave_a_table_and_one_warning(tmp_path, channels):
+    with pytest.warns(UserWarning, match=r"lesions.parquet is written, without a figure .*: no layer has 3 ch") as said:
+        module = ran(tmp_path, "lesion", channels=channels)
+    assert sum("without a figure" in str(warning.message) for warning in said) == 1
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "lesions.parquet"), module.table, check_exact=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["lesions.parquet"]
 
 
 @pytest.mark.parametrize("experiment", ["prune", "lesion"])
@@ -191,7 +200,7 @@ def test_a_slim_network_is_fine_tuned(tmp_path):
     assert evaluate(module.network, data, Placement(same))["loss"] < evaluate(before, data, Placement(same))["loss"]
 
 
-def fitted(root: Path, module: PruneModule, epochs: int, ckpt_path: Path | None = None) -> Path:
+def fitted(root: Path, module: L.LightningModule, epochs: int, ckpt_path: Path | None = None) -> Path:
     """The last checkpoint; the learning rate is that of two epochs throughout."""
     saver = L.callbacks.ModelCheckpoint(root, filename="{epoch}", save_top_k=-1)
     fitter = trainer(root, saver, max_epochs=2, enable_checkpointing=True)
@@ -210,6 +219,62 @@ def test_resumed_is_as_if_never_interrupted(tmp_path, from_dense):
     assert resumed.plan == whole.plan
     for (name, a), b in zip(resumed.state_dict().items(), whole.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_a_fine_tuned_checkpoint_loads_in_one_call(tmp_path):
+    module = PruneModule(slim())
+    fitted(tmp_path, module, 1)
+    path, data = tmp_path / "epoch=1.ckpt", torch.stack([image for image, _ in images(8, 1)])
+    wanted = module.network.eval()(data)
+    loaded = load_slim(path, network())
+    assert not loaded.training
+    assert torch.equal(loaded(data), wanted)
+    again = PruneModule.load_from_checkpoint(path, model=network())
+    assert again.plan == module.plan
+    assert torch.equal(again.network.eval()(data), wanted)
+    with pytest.raises(ValueError, match=r"of a pruned network; load it with load_slim\(path, the dense network\)"):
+        PruneModule(path)
+    with pytest.raises(ValueError, match=r"epoch=1.ckpt: the plan does not say how to build the network"):
+        load_slim(path)
+    with pytest.raises(ValueError, match=r"epoch=1.ckpt: the plan is for another network than this Linear"):
+        load_slim(path, nn.Linear(2, 2))
+
+
+def test_a_fine_tuned_classifier_is_built_by_its_checkpoint(tmp_path):
+    dense = build_backbone("resnet18", 4, 0.125)
+    small = prune(dense.eval(), images(32, 1), budget=0.6)
+    module = PruneModule(small)
+    fitted(tmp_path, module, 1)
+    data = torch.stack([image for image, _ in images(8, 1)])
+    assert torch.equal(load_slim(tmp_path / "epoch=1.ckpt")(data), module.network.eval()(data))
+
+
+class Own(L.LightningModule):
+    """A LightningModule with a training of its own."""
+
+    def __init__(self, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        self.net, self.norm = network(), norm or nn.Identity()
+
+    def forward(self, x):
+        return self.net(self.norm(x))
+
+    def training_step(self, batch, _):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+def test_a_pruned_module_that_trained_itself_loads_in_one_call(tmp_path):
+    small = prune(Own().eval(), images(32, 1), budget=0.6).model.train()
+    fitted(tmp_path, small, 1)
+    data = torch.stack([image for image, _ in images(8, 1)])
+    assert torch.equal(load_slim(tmp_path / "epoch=1.ckpt", Own())(data), small.eval()(data))
+    with pytest.raises(ValueError, match=r"epoch=1.ckpt: the checkpoint holds no plan, so pass a newly built dense"):
+        load_slim(tmp_path / "epoch=1.ckpt")
+    with pytest.raises(ValueError, match="would tell the width of 'norm', a norm without weights: fine-tune with"):
+        load_slim(tmp_path / "epoch=1.ckpt", Own(nn.BatchNorm2d(3, affine=False)))
 
 
 def test_a_checkpoint_pruned_otherwise_is_refused(tmp_path):

@@ -30,6 +30,8 @@ def load_classifier(path: str | Path) -> Classifier:
     checkpoint = read_checkpoint(path)
     settings = checkpoint.get("hyper_parameters")
     advice = "for another class pass the network itself: PruneModule(network with its weights loaded)"
+    if "chanaxes_plan" in checkpoint:
+        raise ValueError(f"{path}: a checkpoint of a pruned network; load it with load_slim(path, the dense network)")
     if not isinstance(settings, Mapping) or "backbone" not in settings:
         raise ValueError(f"{path}: no checkpoint of a Classifier (it names no backbone); {advice}")
     settings = {name: value for name, value in settings.items() if not str(name).startswith("_")}

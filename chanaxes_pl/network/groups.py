@@ -21,6 +21,7 @@ from torch_pruning import ops
 
 from chanaxes_pl.core.errors import ArgumentError, InputError, naming, nearest
 from chanaxes_pl.core.moments import accumulation_device
+from chanaxes_pl.network.batches import logits_of
 from chanaxes_pl.network.hooks import calls
 from chanaxes_pl.network.layers import CONVOLUTIONS
 from chanaxes_pl.network.removal import (
@@ -65,12 +66,13 @@ class Units:
     groups: dict[str, Group]
     fixed: dict[str, str]
 
-    def protect(self, patterns: Sequence[str]) -> Units:
+    def protect(self, patterns: str | Sequence[str]) -> Units:
         """Return the units without the groups that have a producer whose name matches one of some globs.
 
         Raises:
             ValueError: if a pattern matches no layer.
         """
+        patterns = [patterns] if isinstance(patterns, str) else patterns
         names = [name for group in self.groups.values() for name in group.producers] + list(self.fixed)
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
@@ -88,7 +90,7 @@ def find_units(model: nn.Module, example: Tensor) -> Units:
     """Find the units of a model with torch-pruning's dependency graph, and try their removal on a copy.
 
     Args:
-        model: model to search; it does not change.
+        model: model to search; it does not change. Of what it gives, only the logits count, see :func:`logits_of`.
         example: ``[B, …]``, an input of the model, on its device.
 
     Raises:
@@ -97,14 +99,14 @@ def find_units(model: nn.Module, example: Tensor) -> Units:
     with naming("find_units"):
         copied = clone(model).eval().requires_grad_(True)
         with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-            output = _run(copied, example)
+            output = logits_of(_run(copied, example))
             if not isinstance(output, Tensor) or output.grad_fn is None:
                 raise InputError(
                     f"{type(model).__name__}(images) gave {type(output).__name__} without a gradient: expected "
                     "logits that autograd can follow back to the weights"
                 )
             graph = tp.DependencyGraph()
-            graph.build_dependency(copied, example_inputs=(example,), verbose=False)
+            graph.build_dependency(copied, example_inputs=(example,), output_transform=logits_of, verbose=False)
         names = {module: name for name, module in copied.named_modules()}
         parameters = {parameter: name for name, parameter in copied.named_parameters()}
         order = {name: place for place, name in enumerate(executed_layers(copied, example))}

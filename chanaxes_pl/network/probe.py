@@ -417,15 +417,24 @@ def _count(batch: Any) -> int:
         raise InputError(f"a batch is {describe(batch)}: expected (images, labels)") from None
 
 
-def image_batches(source: ProbeSource, count: int, place: Placement) -> list[Tensor]:
+def image_batches(
+    source: ProbeSource, count: int, place: Placement, images_of: Callable[[Any], Any] | None = None
+) -> list[Tensor]:
     """The images of a :class:`Probe` of at most ``count``, in its batches.
+
+    Args:
+        source: as for :class:`Probe`.
+        count: images at most.
+        place: device of the model.
+        images_of: function from a batch to its images; default the first result of :func:`split_batch`.
 
     Raises:
         ValueError: if a batch's images are not found or no tensor, or an image is not finite.
     """
     batches, seen = [], 0
     for _, batch in Probe(source, count).batches():
-        images, _ = split_batch(place.to_device(batch))
+        moved = place.to_device(batch)
+        images = split_batch(moved)[0] if images_of is None else images_of(moved)
         if not isinstance(images, Tensor) or images.ndim < 2:
             raise InputError(f"the images of a batch are {describe(images)}: expected a tensor [B, C, …]")
         bad = (~images.flatten(1).isfinite().all(1)).nonzero().flatten()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from chanaxes_pl.network.batches import logits_of
 from chanaxes_pl.network.hooks import same_outputs
 from chanaxes_pl.network.layers import CONVOLUTIONS
 
@@ -73,10 +74,15 @@ class Trace:
     def of(cls, model: nn.Module) -> Trace | None:
         """Trace a model; ``None`` where torch.fx cannot, say because its control flow depends on the data."""
         root: nn.Module = getattr(model, "_orig_mod", model)  # inside torch.compile's wrapper
+        before = [(module, dict(vars(module))) for module in root.modules()]
         try:
             graph = _Tracer().trace(root)
         except _UNTRACEABLE:
             return None
+        finally:  # a forward pass that keeps its logits would keep stand-ins for them
+            for module, held in before:
+                vars(module).clear()
+                vars(module).update(held)
         inputs = [node for node in graph.nodes if node.op == "placeholder"]
         if not inputs or str(inputs[0].target).startswith("*") or not all(node.args for node in inputs[1:]):
             return None  # an input beside the images has to have a default
@@ -117,7 +123,7 @@ class Trace:
             return reduce(getattr, str(node.target).split("."), self._root)
         args, kwargs = fx.map_arg((node.args, node.kwargs), value)
         if node.op == "output":
-            return args[0]
+            return logits_of(args[0])
         if node.op == "call_module":
             return _called(self.modules[node], args, kwargs)
         if node.op == "call_method":
@@ -144,7 +150,7 @@ class PartialForward:
     :func:`observed`, beginning with the constructor: a trace is of one mode, and hooks have to fire.
 
     Args:
-        model: ``model(images)`` gives logits.
+        model: ``model(images)`` gives logits, or something that :func:`logits_of` finds them in.
 
     Example:
         >>> import torch
@@ -176,7 +182,7 @@ class PartialForward:
             logits: ``[B, K]``, what it gives for them, where that is known already.
         """
         self._images, self._values = images, None
-        whole = self._model(images) if logits is None else logits
+        whole = logits_of(self._model(images)) if logits is None else logits
         if self._trace is not None:
             self._values = self._trace.values(images, whole)
         return whole
@@ -199,7 +205,7 @@ class PartialForward:
             )
         if self._trace is None or self._values is None:
             with edited(self._model, edits):
-                return self._model(self._images)
+                return logits_of(self._model(self._images))
         repeat = {self._model.get_submodule(name) for name in changed}
         rewrite = {self._model.get_submodule(name): edit for name, edit in edits.items()}
         fresh: dict[fx.Node, Any] = {}
@@ -280,7 +286,7 @@ def _checked_trace(model: nn.Module, layers: Sequence[str], image: Tensor) -> Tr
     calls = Counter(trace.modules.values())
     if any(calls[model.get_submodule(name)] != 1 for name in layers):  # such as inside a module of torch's
         return None
-    return None if trace.values(image, model(image)) is None else trace
+    return None if trace.values(image, logits_of(model(image))) is None else trace
 
 
 def _walk(trace: Trace, images: Tensor, layers: Collection[nn.Module]) -> Iterator[Tensor]:

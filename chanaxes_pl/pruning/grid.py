@@ -17,11 +17,11 @@ from tqdm import tqdm
 from chanaxes_pl.analysis.scores import score_family
 from chanaxes_pl.core.errors import ArgumentError, naming
 from chanaxes_pl.core.targets import check_classes, image_scores
-from chanaxes_pl.network.batches import Placement, default_step
+from chanaxes_pl.network.batches import Placement, Step, default_step
 from chanaxes_pl.network.hooks import observed
 from chanaxes_pl.network.probe import ProbeSource, check_sizes, image_batches
 from chanaxes_pl.pruning.allocation import ALLOCATIONS, GRID, Allocation, check_allocation, check_budget
-from chanaxes_pl.pruning.pruner import IMAGES, REFERENCE, Compensate, Pruner, compensation_of, fit_back
+from chanaxes_pl.pruning.pruner import IMAGES, REFERENCE, Compensate, Pruner, compensation_of, fit_back, images_of
 from chanaxes_pl.pruning.scores import channel_scores, default_scores
 from chanaxes_pl.tables import DENSE
 
@@ -42,7 +42,7 @@ class PruningExperiment:
         allocations: ways to choose how much each layer loses: "uniform", "shared" and "own". Compare scores under
             "uniform" and "shared"; "own" mixes score and allocation.
         compensate: kinds of compensation: false, "fold" and "refit".
-        protect: globs over the names of layers that keep all their channels.
+        protect: glob, or several, over the names of layers that keep all their channels.
         finetune_epochs: epochs of fine-tuning, after which each network is evaluated again; 0 for none.
         latency: whether to time the slim networks.
         probe_size: maximum number of probe images for scores and compensation.
@@ -57,7 +57,7 @@ class PruningExperiment:
     scores: Sequence[str] | None = None
     allocations: Sequence[Allocation] = ALLOCATIONS
     compensate: Sequence[Compensate] = (False, "refit")
-    protect: Sequence[str] = ()
+    protect: str | Sequence[str] = ()
     finetune_epochs: int = 0
     latency: bool = False
     probe_size: int = IMAGES
@@ -88,6 +88,7 @@ def pruning_grid(
     finetune: FineTune | None = None,
     progress: bool = True,
     place: Placement | None = None,
+    step: Step | None = None,
 ) -> pd.DataFrame:
     """Prune a network in every way that the experiment names, and measure the accuracies.
 
@@ -100,6 +101,7 @@ def pruning_grid(
         progress: whether to show a progress bar in a terminal.
         place: device and processes; default one process, on the device of the model's first parameter. Several
             processes take the variants in turn.
+        step: ``(model, batch) → (logits, labels)`` for other batches, as for :func:`prune`.
 
     Returns:
         One row per variant, and one for the dense network: ``score, family, allocation, compensate, budget``;
@@ -114,7 +116,7 @@ def pruning_grid(
     size, seed = experiment.probe_size, experiment.seed
     with naming("pruning_grid"):
         place = place or Placement.of(model)
-        batches = image_batches(probe, size, place)
+        batches = image_batches(probe, size, place, images_of(model, step))
         pruner = Pruner(model, batches[0], experiment.protect)
         for allocation, budget in product(experiment.allocations, experiment.budgets):
             pruner.check_reachable(allocation, budget)
@@ -122,7 +124,7 @@ def pruning_grid(
         scores = default_scores(model, pruner.units, batches[0]) if scores is None else scores
         needed = [*scores, REFERENCE] if "shared" in experiment.allocations else scores
         alone = replace(place, rank=0, world=1)  # every process scores all channels
-        values = channel_scores(model, probe, pruner.units, needed, probe_size=size, seed=seed, place=alone)
+        values = channel_scores(model, probe, pruner.units, needed, step=step, probe_size=size, seed=seed, place=alone)
         kinds = [compensation_of(choice) for choice in experiment.compensate]
         variants = list(product(scores, experiment.allocations, kinds, experiment.budgets))
         share, quiet = [None, *variants][place.rank :: place.world], None if progress else True
@@ -140,22 +142,22 @@ def pruning_grid(
                 row |= {"compensate": compensation or "none", "budget": budget}
             row |= {"macs_share": macs / pruner.cost.dense, "macs": macs}
             row |= {"parameters": sum(parameter.numel() for parameter in slim.parameters())}
-            row |= evaluate(slim, evaluation, place)
+            row |= evaluate(slim, evaluation, place, step)
             if finetune is not None and variant is not None:
                 finetune(slim)
-                row |= {f"tuned_{name}": value for name, value in evaluate(slim, evaluation, place).items()}
+                row |= {f"tuned_{name}": value for name, value in evaluate(slim, evaluation, place, step).items()}
             if experiment.latency:
                 row |= {f"latency_{count}": milliseconds(slim, batches[0], count) for count in (1, 64)}
             rows.append(row)
         return pd.DataFrame(rows)
 
 
-def evaluate(model: nn.Module, batches: Iterable[Any], place: Placement) -> dict[str, float]:
+def evaluate(model: nn.Module, batches: Iterable[Any], place: Placement, step: Step | None = None) -> dict[str, float]:
     """Return the mean cross-entropy (``loss``, nats), ``accuracy`` and logit ``margin``; the model does not change."""
     total, count = torch.zeros(3, dtype=torch.float64), 0
     with observed(model):
         for batch in batches:
-            logits, labels = default_step(model, place.to_device(batch))
+            logits, labels = (step or default_step)(model, place.to_device(batch))
             check_classes(logits, labels)
             total += image_scores(logits.cpu().double(), labels.cpu().long()).sum(0)
             count += len(labels)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from chanaxes_pl.core.errors import ArgumentError, InputError, naming
 from chanaxes_pl.core.moments import true_float32
-from chanaxes_pl.network.batches import Placement
+from chanaxes_pl.network.batches import Placement, Step, logits_of
 from chanaxes_pl.network.groups import find_units
 from chanaxes_pl.network.hooks import observed
 from chanaxes_pl.network.macs import Cost, count_macs
@@ -83,7 +84,7 @@ class Pruner:
     Args:
         model: dense network; it does not change.
         example: ``[B, …]`` images as the model takes them, on its device.
-        protect: globs over the names of layers that keep all their channels.
+        protect: glob, or several, over the names of layers that keep all their channels.
 
     Attributes:
         units: units that can be removed.
@@ -94,11 +95,11 @@ class Pruner:
             remove, or if a pattern matches no layer.
     """
 
-    def __init__(self, model: nn.Module, example: Tensor, protect: Sequence[str] = ()) -> None:
+    def __init__(self, model: nn.Module, example: Tensor, protect: str | Sequence[str] = ()) -> None:
         self.model = model
         self.units = find_units(model, example[:1]).protect(protect)
         if not self.units.groups:
-            raise ArgumentError(f"protect={list(protect)!r}", "protects every layer; expected some left to prune")
+            raise ArgumentError(f"protect={protect!r}", "protects every layer; expected some left to prune")
         self.groups = tuple(self.units.groups.values())
         self.cost = Cost(model, self.groups, example[:1])
         self._example = example[:1]
@@ -179,7 +180,7 @@ def _exactness(model: nn.Module, images: Tensor) -> float:
         ValueError: if a logit is not finite.
     """
     with observed(model):
-        logits = model(images)
+        logits = logits_of(model(images))
     bad = len(logits) - int(logits.flatten(1).isfinite().all(1).sum())
     if bad:
         raise InputError(
@@ -198,10 +199,11 @@ def prune(
     allocation: Allocation = "uniform",
     compensate: Compensate = True,
     example_input: Tensor | None = None,
-    protect: Sequence[str] = (),
+    protect: str | Sequence[str] = (),
     probe_size: int = IMAGES,
     reestimate: bool = False,
     seed: int = 0,
+    step: Step | None = None,
 ) -> Slim:
     """Prune a trained network to a share of its multiply–accumulates (MACs), without retraining.
 
@@ -215,10 +217,12 @@ def prune(
         compensate: kind of compensation, which fits the remaining weights to the dense network's activations:
             ``"refit"`` (or ``True``), ``"fold"``, or ``False`` for none.
         example_input: images ``[B, …]`` as the model takes them; default the first ones of the probe.
-        protect: globs over the names of layers that keep all their channels.
+        protect: glob, or several, over the names of layers that keep all their channels.
         probe_size: maximum number of probe images for scores and compensation.
         reestimate: whether to re-estimate BatchNorm statistics at the end.
         seed: random seed of random scores.
+        step: ``(model, batch) → (logits, labels)`` for batches that :func:`split_batch` does not know; what it passes
+            to the model are the images.
 
     Raises:
         ValueError: if the budget is out of range or below the MACs of protected layers, a name is unknown, the model
@@ -241,16 +245,49 @@ def prune(
         check_budget(budget)
         compensation = compensation_of(compensate)
         place = Placement.of(model)
-        batches = image_batches(probe, probe_size, place)
+        batches = image_batches(probe, probe_size, place, images_of(model, step))
         example = batches[0] if example_input is None else place.to_device(example_input)
         pruner = Pruner(model, example, protect)
         needed = [score, REFERENCE] if allocation == "shared" else [score]
-        scores = channel_scores(model, probe, pruner.units, needed, probe_size=probe_size, seed=seed, place=place)
+        scores = channel_scores(
+            model, probe, pruner.units, needed, step=step, probe_size=probe_size, seed=seed, place=place
+        )
         kept = pruner.choose(scores, score, allocation, budget)
         slim = pruner.cut(kept)
         report = fit_back(slim, pruner, kept, batches, compensation, reestimate)
         notes = {"budget": budget, "score": score, "allocation": allocation, "compensate": compensation or "none"}
         return Slim(slim, pruner.plan(slim, kept, notes), report)
+
+
+def images_of(model: nn.Module, step: Step | None) -> Callable[[Any], Any] | None:
+    """Return the function from a batch to the images that a step passes to the model; ``None`` without a step."""
+    if step is None:
+        return None
+
+    def images(batch: Any) -> Any:
+        caught: list[Any] = []
+
+        def catch(_model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            caught.extend((*args, *kwargs.values()))
+            raise _Called
+
+        handle = model.register_forward_pre_hook(catch, with_kwargs=True)
+        try:
+            with observed(model), suppress(_Called):
+                step(model, batch)
+        finally:
+            handle.remove()
+        if len(caught) != 1:
+            raise ArgumentError(
+                "step=…", f"passes {len(caught)} values to {type(model).__name__}, expected its images alone"
+            )
+        return caught[0]
+
+    return images
+
+
+class _Called(Exception):
+    """Raised by a hook when the model is called, which then does not run."""
 
 
 def fit_back(

@@ -28,6 +28,8 @@ from chanaxes_pl.network.removal import Group, avoid_crash
 
 #: Version of the plan; a reader refuses any other.
 VERSION = 1
+#: Key of the plan in a ``PruneModule``'s checkpoints.
+CHECKPOINT_PLAN = "chanaxes_plan"
 #: Largest header of a file, in bytes; ResNet-18's takes 40 kB with its plan.
 HEADER = 2**24
 
@@ -341,7 +343,8 @@ def load_slim(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     """Load a pruned network in eval mode, with exactly the tensors and dtypes that were saved.
 
     Args:
-        path: path of the file, with or without ``.safetensors``.
+        path: path of the file, with or without ``.safetensors``; or a Trainer's checkpoint, ``….ckpt``, of a
+            ``PruneModule`` that fine-tuned a pruned network, or of a pruned LightningModule that was trained itself.
         model: new dense network of the same class and settings, on any device. It takes on the file's tensors, keeps
             its device and memory format, and is returned; after an error it is unchanged. Tensors that it shares stay
             shared if they were saved alike. By default, the network is built on the CPU by :func:`build_backbone` or
@@ -350,7 +353,23 @@ def load_slim(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is damaged or changed, or does not fit the model.
+
+    Example:
+        >>> import tempfile
+        >>> from chanaxes_pl import prune
+        >>> _ = torch.manual_seed(0)
+        >>> def network():
+        ...     return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 6), nn.Flatten(), nn.Linear(8, 4))
+        >>> slim = prune(network(), [torch.randn(64, 3, 8, 8)], budget=0.5)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     slim.save(f"{folder}/half")
+        ...     torch.save({"state_dict": slim.model.state_dict()}, f"{folder}/last.ckpt")  # as a Trainer does
+        ...     load_slim(f"{folder}/half", network())[0], load_slim(f"{folder}/last.ckpt", network())[0]
+        (Conv2d(3, 9, kernel_size=(3, 3), stride=(1, 1)), Conv2d(3, 9, kernel_size=(3, 3), stride=(1, 1)))
     """
+    if Path(path).suffix == ".ckpt" and Path(path).is_file():
+        with naming(str(path)):
+            return _of_checkpoint(Path(path), model)
     with naming(str(_file(path))):
         file = _file(path)
         if not file.is_file():
@@ -384,6 +403,33 @@ def load_slim(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         if model is None:
             _take_memory(dense)
         return dense.eval()
+
+
+def _of_checkpoint(path: Path, model: nn.Module | None) -> nn.Module:
+    """Return the pruned network in a checkpoint of a PruneModule, or of the pruned network as a LightningModule."""
+    from chanaxes_pl.models.checkpoints import read_checkpoint
+
+    checkpoint = read_checkpoint(path)
+    tensors = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
+    if CHECKPOINT_PLAN in checkpoint:
+        plan = Plan.from_json(checkpoint[CHECKPOINT_PLAN])
+        start = "network."
+        tensors = {name[len(start) :]: value for name, value in tensors.items() if name.startswith(start)}
+    elif model is None:
+        raise InputError("the checkpoint holds no plan, so pass a newly built dense network: load_slim(path, MyNet())")
+    elif bare := next((name for name, module in model.named_modules() if _is_bare_norm(module)), ""):
+        raise InputError(
+            f"the checkpoint holds no plan, which would tell the width of {bare!r}, a norm without weights: fine-tune "
+            "with PruneModule(slim), or load slim.save's file and then the checkpoint's state_dict"
+        )
+    else:  # the shapes say it all
+        sizes = {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
+        plan = Plan(kept={}, sizes={}, input_shape=(), shapes=sizes, macs=0, dense_macs=0)
+    dense = _built(plan) if model is None else model
+    fill(dense, plan, tensors)
+    if model is None:
+        _take_memory(dense)
+    return dense.eval()
 
 
 def _built(plan: Plan) -> nn.Module:
