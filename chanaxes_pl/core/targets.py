@@ -145,7 +145,8 @@ class Target:
                 is not one row an image.
         """
         if self._function is None:
-            self.settle(infer_target(outputs, labels))
+            if self.name == "auto":
+                self.settle(infer_target(outputs, labels))
             _CHECKS[self.name](outputs, labels)
             return _evaluate(TARGETS[self.name], outputs, labels)
         values = self._function(lifted(outputs), lifted(labels))
