@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from chanaxes_pl.analysis.scores import OWN_SCORES, REVERSE, SCORES, base_score, from_maximum, own_scores, score_family
 from chanaxes_pl.core.errors import ArgumentError, InputError
 from chanaxes_pl.core.moments import Moments
-from chanaxes_pl.network.batches import Placement, Step, default_step
+from chanaxes_pl.network.batches import Placement, Step, default_step, split_batch
 from chanaxes_pl.network.groups import Units
 from chanaxes_pl.network.layers import channel_count
 from chanaxes_pl.network.probe import Probe, ProbeSource
@@ -63,7 +63,7 @@ def channel_scores(
 
     Args:
         model: model that the units were found in.
-        probe: probe set, see :class:`Probe`; read only if a score needs images.
+        probe: probe set, see :class:`Probe`; read only if a score needs images, with labels only if it needs them.
         units: removable units.
         scores: names of scores, see :func:`score_family`.
         step: ``(model, batch) → (logits, labels)`` for batches or outputs other than ``(images, labels)`` and logits.
@@ -90,6 +90,13 @@ def channel_scores(
     def batches() -> Iterator[Any]:
         return (place.to_device(batch) for _, batch in Probe(probe, probe_size).batches())
 
+    tasks = sorted(name for name in asked if name == "taylor" or SCORES[name] in ("target", "both"))
+    if tasks and step is None and split_batch(next(batches(), (None, None)))[1] is None:
+        raise ArgumentError(
+            f"score={tasks[0]!r}",
+            "needs labels, and the batches of the probe hold images alone: expected (images, labels), or a score of "
+            "weights or of activations, such as 'l1' or 'keep_local'",
+        )
     # These come first because they may raise an error, and the other passes are long.
     found: dict[str, dict[str, Tensor]] = {}
     found |= {score: weight_scores(score, model, units, batches, run) for score in WEIGHT_SCORES if score in asked}
@@ -103,6 +110,7 @@ def channel_scores(
             positions=positions,
             reliability=False,
             step=step,
+            target="auto" if tasks else _sum_of_logits,
             probe_size=probe_size,
         )
         recorder = record(model, Probe(probe, probe_size), settings, place)
@@ -113,6 +121,11 @@ def channel_scores(
         of_units = map_scores(model, units.groups.values(), batches, lambda batch: run(model, batch), images)
         found |= {score: _of_channels(values, units, layers) for score, values in of_units.items()}
     return {score: {name: _directed(score, found, name) for name in layers} for score in scores}
+
+
+def _sum_of_logits(logits: Tensor, _labels: Any) -> Tensor:
+    """Return a target that needs no labels, for scores that do not depend on the target."""
+    return logits.flatten(1).double().sum(1)
 
 
 def _directed(score: str, found: Mapping[str, Mapping[str, Tensor]], layer: str) -> Tensor:

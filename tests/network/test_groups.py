@@ -172,7 +172,7 @@ def test_what_does_not_run_is_an_error():
     ):
         find_units(build("resnet18"), torch.zeros(1, 5, 32, 32))
     with pytest.raises(ValueError, match="gave dict without a gradient: expected logits that autograd can follow"):
-        find_units(Net(lambda net, x: {"logits": net.head(pooled(x))}, head=head(3)), ONE)
+        find_units(Net(lambda net, x: {"features": net.head(pooled(x))}, head=head(3)), ONE)
     with pytest.raises(ValueError, match=r"Net has no channels that can be removed \(head: no convolution or Linear"):
         find_units(Net(lambda net, x: net.head(pooled(x)), head=head(3)), ONE)
 

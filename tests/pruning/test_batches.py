@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from chanaxes_pl import LesionExperiment, PruningExperiment, find_units, lesion_table, prune, pruning_grid
+from chanaxes_pl.analysis.scores import SCORES
 from chanaxes_pl.network.tracing import PartialForward
 
 IMAGES = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -140,6 +141,20 @@ def lesioned() -> Tensor:
 def test_a_step_shows_where_images_and_labels_are(score):
     wanted = prune(network(), PAIRS, budget=0.7, score=score)
     assert equal(prune(network(), unknown(), budget=0.7, score=score, step=step).model, wanted.model)
+
+
+@pytest.mark.parametrize("score", [*(name for name, kind in SCORES.items() if kind == "local"), "activation_rms", "l2"])
+def test_images_alone_do_for_scores_of_weights_and_activations(score):
+    assert equal(
+        prune(network(), [IMAGES[:8], IMAGES[8:]], budget=0.7, score=score).model,
+        prune(network(), [(IMAGES[:8], LABELS[:8]), (IMAGES[8:], LABELS[8:])], budget=0.7, score=score).model,
+    )
+
+
+@pytest.mark.parametrize("score", [*(name for name, kind in SCORES.items() if kind in ("target", "both")), "taylor"])
+def test_scores_of_the_task_ask_for_labels(score):
+    with pytest.raises(ValueError, match=rf"prune\(score='{score}'\): needs labels, and the batches of the probe hold"):
+        prune(network(), [IMAGES], budget=0.7, score=score)
 
 
 def test_a_grid_with_a_step():
