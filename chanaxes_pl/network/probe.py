@@ -96,6 +96,8 @@ class Probe:
         self._dealt_singly = type(batches) is BatchSampler
         if self._dealt_singly:
             members, random_order = _members(batches.sampler, loader.dataset)
+            if batches.drop_last and not random_order:  # else any of them may be among those dropped
+                members = members[: len(members) // batches.batch_size * batches.batch_size]
             order = _fixed_order(members, self._size, not (shuffles or random_order))
             size = batches.batch_size
             self._groups = [order[start : start + size] for start in range(0, len(order), size)]
@@ -406,11 +408,15 @@ def _fixed_order(members: list[Any], size: int, keep_order: bool) -> list[Any]:
 def _count(batch: Any) -> int:
     """Images in a batch."""
     try:
-        images = split_batch(batch)[0]
+        images, labels = split_batch(batch)
     except InputError:  # a step of the user's reads it
-        images = None
-    if isinstance(images, (Tensor, list)):
-        return len(images)
+        images = labels = None
+    for part in (images, labels):
+        if isinstance(part, Tensor) and part.ndim:
+            return len(part)
+    for part in (labels, images):  # a list of images may also be one of views, each of all images
+        if isinstance(part, (list, tuple)):
+            return len(part)
     try:
         return extract_batch_size(batch)
     except MisconfigurationException:
