@@ -48,8 +48,9 @@ def _coupling(runs: Runs) -> Iterator[str]:
     epoch = number(runs.table["epoch"].min(), 1) if runs.table["epoch"].min() else ""
     start = f"At epoch {epoch}" if epoch else "At initialisation"
     text = f"{start} the two axes are {_coupled(first)}: ρ(input capture, task information) is {_cell(first)}"
+    text += _chance(first)
     if len(runs.steps) > 1 and last["mean"] == last["mean"]:
-        text += f"; after training they are {_coupled(last)}: ρ is {_cell(last)}"
+        text += f"; after training they are {_coupled(last)}: ρ is {_cell(last)}{_chance(last)}"
     yield text + "."
 
 
@@ -57,6 +58,14 @@ def _coupled(row: pd.Series) -> str:
     if row["low"] != row["low"]:
         return "coupled" if row["mean"] > 0 else "not coupled"
     return "coupled" if row["low"] > 0 else "inversely coupled" if row["high"] < 0 else "not coupled"
+
+
+def _chance(row: pd.Series) -> str:
+    """Say where a random target gives as much."""
+    null = float(row.get("null", float("nan")))
+    if _coupled(row) != "not coupled" and null * row["mean"] > 0 and abs(null) >= abs(row["mean"]):
+        return f", no further from 0 than with a random target ({number(null)})"
+    return ""
 
 
 def _separation(runs: Runs) -> Iterator[str]:
