@@ -143,7 +143,8 @@ class Target:
                 is not one row an image.
         """
         if self._function is None:
-            self.settle(infer_target(outputs, labels))
+            if self.name == "auto":
+                self.settle(infer_target(outputs, labels))
             _CHECKS[self.name](outputs, labels)
             return _evaluate(TARGETS[self.name], outputs, labels)
         values = self._function(lifted(outputs), lifted(labels))
@@ -266,8 +267,8 @@ _CHECKS = {
 }
 
 
-def _evaluate(function: TargetFunction, outputs: Tensor, labels: Tensor) -> Tensor:
-    if outputs.ndim <= 2:
+def _evaluate(function: TargetFunction, outputs: Any, labels: Tensor) -> Tensor:
+    if not isinstance(outputs, Tensor) or outputs.ndim <= 2:
         values = function(lifted(outputs), lifted(labels))
     else:  # image by image, because the maps of a batch in float64, several times, may not fit into memory
         pairs = zip(outputs.split(1), labels.split(1), strict=True)
