@@ -417,7 +417,10 @@ def _count(batch: Any) -> int:
     for part in (labels, images):  # a list of images may also be one of views, each of all images
         if isinstance(part, (list, tuple)):
             return len(part)
-    return extract_batch_size(batch)
+    try:
+        return extract_batch_size(batch)
+    except MisconfigurationException:  # Lightning's error speaks of logging
+        raise InputError(f"a batch is {describe(batch)}: expected (images, labels)") from None
 
 
 def image_batches(source: ProbeSource, count: int, place: Placement) -> list[Tensor]:
