@@ -269,8 +269,8 @@ _CHECKS = {
 }
 
 
-def _evaluate(function: TargetFunction, outputs: Tensor, labels: Tensor) -> Tensor:
-    if outputs.ndim <= 2:
+def _evaluate(function: TargetFunction, outputs: Any, labels: Tensor) -> Tensor:
+    if not isinstance(outputs, Tensor) or outputs.ndim <= 2:
         values = function(lifted(outputs), lifted(labels))
     else:  # image by image, because the maps of a batch in float64, several times, may not fit into memory
         pairs = zip(outputs.split(1), labels.split(1), strict=True)

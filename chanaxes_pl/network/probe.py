@@ -419,7 +419,7 @@ def _count(batch: Any) -> int:
             return len(part)
     try:
         return extract_batch_size(batch)
-    except MisconfigurationException:
+    except MisconfigurationException:  # Lightning's error speaks of logging
         raise InputError(f"a batch is {describe(batch)}: expected (images, labels)") from None
 
 

@@ -1,153 +1,294 @@
-"""The task variable of every task against NumPy, how it is chosen, and what is refused."""
+"""Task variables against NumPy, which one ``"auto"`` chooses, and what is refused."""
 
 import numpy as np
 import pytest
 import torch
 
-from chanaxes_pl.core.targets import Target, check_classes, infer_target
+from chanaxes_pl.core.targets import (
+    Target,
+    check_classes,
+    describe,
+    image_scores,
+    infer_target,
+    null_target,
+)
+from tests.helpers import reference
 
 B, K = 12, 4
-GENERATOR = torch.Generator().manual_seed(0)
-LOGITS = torch.randn(B, K, generator=GENERATOR)
-CLASSES = torch.arange(B) % K
-BITS = torch.randint(0, 2, (B, K), generator=GENERATOR)
-REAL = torch.randn(B, K, generator=GENERATOR)
-MAPS = torch.randn(B, K, 3, 5, generator=GENERATOR)
-MAP_CLASSES = torch.randint(0, K, (B, 3, 5), generator=GENERATOR)
 
 
-def found(outputs, labels, spec="auto") -> tuple[str, np.ndarray]:
-    target = Target(spec)
-    values = target(outputs, labels)
-    assert values.dtype == torch.float64
-    return target.name, values.numpy()
+def drawn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
-def margins(logits: np.ndarray, labels: np.ndarray) -> list[float]:
-    return [z[y] - max(np.delete(z, y)) for z, y in zip(logits, labels, strict=True)]
+CLASSES = torch.arange(B) * 3 % K
+BITS = torch.arange(B) % 2
+MAP = torch.arange(B * 6).reshape(B, 2, 3) * 5 % K
 
 
-def test_classes_have_the_logit_margin():
-    name, values = found(LOGITS, CLASSES)
-    assert name == "logit_margin"
-    np.testing.assert_allclose(values[:, 0], margins(LOGITS.double().numpy(), CLASSES.numpy()), 1e-12)
+def margin(outputs, labels):
+    return reference.margins(outputs, labels)
 
 
-@pytest.mark.parametrize("labels", [BITS[:, 0], BITS[:, :1], BITS[:, 0].float(), BITS[:, :1].bool()])
-@pytest.mark.parametrize("outputs", [LOGITS[:, 0], LOGITS[:, :1]])
-def test_one_logit_and_labels_of_0_and_1_have_the_signed_logit(outputs, labels):
-    name, values = found(outputs, labels)
-    assert name == "signed_logit"
-    np.testing.assert_allclose(values[:, 0], np.where(BITS[:, 0] == 1, 1, -1) * LOGITS[:, 0].double().numpy(), 1e-12)
+def log_probability(outputs, labels):
+    return np.array([z[y] - np.log(np.exp(z).sum()) for z, y in zip(outputs, labels, strict=True)])
 
 
-def test_several_labels_of_0_and_1_have_their_log_likelihood():
-    for labels in (BITS, BITS.float()):
-        name, values = found(LOGITS, labels)
-        assert name == "log_likelihood"
-        p = 1 / (1 + np.exp(-LOGITS.double().numpy()))
-        np.testing.assert_allclose(values[:, 0], np.log(np.where(BITS == 1, p, 1 - p)).sum(1), 1e-9)
+def signed(outputs, labels):
+    return np.array([z if y else -z for z, y in zip(outputs.reshape(-1), labels.reshape(-1), strict=True)])
+
+
+def log_likelihood(outputs, labels):
+    chance = 1 / (1 + np.exp(-outputs))
+    return np.log(np.where(labels == 1, chance, 1 - chance)).sum(1)
+
+
+def one_hot(outputs, labels):
+    return np.eye(outputs.shape[1])[labels][:, :-1]
+
+
+def as_it_is(outputs, labels):
+    return labels.reshape(len(labels), -1)
+
+
+def over_map(function):
+    """Of a map: the mean over labelled positions, position by position."""
+
+    def mean(outputs, labels):
+        labels, found = labels.reshape(len(outputs), -1), []
+        for logits, its in zip(outputs.reshape(*outputs.shape[:2], -1), labels, strict=True):
+            places = [p for p in range(len(its)) if its[p] >= 0 and its[p] != 255]
+            found.append(np.mean([function(logits[None, :, p], its[None, p])[0] for p in places]))
+        return np.array(found)
+
+    return mean
+
+
+def with_gaps(labels: torch.Tensor, *ignored: int) -> torch.Tensor:
+    labels = labels.clone()
+    for number, value in enumerate(ignored):
+        labels[number::3, ..., number] = value
+    return labels
+
+
+TASKS = {
+    "classes": ("logit_margin", drawn(B, K), CLASSES, margin),
+    "classes, uint8": ("logit_margin", drawn(B, K), CLASSES.to(torch.uint8), margin),
+    "two classes": ("logit_margin", drawn(B, 2), BITS, margin),
+    "map": ("logit_margin", drawn(B, K, 2, 3), MAP, over_map(margin)),
+    "map, −100 and 255": ("logit_margin", drawn(B, K, 2, 3), with_gaps(MAP, -100, 255), over_map(margin)),
+    "map of bytes, 255": ("logit_margin", drawn(B, K, 2, 3), with_gaps(MAP, 255).to(torch.uint8), over_map(margin)),
+    "sequence": ("logit_margin", drawn(B, K, 5), torch.arange(5 * B).reshape(B, 5) % K, over_map(margin)),
+    "one logit": ("signed_logit", drawn(B, 1), BITS, signed),
+    "one logit, no dimension": ("signed_logit", drawn(B), BITS.float(), signed),
+    "one logit, labels with a dimension": ("signed_logit", drawn(B), BITS[:, None], signed),
+    "one logit, both with a dimension": ("signed_logit", drawn(B, 1), BITS[:, None].float(), signed),
+    "one logit, bool": ("signed_logit", drawn(B, 1), BITS.bool(), signed),
+    "map of one logit": ("signed_logit", drawn(B, 1, 2, 3), MAP % 2, over_map(lambda z, y: signed(z, y))),
+    "map of one logit, same shape": ("signed_logit", drawn(B, 1, 2, 3), (MAP % 2).float()[:, None], over_map(signed)),
+    "map of one logit, gaps": ("signed_logit", drawn(B, 1, 2, 3), with_gaps(MAP % 2, -1, 255), over_map(signed)),
+    "several bits": ("log_likelihood", drawn(B, K), (drawn(B, K) > 0).float(), log_likelihood),
+    "several bits, whole": ("log_likelihood", drawn(B, K), (drawn(B, K) > 0).long(), log_likelihood),
+    "several bits, bool": ("log_likelihood", drawn(B, K), drawn(B, K) > 0, log_likelihood),
+    "regression": ("label", drawn(B, 1), drawn(B), as_it_is),
+    "regression, labels with a dimension": ("label", drawn(B), drawn(B, 1), as_it_is),
+    "regression of several numbers": ("label", drawn(B, 3), drawn(B, 3), as_it_is),
+    "regression of whole numbers": ("label", drawn(B, 1), torch.arange(B) - 3, as_it_is),
+}
+NAMED = {
+    "log-probability": ("log_probability", drawn(B, K), CLASSES, log_probability),
+    "one-hot": ("label", drawn(B, K), CLASSES, one_hot),
+    "label beside other outputs": ("label", {"boxes": [0]}, drawn(B, 2, 2), as_it_is),
+    "label beside features": ("label", drawn(B, K), drawn(B), as_it_is),
+    "label beside a map": ("label", drawn(B, K, 2, 3), drawn(B), as_it_is),
+}
+
+
+def as_numpy(value):
+    if not isinstance(value, torch.Tensor):
+        return value
+    return (value.double() if value.is_floating_point() else value.long()).numpy()
+
+
+@pytest.mark.parametrize("case", TASKS | NAMED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_each_target_is_what_numpy_gives(case, dtype):
+    name, outputs, labels, function = (TASKS | NAMED)[case]
+    outputs = outputs.to(dtype) if isinstance(outputs, torch.Tensor) else outputs
+    found = Target(name)(outputs, labels)
+    wanted = function(as_numpy(outputs), as_numpy(labels))
+    assert found.dtype == torch.float64
+    assert found.shape == wanted.reshape(B, -1).shape
+    np.testing.assert_allclose(found.numpy(), wanted.reshape(B, -1), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", TASKS)
+def test_auto_chooses_the_target_of_the_task(case):
+    name, outputs, labels, _ = TASKS[case]
+    assert infer_target(outputs, labels) == name
+    target = Target("auto")
+    assert target.name == "auto"
+    assert torch.equal(target(outputs, labels), Target(name)(outputs, labels))
+    assert target.name == name
+
+
+def test_low_precision_is_lifted_before_anything_is_computed():
+    for dtype in (torch.float16, torch.bfloat16):
+        outputs = drawn(B, K).to(dtype)
+        assert torch.equal(Target("logit_margin")(outputs, CLASSES), Target("logit_margin")(outputs.double(), CLASSES))
+
+
+def test_what_auto_chose_holds_for_later_batches():
+    target = Target("auto")
+    target(drawn(B, 1), BITS)
+    with pytest.raises(ValueError, match=r"label 0\.5 after labels of 0 and 1.*for regression pass target='label'"):
+        target(drawn(B, 1), BITS * 0.5)
+    target = Target()
+    target.settle("label")
+    target.settle("signed_logit")
+    assert torch.equal(target(drawn(B, 1), BITS)[:, 0], BITS.double())
+
+
+def test_a_map_without_a_labelled_position_is_nan_and_alone():
+    labels = MAP.clone()
+    labels[3] = 255
+    assert Target()(drawn(B, K, 2, 3), labels).isnan().flatten().nonzero().flatten().tolist() == [3]
+
+
+# --- functions ------------------------------------------------------------------------------------------------------
+
+
+def double(outputs, labels):
+    return 2 * outputs[:, 0] + labels
+
+
+def test_a_function_gives_one_number_or_several_and_lends_its_name():
+    target = Target(double)
+    found = target(drawn(B, K).half(), CLASSES.to(torch.uint8))
+    assert target.name == "double"
+    assert torch.equal(found, (2 * drawn(B, K).half().double()[:, 0] + CLASSES)[:, None])
+    assert Target(lambda outputs, labels: outputs.float())(drawn(B, K), None).shape == (B, K)
+
+    class Scores:
+        def __call__(self, outputs, labels):
+            return torch.stack([one["score"] for one in outputs])
+
+    target = Target(Scores())
+    assert (target.name, target([{"score": drawn(1)[0]}] * 3, None).shape) == ("Scores", (3, 1))
+
+
+@pytest.mark.parametrize(
+    ("gives", "said"),
+    [
+        (1.0, "of type float"),
+        (None, "nothing"),
+        (torch.zeros(()), r"a tensor of shape \(\)"),
+        (torch.zeros(2, 3, 4), r"a tensor of shape \(2, 3, 4\)"),
+        ([torch.zeros(2)], "a list of 1: a tensor of shape"),
+    ],
+)
+def test_a_function_that_gives_something_else_is_refused(gives, said):
+    def wrong(outputs, labels):
+        return gives
+
+    with pytest.raises(ValueError, match=f"the target function wrong gave {said}.*one row an image"):
+        Target(wrong)(drawn(2, 3), None)
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def test_a_name_that_is_not_known_is_refused_with_those_that_are():
+    with pytest.raises(ValueError, match=r"target='margin': expected 'auto', 'logit_margin'.*or a function"):
+        Target("margin")
+    with pytest.raises(ValueError, match=r"target='cross_entropy': expected 'log_probability', which is minus"):
+        Target("cross_entropy")
 
 
 @pytest.mark.parametrize(
     ("outputs", "labels"),
-    [(LOGITS, REAL), (LOGITS[:, 0], REAL[:, 0]), (LOGITS[:, :1], REAL[:, 0]), (LOGITS[:, 0], REAL[:, :1])],
-)
-def test_real_labels_are_the_target_themselves(outputs, labels):
-    name, values = found(outputs, labels)
-    assert name == "label"
-    np.testing.assert_array_equal(values, labels.double().reshape(B, -1))
-
-
-@pytest.mark.parametrize("ignored", [255, -100, -1])
-def test_maps_have_the_mean_margin_of_their_labelled_positions(ignored):
-    labels = MAP_CLASSES.clone()
-    labels[:, 0], labels[2] = ignored, ignored
-    name, values = found(MAPS, labels)
-    assert name == "logit_margin"
-    flat = MAPS[:, :, 1:].double().flatten(2).transpose(1, 2).numpy()
-    wanted = [np.mean(margins(z, y)) for z, y in zip(flat, MAP_CLASSES[:, 1:].flatten(1).numpy(), strict=True)]
-    wanted[2] = np.nan
-    np.testing.assert_allclose(values[:, 0], wanted, 1e-12)
-
-
-@pytest.mark.parametrize("shape", [(B, 3, 5), (B, 1, 3, 5)])
-def test_maps_of_one_logit_have_the_mean_signed_logit(shape):
-    labels = (MAP_CLASSES > 1).long()
-    labels[:, 0] = 255
-    name, values = found(MAPS[:, :1], labels.reshape(shape))
-    assert name == "signed_logit"
-    signed = (2 * labels[:, 1:].double() - 1) * MAPS[:, 0, 1:].double()
-    np.testing.assert_allclose(values[:, 0], signed.mean((1, 2)), 1e-12)
-
-
-@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
-def test_the_target_is_computed_in_double_precision_whatever_the_outputs_are(kind):
-    outputs = LOGITS.to(kind)
-    np.testing.assert_allclose(found(outputs, CLASSES)[1], found(outputs.double(), CLASSES)[1], 0)
-
-
-def test_a_function_gets_what_the_step_returned_and_no_shape_is_judged_before():
-    seen = []
-
-    def norms(outputs, labels):
-        seen.append((outputs, labels))
-        return outputs["boxes"].norm(dim=1)
-
-    outputs = {"boxes": REAL}
-    name, values = found(outputs, None, norms)
-    assert name == "norms"
-    assert seen == [(outputs, None)]
-    np.testing.assert_allclose(values[:, 0], np.linalg.norm(REAL, axis=1), 1e-6)
-    assert found(LOGITS[:, :1], BITS[:, :1], lambda out, y: y[:, 0])[1].tolist() == BITS[:, :1].tolist()
-
-
-@pytest.mark.parametrize(
-    ("outputs", "labels", "message"),
     [
-        (LOGITS, None, r"labels: nothing\. .*without labels for example target=lambda outputs, labels: outputs\.norm"),
-        ({"boxes": 1}, CLASSES, r"outputs: a dict with keys \['boxes'\], labels: a tensor of shape \(12,\)"),
-        (LOGITS, CLASSES.float(), r"Labels of type torch\.float32 are no class indices, expected whole numbers"),
-        (LOGITS, CLASSES[:5], r"shape \(12, 4\), labels: a tensor of shape \(5,\)\. Expected outputs \[B, K\] with"),
-        (MAPS, torch.rand(MAPS.shape), r"pass target=a function of both that gives \[B\] or \[B, D\]"),
+        (drawn(B, K), None),
+        (None, CLASSES),
+        ({"boxes": 0}, CLASSES),
+        (drawn(B, K), drawn(B, 3)),
+        (drawn(B, K), CLASSES[:-1]),
+        (drawn(B, K, 2, 3), MAP.float()),
+        (drawn(B, K, 2, 3), MAP[:, :1]),
+        (drawn(B, 1, 2, 3), drawn(B, 2, 3)),
+        (torch.tensor(1.0), torch.tensor(1)),
+        (drawn(0, K), CLASSES[:0]),
+        (drawn(B, 0), CLASSES),
     ],
 )
-def test_a_task_that_is_not_known_is_described_with_the_cure(outputs, labels, message):
-    with pytest.raises(ValueError, match=message):
+def test_a_task_that_is_not_known_is_described_with_a_target_that_would_do(outputs, labels):
+    text = f"outputs: {describe(outputs)}, labels: {describe(labels)}"
+    with pytest.raises(ValueError, match=r"For another task pass target=a function") as told:
         infer_target(outputs, labels)
+    assert text in str(told.value)
+    assert "lambda outputs, labels: outputs.norm(dim=1)" in str(told.value)
+
+
+def test_classes_as_real_numbers_are_told():
+    with pytest.raises(ValueError, match=r"Labels of type torch\.float32 are no class indices, expected whole numbers"):
+        infer_target(drawn(B, K), CLASSES.float())
 
 
 @pytest.mark.parametrize(
-    ("spec", "outputs", "labels", "message"),
+    ("name", "outputs", "labels", "said"),
     [
-        ("logit_margin", LOGITS[:, :1], BITS[:, 0], r"Expected \[B, K\] with K ≥ 2 classes and \[B\]"),
-        (
-            "logit_margin",
-            MAPS,
-            MAP_CLASSES + 2,
-            "label 5 in the probe.*or a negative number or 255 where",
-        ),
-        ("log_probability", MAPS, MAP_CLASSES, r"Expected \[B, K\] with K ≥ 2 classes and \[B\]"),
-        ("signed_logit", LOGITS[:, :1], REAL[:, 0].round() + 2, "label .* after labels of 0 and 1.*target='label'"),
-        ("log_likelihood", LOGITS, REAL + 3, "expected only these; for regression pass target='label'"),
-        ("label", LOGITS, None, r"labels: nothing\. target='label' expects a tensor"),
-        ("label", LOGITS, CLASSES + 1, "label 4 in the probe, but the logits have 4 classes"),
+        ("logit_margin", drawn(B, K), CLASSES + 1, r"label 4 in the probe, but the logits have 4 classes.*0 to 3$"),
+        ("logit_margin", drawn(B, K), CLASSES - 1, r"label -1 in the probe.*from 0 to 3$"),
+        ("logit_margin", drawn(B, K, 2, 3), MAP + 1, r"label 4 in the probe.*or a negative number or 255 where"),
+        ("logit_margin", drawn(B, K), CLASSES.float(), r"labels of type torch\.float32: expected whole numbers"),
+        ("logit_margin", drawn(B, 1), BITS, r"Expected \[B, K\] with K ≥ 2 classes and \[B\]"),
+        ("logit_margin", drawn(B, K), None, r"labels: nothing.*pass step="),
+        ("log_probability", drawn(B, K, 2, 3), MAP, r"Expected \[B, K\] with K ≥ 2 classes and \[B\]"),
+        ("log_probability", drawn(B, K), CLASSES + 1, "label 4 in the probe"),
+        ("signed_logit", drawn(B, 1), CLASSES, r"label [23] after labels of 0 and 1"),
+        ("signed_logit", drawn(B, K), BITS, "Expected one label of 0 or 1 for each output"),
+        ("signed_logit", [drawn(B, 1)], BITS, r"outputs: a list of 1.*Expected one label of 0 or 1"),
+        ("log_likelihood", drawn(B, K), drawn(B, K), r"label -?\d.* after labels of 0 and 1"),
+        ("log_likelihood", drawn(B, K), BITS, "Expected one label of 0 or 1 for each output"),
+        ("label", drawn(B, K), None, r"labels: nothing\. target='label' expects a tensor"),
+        ("label", drawn(B, K), torch.tensor(1.0), r"target='label' expects a tensor \[B\] or \[B, D\]"),
+        ("label", drawn(B, K), CLASSES + 1, "label 4 in the probe"),
     ],
 )
-def test_labels_that_do_not_fit_a_named_target_are_refused(spec, outputs, labels, message):
-    with pytest.raises(ValueError, match=message):
-        Target(spec)(outputs, labels)
+def test_what_does_not_fit_a_target_is_refused(name, outputs, labels, said):
+    with pytest.raises(ValueError, match=said):
+        Target(name)(outputs, labels)
 
 
-def test_labels_that_turn_out_real_after_zeros_and_ones_are_refused():
-    target = Target()
-    target(LOGITS[:, 0], BITS[:, 0].float())
-    with pytest.raises(ValueError, match=r"label 0\.5 after labels of 0 and 1: expected only these; for regression"):
-        target(LOGITS[:, 0], BITS[:, 0] + 0.5)
+@pytest.mark.parametrize(
+    ("outputs", "labels", "said"),
+    [
+        (drawn(B, K, 2, 3), MAP, r"Expected \[B, K\]"),
+        (drawn(B), CLASSES, r"Expected \[B, K\]"),
+        (drawn(B, K), CLASSES + 1, "label 4"),
+        (drawn(B, K), CLASSES.float(), "expected whole numbers"),
+    ],
+)
+def test_experiments_take_classes_of_images_only(outputs, labels, said):
+    check_classes(drawn(B, K), CLASSES)
+    with pytest.raises(ValueError, match=said):
+        check_classes(outputs, labels)
 
 
-def test_only_classes_of_images_can_be_scored():
-    check_classes(LOGITS, CLASSES)
-    for outputs, labels in ((MAPS, MAP_CLASSES), (LOGITS, None), (LOGITS[:, :1], CLASSES)):
-        with pytest.raises(ValueError, match=r"Expected \[B, K\] with K ≥ 2 classes and \[B\]"):
-            check_classes(outputs, labels)
+# --- null target, scores of images ----------------------------------------------------------------------------------
+
+
+def test_the_null_target_is_a_function_of_the_index_alone_and_standard_normal():
+    whole = null_target(np.arange(4000), 2)
+    assert whole.shape == (4000, 2)
+    np.testing.assert_array_equal(null_target(np.arange(100, 200), 2), whole[100:200])
+    np.testing.assert_allclose(whole.mean(0), 0, atol=0.05)
+    np.testing.assert_allclose(np.cov(whole.T), np.eye(2), atol=0.05)
+    assert abs(np.corrcoef(whole[:-1, 0], whole[1:, 0])[0, 1]) < 0.05
+
+
+def test_scores_of_images_are_cross_entropy_hits_and_margins():
+    logits = drawn(B, K).double()
+    wanted = [-log_probability(logits.numpy(), CLASSES.numpy()), logits.argmax(1).numpy() == CLASSES.numpy()]
+    wanted.append(margin(logits.numpy(), CLASSES.numpy()))
+    np.testing.assert_allclose(image_scores(logits, CLASSES).numpy(), np.stack(wanted, 1), rtol=1e-12)

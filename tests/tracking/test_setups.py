@@ -35,7 +35,7 @@ from torch.utils.data import (
 )
 from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
 
-from chanaxes_pl import AxisTracker
+from chanaxes_pl import AxisTracker, read_run
 from chanaxes_pl.analysis.correlations import main_correlation
 from tests.helpers import reference
 from tests.helpers.training import QUIET, trainer
@@ -946,3 +946,81 @@ def test_the_table_is_right_and_training_the_same(tmp_path, name):
     rho = main_correlation(tracker.correlations)["rho"].iloc[1:].max()
     scores = [getattr(each, "best_model_score", None) or each.best_score for each in watching]
     assert [float(score) for score in scores] == pytest.approx([rho] * len(watching))
+
+
+# --- training images as probe, two processes ------------------------------------------------------------------------
+
+
+class Noisy(torch.utils.data.Dataset):
+    """Training images whose transforms draw from all global streams."""
+
+    def __len__(self) -> int:
+        return len(TRAIN)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        drawn = torch.rand(1) + np.random.rand() + random.random()  # noqa: NPY002
+        return TRAIN[index] + drawn.float(), classes(16)[index]
+
+
+class Remembers(Net):
+    """Keeps what it is measured on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not self.training:
+            self.seen.append(images)
+        return super().forward(images)
+
+
+def test_training_images_with_random_transforms_are_the_same_pixels_at_every_measurement(tmp_path):
+    def noisy() -> dict[str, Any]:
+        return {"train_dataloaders": DataLoader(Noisy(), BATCH, shuffle=True)}
+
+    setup = Setup(module=Remembers, fit=noisy)
+    tracker = AxisTracker()
+    with pytest.warns(UserWarning, match="measured on training images") as told:
+        _, module = fitted(setup, tmp_path, tracker)
+    assert sum("measured on training images" in str(one.message) for one in told) == 1
+    measured = [torch.cat(module.seen[start : start + 2]) for start in range(0, len(module.seen), 2)]
+    assert len(measured) == len(tracker.correlations["step"].unique()) == 3
+    assert all(torch.equal(pixels, measured[0]) for pixels in measured)
+    drawn = measured[0] - TRAIN
+    assert torch.allclose(drawn, drawn[:, :1, :1, :1].expand_as(drawn), atol=1e-5)
+    assert len(drawn[:, 0, 0, 0].unique()) == 16  # every image has draws of its own
+    wanted = expected(
+        Setup(probe=lambda: list(zip(measured[0].split(BATCH), classes(16).split(BATCH), strict=True))), module
+    )
+    found = tracker.table.query("layer == 'conv'").reset_index(drop=True)
+    pd.testing.assert_frame_equal(found[wanted.columns], wanted, rtol=1e-4)
+    _, bare = fitted(setup, tmp_path / "bare")
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), bare.parameters(), strict=True))
+
+
+SHARED: dict[str, Callable[[], DataLoader]] = {
+    "a fold": lambda: val(sampler=SubsetRandomSampler(range(1, 14))),
+    "an own sampler": lambda: val(sampler=Backwards(13)),
+    "an own sampler that draws": lambda: val(sampler=Drawn(EVEN, True)),
+    "an own batch sampler": lambda: DataLoader(data(VAL), batch_sampler=OneClass()),
+    "a list as sampler": lambda: val(sampler=[9, 4, 17, 0, 3]),
+}
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["validation", "probe"])
+@pytest.mark.parametrize("name", SHARED)
+def test_two_processes_give_the_table_of_one(tmp_path, name, given):
+    """Validation loaders reach the tracker as Lightning has shared them out, a probe as it is."""
+    tables, shares = [], name != "an own batch sampler"  # Lightning refuses to share one out
+    for world, flags in {"1": {}, "2": {"devices": 2, "strategy": "ddp_fork"}}.items():
+        torch.manual_seed(0)
+        tracker = AxisTracker(SHARED[name]() if given else None, schedule=[])
+        fitter = trainer(
+            tmp_path / world, tracker, max_epochs=1, limit_train_batches=1, use_distributed_sampler=shares, **flags
+        )
+        fitter.fit(Net(), **loaders(None if given else SHARED[name]()))
+        assert fitter.world_size == int(world)
+        tables.append(read_run(tmp_path / world / "axis").drop(columns="run"))
+    assert tables[0]["step"].unique().tolist() == [0]
+    pd.testing.assert_frame_equal(tables[1], tables[0], rtol=1e-6, atol=1e-9)
