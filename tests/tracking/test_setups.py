@@ -24,6 +24,8 @@ from lightning.pytorch.tuner import Tuner
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import (
     DataLoader,
     IterableDataset,
@@ -148,6 +150,14 @@ class Shaped(Net):
 
     def forward(self, images: Tensor) -> Any:
         return self.shape(super().forward(images))
+
+
+class Recomputing(Net):
+    """Keeps no activations for the backward pass."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        seen = checkpoint(lambda images: self.body(self.conv(images)), images, use_reentrant=False)
+        return self.head(seen.mean((2, 3)))
 
 
 class Dense(Net):
@@ -722,6 +732,12 @@ def compiled_body() -> nn.Module:
     return net
 
 
+def changed(change: Callable[[Net], Any]) -> nn.Module:
+    net = Net()
+    change(net)
+    return net
+
+
 def find_rate(fitter: L.Trainer, module: Any) -> None:
     Tuner(fitter).lr_find(module, **loaders(), num_training=4, min_lr=1e-3, max_lr=1e-2, early_stop_threshold=None)
 
@@ -738,6 +754,14 @@ FLAGS = {
     "deterministic": Setup(flags={"deterministic": True}),
     "inference_mode=False": Setup(flags={"inference_mode": False}),
     "sanity checking": Setup(flags={"num_sanity_val_steps": 2}),
+    "limit_val_batches": Setup(flags={"limit_val_batches": 0.5}),
+    "limit_val_batches=0": Setup(
+        flags={"limit_val_batches": 0}, probe=lambda: batches(data(TRAIN)), warns="measured on training images"
+    ),
+    "channels last": Setup(module=lambda: Net().to(memory_format=torch.channels_last)),
+    "a frozen layer": Setup(module=lambda: changed(lambda net: net.conv.requires_grad_(False))),
+    "a parametrized layer": Setup(module=lambda: changed(lambda net: weight_norm(net.conv))),
+    "recomputed activations": Setup(module=Recomputing),
     "torch.compile of a part": Setup(module=compiled_body, twin=Net),
     "torch.compile of the whole": Setup(module=lambda: torch.compile(Net(), backend="eager"), twin=Net),
     "StochasticWeightAveraging": Setup(
