@@ -241,6 +241,27 @@ def test_a_target_function_of_one_number_or_several_is_a_regression_on_it():
     assert_allclose(first["target_excess"], excess, 1e-8)
 
 
+def test_an_image_without_a_labelled_position_is_left_out_of_the_target_axis_alone():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 4, 1)).eval()
+    images, labels = torch.randn(20, 3, 5, 5), torch.randint(0, 4, (20, 5, 5))
+    labels[:, 0], labels[7] = 255, -100
+    found = compute_axes(model, TensorDataset(images, labels), layers="0", positions="all").table
+    kept = [index for index in range(20) if index != 7]
+    with torch.no_grad():
+        outputs, logits = model[0](images), model(images).double()
+    means = outputs.double().mean((2, 3)).numpy()
+    margins = [
+        np.mean(reference.margins(logits[i, :, 1:].flatten(1).T.numpy(), labels[i, 1:].flatten().numpy())) for i in kept
+    ]
+    wanted = [-0.5 * np.log(1 - np.corrcoef(means[kept, c], margins)[0, 1] ** 2) for c in range(6)]
+    assert_allclose(found["task_information"], wanted, 1e-6)
+    power = outputs.double().transpose(0, 1).flatten(1).var(1, correction=0).numpy()
+    assert_allclose(found["input_capture"], 0.5 * np.log1p(power / np.median(power)), 1e-6)
+    with pytest.raises(ValueError, match="alignment=True with an image that has no labelled position: expected one"):
+        compute_axes(model, TensorDataset(images, labels), layers="0", alignment=True)
+
+
 def test_named_targets():
     logits, labels = torch.randn(30, 5, dtype=torch.float64), torch.arange(30) % 5
     found = {name: Target(name)(logits, labels) for name in ("logit_margin", "log_probability", "label")}

@@ -77,8 +77,8 @@ def peer_reconstruction(local: Moments, ridge: float = RIDGE) -> PeerReconstruct
         ridge: λ, in units of a channel's variance, > 0.
     """
     live = local.live
-    rho = local.select(live).correlation
-    precision, explained = _all_peers(rho, ridge)
+    rho, factor = _factored(local.select(live).correlation, ridge)
+    precision, explained = _all_peers(factor, ridge)
     size = _hull_sizes(rho, explained, ridge)
     dead = torch.full_like(local.mean, torch.nan)
     r2, hull_size, hull_score = (dead.masked_scatter(live, values) for values in (explained, size, explained / size))
@@ -88,15 +88,30 @@ def peer_reconstruction(local: Moments, ridge: float = RIDGE) -> PeerReconstruct
 def peer_r2(local: Moments, ridge: float = RIDGE) -> Tensor:
     """Compute only ``r2`` of :func:`peer_reconstruction`, ``[C]``."""
     live = local.live
-    explained = _all_peers(local.select(live).correlation, ridge)[1]
+    explained = _all_peers(_factored(local.select(live).correlation, ridge)[1], ridge)[1]
     return torch.full_like(local.mean, torch.nan).masked_scatter(live, explained)
 
 
-def _all_peers(rho: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Return K = (ρ + λI)⁻¹, ``[C, C]``, and R² of every channel on all its peers, ``[C]``."""
-    regular = rho.clone()
-    regular.diagonal().add_(ridge)
-    precision = torch.cholesky_inverse(torch.linalg.cholesky(regular))
+def _factored(rho: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Return ρ and the Cholesky factor of ρ + λI.
+
+    Channels that hardly vary have correlations that are mostly rounding, and ρ may then have eigenvalues below −λ. The
+    negative ones become 0, and the diagonal 1 again.
+    """
+    identity = torch.eye(len(rho), dtype=rho.dtype, device=rho.device)
+    factor, failed = torch.linalg.cholesky_ex(rho + ridge * identity)
+    if failed:
+        values, vectors = torch.linalg.eigh(rho)
+        rho = vectors * values.clamp(min=0.0) @ vectors.mT
+        scale = rho.diagonal().rsqrt()
+        rho = rho * scale * scale[:, None]
+        factor = torch.linalg.cholesky(rho + ridge * identity)
+    return rho, factor
+
+
+def _all_peers(factor: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Return K = (ρ + λI)⁻¹, ``[C, C]``, and R² of every channel on all its peers, ``[C]``, from :func:`_factored`."""
+    precision = torch.cholesky_inverse(factor)
     own = precision.diagonal()
     weight = (torch.linalg.vector_norm(precision, dim=1) / own).square() - 1  # ‖β_i‖², without β
     return precision, (1 + ridge - 1 / own + ridge * weight).clamp(0.0, 1.0)
@@ -114,8 +129,8 @@ def hull_coefficients(local: Moments, ridge: float = RIDGE) -> Tensor:
         The row of a dead channel is 0.
     """
     live = local.live
-    rho = local.select(live).correlation
-    size = _hull_sizes(rho, _all_peers(rho, ridge)[1], ridge)
+    rho, factor = _factored(local.select(live).correlation, ridge)
+    size = _hull_sizes(rho, _all_peers(factor, ridge)[1], ridge)
     coefficients = torch.zeros_like(local.scatter)
     if len(rho) < 2:
         return coefficients

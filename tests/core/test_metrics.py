@@ -326,6 +326,19 @@ def test_metrics_do_not_depend_on_the_unit_of_the_output():
         assert_allclose(metric(Moments.of(samples * 1e-9)), metric(Moments.of(samples)), 1e-9)
 
 
+def test_correlations_that_rounding_made_indefinite_are_mended():
+    """Moments that no samples have: the smallest eigenvalue of their correlations is far below −λ."""
+    scatter = torch.full((3, 3), -0.9, dtype=torch.float64).fill_diagonal_(1.0)
+    local = Moments(torch.tensor(10.0, dtype=torch.float64), torch.zeros(3, dtype=torch.float64), 10 * scatter)
+    assert torch.linalg.eigvalsh(scatter)[0] < -0.5
+    found = peer_reconstruction(local)
+    nearest = torch.full((3, 3), -0.5, dtype=torch.float64).fill_diagonal_(1.0)  # without the negative eigenvalue
+    wanted = peer_reconstruction(Moments(local.count, local.mean, 10 * nearest))
+    torch.testing.assert_close(found.r2, wanted.r2, rtol=1e-9, atol=0)
+    torch.testing.assert_close(found.coefficients, wanted.coefficients, rtol=1e-9, atol=0)
+    torch.testing.assert_close(peer_r2(local), found.r2)
+
+
 def test_a_lone_channel_has_no_peers_and_says_nan():
     lone = Moments.of(torch.randn(20, 1, dtype=torch.float64))
     assert peer_overlap(lone).isnan().all()
