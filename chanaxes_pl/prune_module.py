@@ -32,7 +32,7 @@ from chanaxes_pl.models.checkpoints import load_classifier
 from chanaxes_pl.network.batches import Placement
 from chanaxes_pl.network.groups import find_units
 from chanaxes_pl.network.layers import select_layers
-from chanaxes_pl.network.probe import MIN_IMAGES, Probe, ProbeSource, find_probe, image_batches
+from chanaxes_pl.network.probe import MIN_IMAGES, Probe, ProbeSource, find_probe, first_loader, image_batches
 from chanaxes_pl.network.recording import Settings
 from chanaxes_pl.plots import plot_lesions, plot_pruning
 from chanaxes_pl.pruning.grid import PruningExperiment, pruning_grid
@@ -282,8 +282,7 @@ def _outputs(network: nn.Module) -> int:
 
 def _evaluation(trainer: L.Trainer, size: int | None) -> Iterable[Any]:
     """Return all test images or a fixed random choice, on every process: the processes share the variants instead."""
-    loaders, limit = trainer.test_dataloaders, trainer.limit_test_batches
-    loader: Any = loaders[0] if isinstance(loaders, (list, tuple)) else loaders
+    loader, limit = first_loader(trainer.test_dataloaders), trainer.limit_test_batches
     images = loader.dataset
     if size is not None and size < len(images):
         images = Subset(images, np.sort(np.random.default_rng(0).permutation(len(images))[:size]).tolist())

@@ -67,7 +67,7 @@ class Probe:
 
     def __init__(self, source: ProbeSource, size: int = 5000) -> None:
         if isinstance(source, CombinedLoader):
-            source = _first(source)
+            source = first_loader(source)
         self._source = source
         self._size = size
         self._groups: list[list[Any]] | None = None
@@ -115,12 +115,16 @@ class Probe:
         """Number of images; ``None`` for a stream, which does not tell."""
         return None if self._groups is None else self._images
 
+    @property
+    def _items(self) -> list[Any]:
+        """The items of all batches, in order."""
+        return [item for group in self._groups or () for item in group]
+
     def sample(self, size: int = 64) -> Any:
         """A batch of images from all over the probe, or the first batch of a stream; read in this process."""
         if self._groups is None:
             return next((batch for _, batch in self._streamed(0, 1)), None)
-        order = [item for group in self._groups for item in group]
-        chosen = order[:: -(-len(order) // size)] if self._dealt_singly else self._groups[0]
+        chosen = self._items[:: -(-self._images // size)] if self._dealt_singly else self._groups[0]
         source: Any = self._source
         here = {"num_workers": 0, "prefetch_factor": None, "multiprocessing_context": None, "timeout": 0}
         return next(_same_draws(_again(source, batch_sampler=[chosen], **here)))
@@ -152,7 +156,7 @@ class Probe:
         starts = np.cumsum([0, *map(len, self._groups)])
         if self._dealt_singly:
             indices = np.arange(rank, self._images, world)
-            order, size = [item for group in self._groups for item in group], len(self._groups[0])
+            order, size = self._items, len(self._groups[0])
             share = [indices[start : start + size] for start in range(0, len(indices), size)]
             groups = [[order[index] for index in part] for part in share]
         else:
@@ -218,10 +222,10 @@ def find_probe(given: ProbeSource | None, trainer: Trainer) -> ProbeSource:
         with suppress(MisconfigurationException):  # Lightning's error where there is no validation; ours says more
             trainer.fit_loop.epoch_loop.val_loop.setup_data()
         loaders = trainer.val_dataloaders
-    loader = _first(loaders)
+    loader = first_loader(loaders)
     if loader is not None:
         return loader
-    loader = _first(trainer.train_dataloader)
+    loader = first_loader(trainer.train_dataloader)
     if loader is None:
         raise InputError(
             "found no probe images: pass probe=a Dataset or DataLoader of labelled images, or give the datamodule a "
@@ -241,14 +245,14 @@ def find_probe(given: ProbeSource | None, trainer: Trainer) -> ProbeSource:
     return _again(loader, dataset=data, batch_sampler=loader.batch_sampler)
 
 
-def _first(loaders: Any) -> Any:
+def first_loader(loaders: Any) -> Any:
     """The first loader in lists and mappings of them, or ``None``."""
     if isinstance(loaders, CombinedLoader):
         loaders = loaders.flattened
     if isinstance(loaders, Mapping):
         loaders = list(loaders.values())
     if isinstance(loaders, (list, tuple)):
-        return _first(loaders[0]) if loaders else None
+        return first_loader(loaders[0]) if loaders else None
     return loaders
 
 
@@ -388,9 +392,7 @@ def _own_copy(sampler: Any, data: Any) -> Any:
     copied = copy.copy(sampler)
     for name, value in list(getattr(sampler, "__dict__", {}).items()):
         if isinstance(value, torch.Generator):
-            own = torch.Generator(value.device)
-            own.set_state(value.get_state())
-            setattr(copied, name, own)
+            setattr(copied, name, value.clone_state())
         elif isinstance(value, (np.random.Generator, np.random.RandomState, random.Random)):
             setattr(copied, name, copy.deepcopy(value))
         elif isinstance(value, Sampler) or (isinstance(value, Dataset) and value is not data):

@@ -146,9 +146,7 @@ def _taken(value: Any) -> tuple[Any, list[Any] | None]:
             return value, []
         return value.detach().clone().requires_grad_(value.is_leaf and value.requires_grad), None
     if isinstance(value, torch.Generator):
-        own = torch.Generator(value.device)
-        own.set_state(value.get_state())
-        return own, None
+        return value.clone_state(), None
     if isinstance(value, dict):
         return value, [*value.keys(), *value.values()]
     if isinstance(value, (list, tuple, set, frozenset, deque)):

@@ -21,7 +21,7 @@ from chanaxes_pl.core.errors import ArgumentError, InputError, naming
 from chanaxes_pl.core.targets import TargetSpec
 from chanaxes_pl.network.batches import Placement, Step
 from chanaxes_pl.network.layers import LayerSpec, channel_count, select_layers
-from chanaxes_pl.network.probe import Probe, ProbeSource, find_probe
+from chanaxes_pl.network.probe import Probe, ProbeSource, find_probe, first_loader
 from chanaxes_pl.network.recording import Settings
 from chanaxes_pl.run_folder import RunFolder, check_tracker_name
 from chanaxes_pl.tracking.history import History, versions
@@ -258,7 +258,7 @@ class AxisTracker(L.Callback):
         except InputError:
             if not trainer.testing:
                 raise
-            images = _test_images(trainer) if self._trained_with is None else self._trained_with
+            images = first_loader(trainer.test_dataloaders) if self._trained_with is None else self._trained_with
         if self._stage == "fit":
             self._trained_with = images
         return images
@@ -304,11 +304,6 @@ class AxisTracker(L.Callback):
         self._evaluated.add(self._clock.step, self._clock.epoch, axes)
         self.table = self._evaluated.table
         _monitor(trainer, checkpoint_scalars(axes.table, axes.correlations, self.name))
-
-
-def _test_images(trainer: L.Trainer) -> ProbeSource:
-    loaders: Any = trainer.test_dataloaders
-    return loaders[0] if isinstance(loaders, (list, tuple)) else loaders
 
 
 def _fast(trainer: L.Trainer) -> bool:
