@@ -156,9 +156,9 @@ class Placement:
 
     @classmethod
     def of(cls, model: nn.Module) -> Placement:
-        """One process, on the device of the model's first parameter.
+        """Return a single process, on the device of the model's first parameter.
 
-        Images go to a model in half or double precision in its own precision, as under a Trainer's ``"16-true"``,
+        Floating-point tensors are converted to a half or double precision model's dtype, as under a Trainer's ``"16-true"``,
         ``"bf16-true"`` or ``"64-true"``.
         """
         parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
@@ -168,7 +168,7 @@ class Placement:
 
     @classmethod
     def of_trainer(cls, trainer: Trainer) -> Placement:
-        """That of a Trainer's modules; batches take the way of validation batches, through the same hooks."""
+        """Return where a Trainer's modules run; batches pass the same hooks as validation batches."""
         return cls(
             partial(_as_in_validation, trainer),
             trainer.precision_plugin.forward_context,

@@ -204,9 +204,9 @@ class FixedDraws(Dataset):
 
 
 def find_probe(given: ProbeSource | None, trainer: Trainer) -> ProbeSource:
-    """The images to probe a Trainer's model with.
+    """Find the images to probe a Trainer's model with.
 
-    In this order: those given, the datamodule's ``probe_dataloader()``, the first validation loader, and with a warning
+    The first there is of: the images given, the datamodule's ``probe_dataloader()``, the first validation loader, and with a warning
     the first training loader's data set.
 
     Raises:
@@ -246,7 +246,7 @@ def find_probe(given: ProbeSource | None, trainer: Trainer) -> ProbeSource:
 
 
 def first_loader(loaders: Any) -> Any:
-    """The first loader in lists and mappings of them, or ``None``."""
+    """Return the first loader in lists and mappings of loaders, or ``None``."""
     if isinstance(loaders, CombinedLoader):
         loaders = loaders.flattened
     if isinstance(loaders, Mapping):
