@@ -158,8 +158,8 @@ class Placement:
     def of(cls, model: nn.Module) -> Placement:
         """Return a single process, on the device of the model's first parameter.
 
-        Floating-point tensors are converted to a half or double precision model's dtype, as under a Trainer's ``"16-true"``,
-        ``"bf16-true"`` or ``"64-true"``.
+        Floating-point tensors are converted to a half or double precision model's dtype, as under a
+        Trainer's ``"16-true"``, ``"bf16-true"`` or ``"64-true"``.
         """
         parameters = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
         device = parameters[0].device if parameters else torch.device("cpu")

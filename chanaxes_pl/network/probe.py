@@ -206,8 +206,8 @@ class FixedDraws(Dataset):
 def find_probe(given: ProbeSource | None, trainer: Trainer) -> ProbeSource:
     """Find the images to probe a Trainer's model with.
 
-    The first there is of: the images given, the datamodule's ``probe_dataloader()``, the first validation loader, and with a warning
-    the first training loader's data set.
+    The first there is of: the images given, the datamodule's ``probe_dataloader()``, the first
+    validation loader, and with a warning the first training loader's data set.
 
     Raises:
         ValueError: if there is none of these.
