@@ -32,6 +32,7 @@ from chanaxes_pl.models.checkpoints import load_classifier
 from chanaxes_pl.network.batches import Placement
 from chanaxes_pl.network.groups import find_units
 from chanaxes_pl.network.layers import select_layers
+from chanaxes_pl.network.plain import plain
 from chanaxes_pl.network.probe import MIN_IMAGES, Probe, ProbeSource, find_probe, first_loader, image_batches
 from chanaxes_pl.network.recording import Settings
 from chanaxes_pl.plots import plot_lesions, plot_pruning
@@ -138,6 +139,7 @@ class PruneModule(ImageClassifier):
             plan = Plan.from_json(checkpoint[CHECKPOINT_PLAN])
         if self.plan is None:
             own = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith("network.")}
+            self.network = plain(self.network)
             fill(self.network, plan, {name[len("network.") :]: tensor for name, tensor in own.items()})
             self.plan = plan
         elif (self.plan.kept, self.plan.shapes) != (plan.kept, plan.shapes):

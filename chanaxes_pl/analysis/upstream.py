@@ -147,6 +147,8 @@ def _read(units: Units, layer: str, giver: str, inputs: int) -> np.ndarray:
     for group in units.groups.values():
         if layer in group.consumers and giver in group.producers:
             places, channels = group.consumers[layer].flatten(), group.producers[giver].flatten()
+            if len(places) < len(channels):  # as behind a PixelShuffle
+                continue
             # Behind a flattened map, a channel has several consecutive inputs.
             read[places] = channels.repeat_interleave(len(places) // len(channels))
     return read

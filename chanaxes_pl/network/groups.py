@@ -1,4 +1,4 @@
-"""Dependency groups: which channels can only be removed together. Only this module uses torch-pruning.
+"""Dependency groups: which channels can only be removed together.
 
 A *unit* is a set of coupled channels: a channel of a layer, of the norm behind it and of every layer that a residual
 sum couples to it, with the inputs that read it. A :class:`Group` holds all units of a set of coupled layers.
@@ -7,51 +7,30 @@ sum couples to it, with the inputs that read it. A :class:`Group` holds all unit
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+import numpy as np
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch_pruning import ops
 
 from chanaxes_pl.core.errors import ArgumentError, InputError, naming, nearest
 from chanaxes_pl.core.moments import accumulation_device
 from chanaxes_pl.network.batches import logits_of
-from chanaxes_pl.network.hooks import calls
+from chanaxes_pl.network.flow import LAYERS, TRANSPOSED, Flow, goes_by_groups
+from chanaxes_pl.network.hooks import calls, entered
 from chanaxes_pl.network.layers import CONVOLUTIONS
-from chanaxes_pl.network.removal import (
-    FAILURES,
-    Cut,
-    Group,
-    clone,
-    cut_instance_norm,
-    cut_layer_norm,
-    disagreement,
-    remove,
-)
-
-_LAYERS = (*CONVOLUTIONS, nn.Linear)
-_PRODUCES = (tp.prune_conv_out_channels, tp.prune_depthwise_conv_out_channels, tp.prune_linear_out_channels)
-_CONSUMES = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
-# Modules that act on every channel separately, so that removing one does not change the others.
-_CHANNELWISE = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.PReLU)
-_CUTTABLE = (nn.Parameter, *_LAYERS, *_CHANNELWISE, nn.LayerNorm)
-
+from chanaxes_pl.network.removal import FAILURES, Cut, Group, clone, disagreement, remove
 
 # A trial removal keeps these shares of each group's units, because some errors show only if few units stay.
 _KEPT = (1 / 2, 1 / 12)
 # Its logits must agree to this share of the largest one, by the precision that the network computes in.
 _AGREE = {torch.float64: 1e-8, torch.float32: 1e-4}
-# Cuts of torch-pruning that are wrong → the functions that replace them.
-_CUTS: dict[Callable[..., Any], Callable[..., Any]] = {
-    tp.prune_layernorm_out_channels: cut_layer_norm,
-    tp.prune_instancenorm_out_channels: cut_instance_norm,
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +66,7 @@ class Units:
 
 
 def find_units(model: nn.Module, example: Tensor) -> Units:
-    """Find the units of a model with torch-pruning's dependency graph, and try their removal on a copy.
+    """Find the units of a model by one forward pass, and try their removal on a copy.
 
     Args:
         model: model to search; it does not change. Of what it gives, only the logits count, see :func:`logits_of`.
@@ -97,30 +76,17 @@ def find_units(model: nn.Module, example: Tensor) -> Units:
         ValueError: if the model does not run on the example, or has no channels that can be removed.
     """
     with naming("find_units"):
-        copied = clone(model).eval().requires_grad_(True)
-        with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+        copied = clone(model).eval()
+        flow = Flow(copied)
+        with flow.following():
             output = logits_of(_run(copied, example))
-            if not isinstance(output, Tensor) or output.grad_fn is None:
-                raise InputError(
-                    f"{type(model).__name__}(images) gave {type(output).__name__} without a gradient: expected "
-                    "logits that autograd can follow back to the weights"
-                )
-            graph = tp.DependencyGraph()
-            graph.build_dependency(copied, example_inputs=(example,), output_transform=logits_of, verbose=False)
-        names = {module: name for name, module in copied.named_modules()}
-        parameters = {parameter: name for name, parameter in copied.named_parameters()}
+        if not isinstance(output, Tensor):
+            raise InputError(f"{type(model).__name__}(images) gave {type(output).__name__}: expected logits")
+        flow.fix([output], "its channels are the network's output")
         order = {name: place for place, name in enumerate(executed_layers(copied, example))}
-        groups, fixed = {}, {}
-        for found in graph.get_all_groups():
-            producers = [names[dep.target.module] for dep, _ in found.items if dep.handler in _PRODUCES]
-            reason = _why_fixed(found)
-            if reason or not producers:
-                fixed |= dict.fromkeys(producers, reason)
-                continue
-            group = _group(found, names, parameters, order)
-            groups[group.name] = group
-        groups = {name: groups[name] for name in sorted(groups, key=order.__getitem__)}
-        fixed |= _unreached(copied, {*fixed, *(name for group in groups.values() for name in group.producers)}, order)
+        if any(isinstance(module, LAYERS) and name not in order for name, module in copied.named_modules()):
+            _follow_training(flow, copied, example)
+        groups, fixed = _groups(flow, copied, order)
         groups, refused = _tried(copied, example, groups)
         fixed |= refused
         if not groups:
@@ -131,7 +97,7 @@ def find_units(model: nn.Module, example: Tensor) -> Units:
 
 def _run(model: nn.Module, example: Tensor) -> Any:
     try:
-        return model(example)
+        return model(example.clone())
     except FAILURES as error:
         raise InputError(
             f"{type(model).__name__} does not run on a {example.dtype} batch of shape "
@@ -139,45 +105,192 @@ def _run(model: nn.Module, example: Tensor) -> Any:
         ) from error
 
 
+_USED = "a function outside of it uses its weight"
+
+
 def executed_layers(model: nn.Module, example: Tensor) -> list[str]:
     """List the names of the convolutions and Linear layers in the order in which they run in eval mode."""
-    return [call.name for call in calls(model, lambda: model(example)) if isinstance(call.module, _LAYERS)]
+    return [call.name for call in calls(model, lambda: model(example)) if isinstance(call.module, LAYERS)]
 
 
-def _why_fixed(found: tp.dependency.Group) -> str:
-    """Return why a group of torch-pruning cannot be cut, or an empty string."""
-    targets = [(dep.target, dep.handler) for dep, _ in found.items]
-    if any(isinstance(node.module, ops._OutputOp) for node, _ in targets):
-        return "its channels are the network's output"
-    if not any(handler in _CONSUMES for _, handler in targets):
-        return "no convolution or Linear layer reads it"
-    for node, _ in targets:
-        if isinstance(node.module, nn.LayerNorm) and len(node.module.normalized_shape) > 1:
-            return f"it passes a LayerNorm over {tuple(node.module.normalized_shape)}, which mixes channels"
-        # All other modules here are torch-pruning's own stand-ins for operations without weights.
-        module, home = node.module, type(node.module).__module__
-        if isinstance(module, _CUTTABLE) or home.startswith("torch_pruning"):
+def _follow_training(flow: Flow, model: nn.Module, example: Tensor) -> None:
+    """Follow what only training runs, such as an auxiliary head, so that it is cut alike."""
+    model.train()
+    before = len(flow.reads)
+    try:
+        with flow.following():
+            flow.fix(tree_leaves(model(torch.cat([example, example]))), "its channels are the network's output")
+    except FAILURES:  # some networks train on other inputs than they are used on
+        pass
+    finally:
+        model.eval()
+        del flow.reads[before:]
+
+
+def _groups(flow: Flow, model: nn.Module, order: dict[str, int]) -> tuple[dict[str, Group], dict[str, str]]:
+    """Collect the units of a followed forward pass into groups; return them, and why other layers are fixed."""
+    unit, kept, notes = flow.units()
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, LAYERS):
+            names[id(module.weight)].append(name)
+    parameters = dict(model.named_parameters())
+    layers = {path: names[id(value)] for path, value in parameters.items() if id(value) in names}
+    reads = {int(label) for labels in flow.reads for label in labels.unique()}
+    # Unit → number of a side → the indices there.
+    members: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for number, side in enumerate(flow.sides):
+        for index, u in enumerate(unit[side.start : side.start + side.size].tolist()):
+            if u not in kept:
+                members[u][number].append(index)
+    alike: dict[tuple[tuple[int, int], ...], list[dict[int, list[int]]]] = defaultdict(list)
+    for held in members.values():
+        alike[tuple((number, len(indices)) for number, indices in held.items())].append(held)
+    found: list[Group] = []
+    for key, units in alike.items():
+        if len(units) < 2:
             continue
-        if any(True for _ in module.parameters()):
-            return f"it passes {type(module).__name__}, which mixes channels"
-    channels = len(found[0].idxs)
-    size = channels // _folds(found)
-    if size < 2:
-        return "it has a single unit"
-    if any(len(item.idxs) % size for item in found.items if isinstance(item.dep.target.module, _CUTTABLE)):
-        return "its readers take uneven parts of it"
-    return ""
-
-
-def _unreached(model: nn.Module, known: Container[str], ran: Container[str]) -> dict[str, str]:
-    """Return why the layers that torch-pruning misses are fixed; autograd does not lead to them."""
-    return {
-        name: "no gradient leads from the logits to it"
-        if name in ran
-        else "the forward pass in eval mode does not call it"
-        for name, module in model.named_modules()
-        if isinstance(module, _LAYERS) and name not in known
+        group = _group(flow, model, layers, reads, [number for number, _ in key], units, order)
+        if group is not None:
+            found.append(group)
+    found.sort(key=lambda group: (order[group.name], group.producers[group.name].min().item()))
+    groups: dict[str, Group] = {}
+    for group in found:
+        name, count = group.name, 1
+        while name in groups:
+            count += 1
+            name = f"{group.name}#{count}"
+        groups[name] = replace(group, name=name, attributes=_head_counts(flow, model, unit, group))
+    known = {name for group in groups.values() for name in group.producers}
+    fixed = {
+        name: _why_fixed(flow, unit, kept, notes, members, path, model.get_submodule(name))
+        for path, same in layers.items()
+        for name in same
+        if name not in known and name in order
     }
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, LAYERS) and name not in order and name not in known:
+            used = any(side.path == f"{name}.weight" and side.start in reads for side in flow.sides)
+            fixed[name] = _USED if used else "the forward pass in eval mode does not call it"
+    return groups, fixed
+
+
+def _group(
+    flow: Flow,
+    model: nn.Module,
+    layers: dict[str, list[str]],
+    reads: Container[int],
+    numbers: list[int],
+    units: list[dict[int, list[int]]],
+    order: dict[str, int],
+) -> Group | None:
+    """Make a group of units that have the same sides; ``None`` if no layer gives them, or none reads them."""
+    producers: dict[str, Tensor] = {}
+    consumers: dict[str, Tensor] = {}
+    layer_norms: dict[str, Tensor] = {}
+    cuts: list[Cut] = []
+    for number in numbers:
+        side = flow.sides[number]
+        indices = torch.tensor([held[number] for held in units])
+        read = False
+        if side.path in layers:
+            layer = model.get_submodule(layers[side.path][0])
+            gives, takes = _channels(layer, side.dimension, indices)
+            read = takes is not None
+            for name in layers[side.path]:
+                if gives is not None and name in order:
+                    producers[name] = gives
+                if takes is not None and name in order:
+                    consumers[name] = takes
+        elif side.dimension is not None:
+            read = side.start + int(indices[0, 0]) in reads
+        elif _normalises_together(module := model.get_submodule(side.path)):
+            assert isinstance(module, nn.Module)
+            layer_norms[side.path] = indices
+        cuts.append(Cut(side.path, side.dimension, indices, read))
+    if not producers or not consumers:
+        return None
+    first = min(producers, key=order.__getitem__)
+    by_place = producers[first][:, 0].argsort()
+    kinds = [
+        {name: members[name][by_place] for name in sorted(members, key=lambda name: order.get(name, -1))}
+        for members in (producers, consumers, layer_norms)
+    ]
+    return Group(first, len(units), *kinds, cuts=tuple(replace(cut, indices=cut.indices[by_place]) for cut in cuts))
+
+
+def _channels(layer: nn.Module, dimension: int | None, indices: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Return the outputs and the inputs of a layer that go with ``[U, k]`` indices of a dimension of its weight."""
+    if isinstance(layer, nn.Linear):
+        return (indices, None) if dimension == 0 else (None, indices)
+    assert isinstance(layer, CONVOLUTIONS + TRANSPOSED)
+    groups, inputs, outputs = layer.groups, layer.in_channels, layer.out_channels
+    whole = goes_by_groups(layer)
+    if isinstance(layer, TRANSPOSED):
+        if dimension == 0 and whole:
+            first = indices[:, :: inputs // groups] // (inputs // groups)
+            return _places(first * (outputs // groups), outputs // groups, 1), None
+        if dimension == 0:
+            return None, indices
+        return (None if whole else _places(indices, groups, outputs // groups)), None
+    if dimension == 0:
+        return indices, None
+    return None, None if whole else _places(indices, groups, inputs // groups)
+
+
+def _places(indices: Tensor, times: int, step: int) -> Tensor:
+    """Return ``[U, k]`` indices, each ``times`` times ``step`` apart, ascending."""
+    return (indices[:, :, None] + step * torch.arange(times)).flatten(1).sort(1).values
+
+
+def _normalises_together(norm: nn.Module) -> bool:
+    """Return whether a norm's statistics are over its channels, so that those of a part differ."""
+    return isinstance(norm, nn.LayerNorm) or (isinstance(norm, nn.GroupNorm) and norm.num_groups == 1)
+
+
+def _head_counts(flow: Flow, model: nn.Module, unit: np.ndarray, group: Group) -> dict[str, int]:
+    """Return the attributes that count heads, or channels of all heads, and how much each unit takes of them."""
+    cut = next(cut for cut in group.cuts if cut.path == f"{group.name}.weight")
+    side = next(side for side in flow.sides if (side.path, side.dimension) == (cut.path, cut.dimension))
+    own = set(unit[side.start + cut.indices.flatten().numpy()].tolist())
+    counts = {}
+    for heads in flow.heads:
+        found = unit[heads.labels]
+        if not own.issuperset(found.flat) or (found != found[:, :1]).any():
+            continue
+        number = len(np.unique(found))  # windows repeat them
+        widths = {number * heads.labels.shape[1], *(indices.numel() for indices in group.consumers.values())}
+        for name, value in vars(model.get_submodule(heads.module)).items():
+            if type(value) is not int or value % group.size:
+                continue
+            of_heads = "head" in name and "dim" not in name and "size" not in name and value == number
+            of_channels = value in widths and any(word in name for word in ("attn", "inner", "all_head", "head_size"))
+            if of_heads or of_channels:
+                counts[f"{heads.module}.{name}" if heads.module else name] = value // group.size
+    return counts
+
+
+def _why_fixed(
+    flow: Flow,
+    unit: np.ndarray,
+    kept: dict[int, str],
+    notes: dict[int, str],
+    members: dict[int, dict[int, list[int]]],
+    path: str,
+    layer: nn.Module,
+) -> str:
+    out = 1 if isinstance(layer, TRANSPOSED) and not goes_by_groups(layer) else 0
+    side = next((s for s in flow.sides if (s.path, s.dimension) == (path, out)), None)
+    if side is None:
+        return "it has a single unit"
+    units = unit[side.start : side.start + side.size].tolist()
+    reasons = Counter(kept[u] for u in units if u in kept)
+    if reasons:
+        return reasons.most_common(1)[0][0]
+    note = notes.get(units[0])
+    if len({*units}) == 1:
+        return f"it has a single unit ({note})" if note else "it has a single unit"
+    return "no convolution or Linear layer reads it"
 
 
 def _tried(model: nn.Module, example: Tensor, groups: dict[str, Group]) -> tuple[dict[str, Group], dict[str, str]]:
@@ -199,18 +312,20 @@ def _tried(model: nn.Module, example: Tensor, groups: dict[str, Group]) -> tuple
         return {}, {name: reason for group in groups.values() for name in group.producers}
     sound: list[Group] = []
     fixed: dict[str, str] = {}
-    # Try all groups at once; if that fails, try each half, down to the groups at fault.
+    # Try all groups at once. If that fails, try those that touch the module that failed, or a half, and the rest.
     waiting = [list(groups.values())] if groups else []
     while waiting:
         part = waiting.pop()
-        reason = _misfit(model, images, [*sound, *part], exact)
+        reason, place = _misfit(model, images, [*sound, *part], exact)
         if not reason:
             sound += part
         elif len(part) == 1:
             fixed |= dict.fromkeys(part[0].producers, reason)
         else:
-            middle = len(part) // 2
-            waiting += [part[middle:], part[:middle]]
+            suspects = [group for group in part if place and _touches(group, place)]
+            if not 0 < len(suspects) < len(part):
+                suspects = part[: len(part) // 2]
+            waiting += [suspects, [group for group in part if group not in suspects]]
     return {group.name: group for group in sound}, fixed
 
 
@@ -276,7 +391,7 @@ def _exactness(model: nn.Module, images: list[Tensor]) -> tuple[float, str]:
         images[:] = [batch.to(dtype) if batch.is_floating_point() else batch for batch in images]
         try:
             with _Narrowing() as narrowing:
-                model(images[0])
+                model(images[0].clone())
         except FAILURES as error:
             failure = failure or f"a removal cannot be tried, because the network does not run in float64 ({error})"
             continue
@@ -287,58 +402,29 @@ def _exactness(model: nn.Module, images: list[Tensor]) -> tuple[float, str]:
     return 0.0, failure
 
 
-def _misfit(model: nn.Module, images: list[Tensor], groups: list[Group], exact: float) -> str:
-    """Return what goes wrong when many units of some groups are removed; empty if the result equals masking."""
+def _misfit(model: nn.Module, images: list[Tensor], groups: list[Group], exact: float) -> tuple[str, str]:
+    """Return what goes wrong when many units of some groups are removed, and the module in which an error was raised.
+
+    Both are empty if the result equals masking.
+    """
     generator = torch.Generator().manual_seed(0)
-    for share, batch in zip(_KEPT, images, strict=True):
-        # An odd number, so that the units do not read the same backwards.
-        kept = {g.name: torch.randperm(g.size, generator=generator)[: int(g.size * share) | 1] for g in groups}
+    for trial, (share, batch) in enumerate(zip(_KEPT, images, strict=True)):
+        kept = {}
+        for group in groups:
+            # An odd number, so that the units do not read the same backwards; once without the first unit, and once
+            # without the last.
+            order = torch.randperm(group.size, generator=generator)
+            kept[group.name] = order[order != (group.size - 1) * trial][: int(group.size * share) | 1]
         slim = clone(model)
         try:
             remove(slim, groups, kept)
         except FAILURES as error:
-            return f"some of its channels cannot be removed ({error})"
-        if reason := disagreement(model, slim, groups, kept, batch, exact):
-            return reason
-    return ""
+            return f"some of its channels cannot be removed ({error})", ""
+        with entered(slim) as within:
+            if reason := disagreement(model, slim, groups, kept, batch, exact):
+                return reason, within[-1] if within else ""
+    return "", ""
 
 
-def _group(found: tp.dependency.Group, names: dict, parameters: dict, order: dict[str, int]) -> Group:
-    channels = len(found[0].idxs)
-    folds = _folds(found)
-    size = channels // folds
-    # Around grouped convolutions, a unit has the same place in every group, so that groups keep equal sizes.
-    unit_of = torch.arange(channels) % size
-    members: dict[str, dict[str, Tensor]] = {"producers": {}, "consumers": {}, "layer_norms": {}}
-    cuts = []
-    for item in found.items:
-        dep, idxs = item.dep, item.idxs
-        module, handler = dep.target.module, dep.handler
-        if not isinstance(module, _CUTTABLE) or not len(idxs):
-            continue
-        roots = torch.tensor(item.root_idxs)
-        by_unit = torch.argsort(unit_of[roots], stable=True)
-        indices = torch.tensor(idxs)[by_unit].reshape(size, -1)
-        path = parameters[module] if isinstance(module, nn.Parameter) else names[module]
-        dimension = dep.target.pruning_dim if isinstance(module, nn.Parameter) else None
-        cuts.append(Cut(path, _CUTS.get(handler) or handler, dimension, indices))
-        if handler in _PRODUCES:
-            members["producers"][path] = indices
-        elif handler in _CONSUMES:
-            members["consumers"][path] = indices
-        elif isinstance(module, nn.LayerNorm):
-            members["layer_norms"][path] = indices
-    for kind, held in members.items():
-        members[kind] = {name: held[name] for name in sorted(held, key=lambda name: order.get(name, -1))}
-    return Group(next(iter(members["producers"])), size, **members, cuts=tuple(cuts))
-
-
-def _folds(found: tp.dependency.Group) -> int:
-    """Return the number of groups of the grouped convolutions in a group, or 1 if there are none."""
-    folds = 1
-    for dep, _ in found.items:
-        module = dep.target.module
-        depthwise = dep.handler == tp.prune_depthwise_conv_out_channels
-        if isinstance(module, CONVOLUTIONS) and not depthwise and dep.handler in (*_PRODUCES, *_CONSUMES):
-            folds = math.lcm(folds, module.groups)
-    return folds
+def _touches(group: Group, place: str) -> bool:
+    return any(cut.path.startswith(f"{place}.") for cut in group.cuts)

@@ -31,6 +31,24 @@ def hooked(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]], before: bool =
             handle.remove()
 
 
+@contextmanager
+def entered(model: nn.Module) -> Iterator[list[str]]:
+    """Give the names of the modules that run at any time inside the block, outermost first.
+
+    After an error they are those in which it was raised.
+    """
+    names: list[str] = []
+    handles: list[RemovableHandle] = []
+    try:
+        for name, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(lambda _m, _i, name=name: names.append(name)))
+            handles.append(module.register_forward_hook(lambda _m, _i, _o: (names.pop(), None)[1]))
+        yield names
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class Call(NamedTuple):
     """One run of a module.
 
@@ -78,19 +96,24 @@ def _shape(value: Any) -> tuple[int, ...]:
 def observed(model: nn.Module) -> Iterator[None]:
     """Put ``model`` in eval mode without gradients inside the block, then restore its flags and the RNG streams.
 
-    A compiled model runs uncompiled in the block, because hooks added after its first call would not fire.
+    A compiled model runs uncompiled in the block, because hooks added after its first call would not fire. It gets a
+    copy of its inputs, because some networks normalise images in place.
     """
     training = {module: module.training for module in model.modules()}
     streams = isolate_rng()
     streams.__enter__()
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), hooked([(model, _copied)], before=True):
             model.eval()
             yield
     finally:
         for module, flag in training.items():
             module.training = flag
         streams.__exit__(None, None, None)  # given an exception, isolate_rng would restore nothing
+
+
+def _copied(_model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(value.clone() if isinstance(value, Tensor) else value for value in inputs)
 
 
 def same_outputs(found: object, wanted: Tensor, share: float) -> bool:

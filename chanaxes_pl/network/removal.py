@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
@@ -21,8 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from chanaxes_pl.core.errors import InputError
 from chanaxes_pl.network.batches import logits_of
+from chanaxes_pl.network.flow import TRANSPOSED, goes_by_groups, width
 from chanaxes_pl.network.hooks import hooked, observed, same_outputs
-from chanaxes_pl.network.layers import channel_count
+from chanaxes_pl.network.layers import CONVOLUTIONS, channel_count
 
 #: Errors that a network may raise on other images, or with fewer channels, than it was written for.
 FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
@@ -36,19 +37,19 @@ _OPEN = (dict, list, tuple, set, frozenset, deque, partial, MethodType, nn.Modul
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """Removal of units from one module or parameter.
+    """Removal of units along one dimension of a tensor, or of the features of a norm.
 
     Attributes:
-        path: name of the module or parameter in the model.
-        function: function that removes indices from the module in place, from torch-pruning or this module.
-        dimension: dimension of a bare parameter to cut; ``None`` for a module.
+        path: name of the parameter, buffer or norm in the model.
+        dimension: dimension of the tensor; ``None`` for the features of a norm.
         indices: ``[U, k]``, indices that go with each unit.
+        reads: whether these are the columns of a weight that read the units.
     """
 
     path: str
-    function: Callable[..., Any]
     dimension: int | None
     indices: Tensor
+    reads: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,12 +57,13 @@ class Group:
     """Dependency group: the units of some coupled layers.
 
     Attributes:
-        name: name of the first layer that produces the channels.
+        name: name of the first layer that produces the channels; a further group of that layer adds ``#2``.
         size: U, the number of units.
-        producers: layer name → ``[U, k]``, output channels of each unit; k > 1 only around grouped convolutions.
+        producers: layer name → ``[U, k]``, output channels of each unit; k > 1 around grouped convolutions and heads.
         consumers: layer name → ``[U, k]``, inputs that read each unit; k > 1 also behind a flattened map.
-        layer_norms: module name → ``[U, k]``, normalised features of each unit.
-        cuts: removal of units from every module and parameter that they touch.
+        layer_norms: name of a norm over the units → ``[U, k]``, normalised features of each unit.
+        cuts: removal of units from every tensor and norm that they touch.
+        attributes: name of an integer attribute, such as a number of heads → how much each unit takes of it.
     """
 
     name: str
@@ -70,6 +72,12 @@ class Group:
     consumers: dict[str, Tensor]
     layer_norms: dict[str, Tensor]
     cuts: tuple[Cut, ...]
+    attributes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def layer(self) -> str:
+        """Name of the first layer that produces the channels."""
+        return self.name.partition("#")[0]
 
 
 def clone(model: nn.Module) -> nn.Module:
@@ -174,25 +182,72 @@ def remove(model: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor]
         groups: the model's groups.
         kept: group name → ``[r]``, the units that stay; a group that is not named stays whole.
     """
-    # One cut per module and side: the reader of a concatenation loses inputs of several groups, and cuts shift indices.
-    cuts: dict[tuple[str, Callable[..., Any]], tuple[Cut, list[Tensor]]] = {}
+    tensors: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
+    norms: dict[str, int] = Counter()
+    counts: dict[str, int] = Counter()
     for group, gone in _gone(groups, kept):
         for cut in group.cuts:
-            cuts.setdefault((cut.path, cut.function), (cut, []))[1].append(cut.indices[gone].flatten())
-    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters(remove_duplicate=False)}
-    for cut, parts in cuts.values():
-        indices = sorted(set(torch.cat(parts).tolist()))
-        if cut.dimension is None:
-            cut.function(model.get_submodule(cut.path), indices)
-            continue
-        home, _, leaf = cut.path.rpartition(".")
-        parameter = model.get_parameter(cut.path)
-        keep = _rest(parameter.shape[cut.dimension], indices).to(parameter.device)
-        slim = parameter.detach().index_select(cut.dimension, keep)
-        setattr(model.get_submodule(home), leaf, nn.Parameter(slim))
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        parameter.requires_grad_(trained[name])  # torch-pruning makes the new ones trainable
+            if cut.dimension is None:
+                norms[cut.path] += cut.indices[gone].numel()
+            else:
+                tensors[cut.path, cut.dimension].append(cut.indices[gone].flatten())
+        for path, amount in group.attributes.items():
+            counts[path] += amount * len(gone)
+    holders = _holders(model)
+    for (path, dimension), parts in tensors.items():
+        old = holders[path][0]
+        slim = old.detach().index_select(dimension, _rest(old.shape[dimension], torch.cat(parts)).to(old.device))
+        slim = nn.Parameter(slim, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else slim
+        for module, leaf in holders[path][1]:
+            setattr(module, leaf, slim)
+        holders[path] = slim, holders[path][1]
+    for name, module in model.named_modules():
+        resize(module, width(module) - norms[name] if name in norms else None)
+    for path, count in counts.items():
+        home, _, leaf = path.rpartition(".")
+        module = model.get_submodule(home)
+        setattr(module, leaf, getattr(module, leaf) - count)
     avoid_crash(model)
+
+
+def _holders(model: nn.Module) -> dict[str, tuple[Tensor, list[tuple[nn.Module, str]]]]:
+    """Return each parameter and buffer by name, with every module and attribute that holds it."""
+    found: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for module in model.modules():
+        for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None:
+                found[id(tensor)].append((module, leaf))
+    return {name: (tensor, found[id(tensor)]) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def resize(module: nn.Module, features: int | None = None) -> None:
+    """Set a module's size attributes to the sizes of its tensors, or to ``features`` for a norm without weights."""
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, TRANSPOSED):
+        if goes_by_groups(module):
+            module.groups = len(module.weight) * module.groups // module.in_channels
+        module.in_channels, module.out_channels = len(module.weight), module.weight.shape[1] * module.groups
+    elif isinstance(module, CONVOLUTIONS):
+        if goes_by_groups(module):
+            module.groups = len(module.weight) * module.groups // module.out_channels
+        module.out_channels, module.in_channels = len(module.weight), module.weight.shape[1] * module.groups
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(module.weight)
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = module.weight.shape
+    elif isinstance(module, nn.LayerNorm):
+        whole = module.normalized_shape
+        bare = module.weight is None
+        module.normalized_shape = (*whole[:-1], features or whole[-1]) if bare else tuple(module.weight.shape)
+    elif isinstance(module, nn.GroupNorm):
+        whole = module.num_channels
+        module.num_channels = features or whole if module.weight is None else len(module.weight)
+        if module.num_groups > 1:
+            module.num_groups = module.num_groups * module.num_channels // whole
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
+        shown = module.weight if module.weight is not None else module.running_mean
+        module.num_features = features or module.num_features if shown is None else len(shown)
 
 
 def avoid_crash(model: nn.Module) -> None:
@@ -224,23 +279,38 @@ def add_bias(layer: nn.Module) -> None:
 def masked(model: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor]) -> Iterator[None]:
     """Mask units of a model inside the block, so that it computes what it would after :func:`remove`.
 
-    The consumers of a masked unit read 0, and a LayerNorm runs over the features that stay.
+    The weights that read a masked unit are 0, and a norm over the units runs over those that stay.
 
     Args:
         model: model with the class and shapes that the groups were found in.
         groups: the model's groups.
         kept: group name → ``[r]``, the units that stay; a group that is not named stays whole.
     """
-    read: dict[str, list[Tensor]] = {}
-    normed: dict[str, list[Tensor]] = {}
+    read: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
+    normed: dict[str, list[Tensor]] = defaultdict(list)
     for group, gone in _gone(groups, kept):
-        for home, members in ((read, group.consumers), (normed, group.layer_norms)):
-            for name, indices in members.items():
-                home.setdefault(name, []).append(indices[gone].flatten())
-    blanks = ((model.get_submodule(name), partial(_blank, torch.cat(parts))) for name, parts in read.items())
+        for cut in group.cuts:
+            if cut.reads and cut.dimension is not None:
+                read[cut.path, cut.dimension].append(cut.indices[gone].flatten())
+        for name, indices in group.layer_norms.items():
+            normed[name].append(indices[gone].flatten())
+    holders = _holders(model)
+    held: list[tuple[nn.Module, str, nn.Parameter | None]] = []
     norms = ((model.get_submodule(name), partial(_norm_rest, torch.cat(parts))) for name, parts in normed.items())
-    with hooked(blanks, before=True), hooked(norms):
-        yield
+    try:
+        for (path, dimension), parts in read.items():
+            whole, places = holders[path]
+            blank = whole.detach().index_fill(dimension, torch.cat(parts).to(whole.device), 0.0)
+            blank = nn.Parameter(blank, requires_grad=whole.requires_grad)
+            held += [(module, leaf, module._parameters[leaf]) for module, leaf in places]
+            for module, leaf in places:
+                module._parameters[leaf] = blank
+            holders[path] = blank, places
+        with hooked(norms):
+            yield
+    finally:
+        for module, leaf, parameter in reversed(held):
+            module._parameters[leaf] = parameter
 
 
 def disagreement(
@@ -272,35 +342,11 @@ def disagreement(
     return f"removing some of its channels changes how the others are used: logits are off by {off:.1g} of the largest"
 
 
-def cut_layer_norm(norm: nn.LayerNorm, gone: Sequence[int]) -> None:
-    """Remove features from a LayerNorm over one dimension, in place.
-
-    torch-pruning's own function uses the order of a Python set, which shuffles scale and shift if few features stay.
-    """
-    keep = _rest(norm.normalized_shape[-1], gone)
-    _cut_tensors(norm, ("weight", "bias"), keep)
-    norm.normalized_shape = (len(keep),)
-
-
-def cut_instance_norm(norm: nn.modules.instancenorm._InstanceNorm, gone: Sequence[int]) -> None:
-    """Remove channels from an InstanceNorm in place; torch-pruning's own function keeps all running statistics."""
-    keep = _rest(norm.num_features, gone)
-    _cut_tensors(norm, ("weight", "bias", "running_mean", "running_var"), keep)
-    norm.num_features = len(keep)
-
-
-def _rest(size: int, gone: Sequence[int]) -> Tensor:
+def _rest(size: int, gone: Tensor) -> Tensor:
     """Return the other indices, ascending, ``[size − len(gone)]``."""
     stays = torch.ones(size, dtype=torch.bool)
-    stays[list(gone)] = False
+    stays[gone] = False
     return stays.nonzero()[:, 0]
-
-
-def _cut_tensors(module: nn.Module, names: Iterable[str], keep: Tensor) -> None:
-    for name in names:
-        if (whole := getattr(module, name)) is not None:
-            slim = whole.detach().index_select(0, keep.to(whole.device))
-            setattr(module, name, nn.Parameter(slim) if isinstance(whole, nn.Parameter) else slim)
 
 
 def _gone(groups: Iterable[Group], kept: Mapping[str, Tensor]) -> Iterator[tuple[Group, Tensor]]:
@@ -311,24 +357,24 @@ def _gone(groups: Iterable[Group], kept: Mapping[str, Tensor]) -> Iterator[tuple
             yield group, mask.nonzero()[:, 0]
 
 
-def _blank(gone: Tensor, layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    first, *others = inputs
-    dimension = -1 if isinstance(layer, nn.Linear) else 1
-    return (first.index_fill(dimension, gone.to(first.device), 0.0), *others)
-
-
-def _norm_rest(gone: Tensor, norm: nn.LayerNorm, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """Return a LayerNorm's output over the features that stay, and 0 for the others."""
+def _norm_rest(gone: Tensor, norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """Return the output of a LayerNorm, or of a GroupNorm of one group, over the features that stay; 0 for others."""
+    assert isinstance(norm, (nn.LayerNorm, nn.GroupNorm))
+    size = width(norm)
     # Subclasses such as torchvision's LayerNorm2d take [B, C, H, W].
     own = type(norm).forward is not nn.LayerNorm.forward
-    channel = 1 if own and inputs[0].ndim == 4 and inputs[0].shape[1] == norm.normalized_shape[0] else -1
-    features = inputs[0].movedim(channel, -1)
-    mask = torch.ones(features.shape[-1], dtype=torch.bool, device=features.device)
+    first = own and inputs[0].ndim == 4 and inputs[0].shape[1] == size
+    channel = 1 if first or isinstance(norm, nn.GroupNorm) else -1
+    mask = torch.ones(size, dtype=torch.bool, device=inputs[0].device)
     mask[gone] = False
     weight, bias = (None if p is None else p[mask] for p in (norm.weight, norm.bias))
-    rest = F.layer_norm(features[..., mask], (int(mask.sum()),), weight, bias, norm.eps)
+    features = inputs[0].movedim(channel, -1)
     whole = torch.zeros_like(features)
-    whole[..., mask] = rest
+    if isinstance(norm, nn.GroupNorm):
+        part = F.group_norm(features[..., mask].movedim(-1, 1), 1, weight, bias, norm.eps).movedim(1, -1)
+    else:
+        part = F.layer_norm(features[..., mask], (int(mask.sum()),), weight, bias, norm.eps)
+    whole[..., mask] = part
     return whole.movedim(-1, channel)
 
 

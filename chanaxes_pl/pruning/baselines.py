@@ -15,6 +15,7 @@ from chanaxes_pl.core.errors import ArgumentError
 from chanaxes_pl.core.moments import accumulation_device
 from chanaxes_pl.core.targets import check_classes
 from chanaxes_pl.network.batches import Step
+from chanaxes_pl.network.flow import TRANSPOSED
 from chanaxes_pl.network.groups import Units
 from chanaxes_pl.network.hooks import calls, observed
 from chanaxes_pl.network.layers import CONVOLUTIONS, channel_count
@@ -59,8 +60,17 @@ def weight_score(score: WeightScore, module: nn.Module) -> Tensor:
             behind it.
     """
     weight: Tensor = module.weight  # type: ignore[assignment]
-    gradient = None if weight.grad is None else weight.grad.reshape(len(weight), -1)
-    return WEIGHT_SCORES[score](weight.detach().reshape(len(weight), -1), gradient)
+    gradient = None if weight.grad is None else _filters(module, weight.grad)
+    return WEIGHT_SCORES[score](_filters(module, weight.detach()), gradient)
+
+
+def _filters(module: nn.Module, weight: Tensor) -> Tensor:
+    """Return a weight, or its gradient, as ``[C, F]``: a transposed convolution has its outputs second."""
+    if not isinstance(module, TRANSPOSED):
+        return weight.reshape(len(weight), -1)
+    if not isinstance(module.groups, int) or module.groups == 1:
+        return weight.transpose(0, 1).flatten(1)
+    return weight.unflatten(0, (module.groups, -1)).transpose(1, 2).flatten(0, 1).flatten(1)
 
 
 def weight_scores(
@@ -116,7 +126,7 @@ def norms_behind(model: nn.Module, units: Units, forward: Callable[[], Any]) -> 
     behind = dict(pairwise(call.name for call in calls(model, forward) if isinstance(call.module, kinds)))
     norms: dict[str, nn.Module] = {}
     for group in units.groups.values():
-        cut = {cut.path for cut in group.cuts}
+        cut = {cut.path if cut.dimension is None else cut.path.rpartition(".")[0] for cut in group.cuts}
         for layer in cut.intersection(group.producers, behind):
             norm = model.get_submodule(behind[layer])
             if behind[layer] in cut and isinstance(norm, _BATCH_NORM) and norm.affine:

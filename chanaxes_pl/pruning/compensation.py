@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from chanaxes_pl.core.moments import Moments
+from chanaxes_pl.network.flow import LAYERS, TRANSPOSED, goes_by_groups
 from chanaxes_pl.network.groups import executed_layers
 from chanaxes_pl.network.hooks import observed, same_outputs
 from chanaxes_pl.network.layers import CONVOLUTIONS, by_position, why_not_affine
@@ -120,7 +121,7 @@ def kept_channels(
     """Return the indices of the inputs and outputs that stay, for every convolution and Linear layer."""
     masks = {}
     for name, layer in dense.named_modules():
-        if isinstance(layer, (*CONVOLUTIONS, nn.Linear)):
+        if isinstance(layer, LAYERS):
             linear = isinstance(layer, nn.Linear)
             sizes = (layer.in_features, layer.out_features) if linear else (layer.in_channels, layer.out_channels)
             masks[name] = tuple(torch.ones(size, dtype=torch.bool) for size in sizes)
@@ -132,8 +133,11 @@ def kept_channels(
             masks[name][0][indices[gone]] = False
         for name, indices in group.producers.items():
             masks[name][1][indices[gone]] = False
-            if _depthwise(dense.get_submodule(name)):
-                masks[name][0][indices[gone]] = False
+            layer = dense.get_submodule(name)
+            if goes_by_groups(layer):
+                assert isinstance(layer, CONVOLUTIONS)
+                inputs = masks[name][0].view(layer.groups, -1)
+                inputs[indices[gone].flatten() // (layer.out_channels // layer.groups)] = False
     return {name: (inputs.nonzero()[:, 0], outputs.nonzero()[:, 0]) for name, (inputs, outputs) in masks.items()}
 
 
@@ -161,7 +165,7 @@ class _WeightReads(TorchFunctionMode):
         self.counts: Counter[str] = Counter()
         self._names: dict[int, list[str]] = defaultdict(list)
         for name, layer in model.named_modules():
-            if isinstance(layer, (*CONVOLUTIONS, nn.Linear)):
+            if isinstance(layer, LAYERS):
                 # By address, because two parameters may share memory.
                 self._names[layer.weight.data_ptr()].append(name)
 
@@ -181,6 +185,9 @@ def _refusals(dense: nn.Module, slim: nn.Module, image: Tensor) -> dict[str, str
         runs = Counter(executed_layers(dense, image))
     reasons = {}
     for name, times in runs.items():
+        if isinstance(slim.get_submodule(name), TRANSPOSED):
+            reasons[name] = "is a transposed convolution, whose outputs share inputs"
+            continue
         reason = why_not_affine(dense.get_submodule(name)) or why_not_affine(slim.get_submodule(name))
         if times > 1:
             reason = "runs more than once in a forward pass"
@@ -323,10 +330,6 @@ def _places(first: int, count: int, total: int, positions: int) -> tuple[Tensor,
 def _same(batch: Activations) -> bool:
     """Return whether nothing upstream has changed, so that there is nothing to compensate."""
     return batch.slim_input.shape == batch.dense_input.shape and torch.equal(batch.slim_input, batch.dense_input)
-
-
-def _depthwise(layer: nn.Module) -> bool:
-    return isinstance(layer, CONVOLUTIONS) and layer.groups == layer.in_channels == layer.out_channels > 1
 
 
 def _bias(layer: nn.Module, weight: Tensor) -> Tensor:

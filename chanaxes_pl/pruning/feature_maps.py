@@ -148,14 +148,13 @@ def unit_maps(group: Group, reader: str, layer: nn.Module, tensor: Tensor) -> Te
     else:
         height = features.shape[2] if features.ndim > 3 else 1
     maps = features[:, group.consumers[reader].flatten().to(features.device)]
-    channels = group.producers[group.name].numel()
-    maps = maps.reshape(len(maps), channels, height, -1).to(accumulation_device(maps.device))
+    maps = maps.reshape(len(maps), maps.shape[1] // flattened, height, -1).to(accumulation_device(maps.device))
     return maps.nan_to_num(0.0, 0.0, 0.0)
 
 
 def _flattened(group: Group, reader: str) -> int:
     """Return how many inputs of a consumer hold one channel's map."""
-    return group.consumers[reader].shape[1] // group.producers[group.name].shape[1]
+    return max(1, group.consumers[reader].shape[1] // group.producers[group.layer].shape[1])
 
 
 def _readers(model: nn.Module, groups: Iterable[Group], forward: Callable[[], Any]) -> dict[str, str]:

@@ -121,10 +121,12 @@ def pruning_grid(
         for allocation, budget in product(experiment.allocations, experiment.budgets):
             pruner.check_reachable(allocation, budget)
         scores = experiment.scores
-        scores = default_scores(model, pruner.units, batches[0]) if scores is None else scores
+        scores = default_scores(pruner.model, pruner.units, batches[0]) if scores is None else scores
         needed = [*scores, REFERENCE] if "shared" in experiment.allocations else scores
         alone = replace(place, rank=0, world=1)  # every process scores all channels
-        values = channel_scores(model, probe, pruner.units, needed, step=step, probe_size=size, seed=seed, place=alone)
+        values = channel_scores(
+            pruner.model, probe, pruner.units, needed, step=step, probe_size=size, seed=seed, place=alone
+        )
         kinds = [compensation_of(choice) for choice in experiment.compensate]
         variants = list(product(scores, experiment.allocations, kinds, experiment.budgets))
         share, quiet = [None, *variants][place.rank :: place.world], None if progress else True

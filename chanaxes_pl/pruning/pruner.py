@@ -19,6 +19,7 @@ from chanaxes_pl.network.batches import Placement, Step, logits_of
 from chanaxes_pl.network.groups import find_units
 from chanaxes_pl.network.hooks import observed
 from chanaxes_pl.network.macs import Cost, count_macs
+from chanaxes_pl.network.plain import plain
 from chanaxes_pl.network.probe import ProbeSource, image_batches
 from chanaxes_pl.network.removal import clone, disagreement, remove
 from chanaxes_pl.pruning.allocation import (
@@ -87,6 +88,7 @@ class Pruner:
         protect: glob, or several, over the names of layers that keep all their channels.
 
     Attributes:
+        model: the dense network with plain weights, see :func:`plain`.
         units: units that can be removed.
         cost: MACs as a function of the removed units.
 
@@ -96,7 +98,7 @@ class Pruner:
     """
 
     def __init__(self, model: nn.Module, example: Tensor, protect: str | Sequence[str] = ()) -> None:
-        self.model = model
+        self.model = model = plain(model)
         self.units = find_units(model, example[:1]).protect(protect)
         if not self.units.groups:
             raise ArgumentError(f"protect={protect!r}", "protects every layer; expected some left to prune")
@@ -250,7 +252,7 @@ def prune(
         pruner = Pruner(model, example, protect)
         needed = [score, REFERENCE] if allocation == "shared" else [score]
         scores = channel_scores(
-            model, probe, pruner.units, needed, step=step, probe_size=probe_size, seed=seed, place=place
+            pruner.model, probe, pruner.units, needed, step=step, probe_size=probe_size, seed=seed, place=place
         )
         kept = pruner.choose(scores, score, allocation, budget)
         slim = pruner.cut(kept)

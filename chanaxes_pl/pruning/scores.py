@@ -162,12 +162,11 @@ def _recorded(
 
 def _of_channels(values: Mapping[str, Tensor], units: Units, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Give every channel the value of its unit."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, group in units.groups.items():
         for layer, indices in group.producers.items():
-            channels = torch.zeros(channel_count(layers[layer]), dtype=torch.float64)
+            channels = found.setdefault(layer, torch.zeros(channel_count(layers[layer]), dtype=torch.float64))
             channels[indices] = values[name][:, None].expand(indices.shape)
-            found[layer] = channels
     return found
 
 

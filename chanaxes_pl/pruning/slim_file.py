@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from chanaxes_pl.core.errors import InputError, naming, nearest, short
 from chanaxes_pl.core.files import replacing
-from chanaxes_pl.network.layers import CONVOLUTIONS
-from chanaxes_pl.network.removal import Group, avoid_crash
+from chanaxes_pl.network.flow import LAYERS, NORMS, width
+from chanaxes_pl.network.plain import plain
+from chanaxes_pl.network.removal import Group, avoid_crash, resize
 
 #: Version of the plan; a reader refuses any other.
-VERSION = 1
+VERSION = 2
 #: Key of the plan in a ``PruneModule``'s checkpoints.
 CHECKPOINT_PLAN = "chanaxes_plan"
 #: Largest header of a file, in bytes; ResNet-18's takes 40 kB with its plan.
@@ -35,7 +36,6 @@ HEADER = 2**24
 
 
 _Shapes = Mapping[str, Sequence[int]]
-_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm)
 # Errors from building a network with arguments of the wrong kind or size.
 _FAILURES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -50,6 +50,7 @@ class Plan:
         input_shape: ``[C, H, W]`` of one image.
         shapes: name → shape of the dense network's parameters and buffers.
         norms: name of a norm without weights → its features after pruning, which no tensor shows.
+        attributes: name of an integer attribute → its value after pruning, such as an attention's number of heads.
         backbone: arguments of ``build_backbone`` or ``Classifier``; ``None`` if neither built the dense network.
         macs: multiply–accumulates (MACs) of one image after pruning.
         dense_macs: MACs of one image before pruning.
@@ -61,6 +62,7 @@ class Plan:
     input_shape: tuple[int, ...]
     shapes: dict[str, tuple[int, ...]]
     norms: dict[str, int] = field(default_factory=dict)
+    attributes: dict[str, int] = field(default_factory=dict)
     backbone: dict[str, Any] | None = None
     macs: int
     dense_macs: int
@@ -91,12 +93,15 @@ class Plan:
             dense_macs: MACs of one image before pruning.
             notes: anything that JSON can hold.
         """
+        groups = list(groups)
+        counts = {path: path.rpartition(".")[::2] for group in groups for path in group.attributes}
         return cls(
             kept={name: tuple(sorted(units.tolist())) for name, units in kept.items()},
             sizes={group.name: group.size for group in groups},
             input_shape=tuple(input_shape),
             shapes=_shapes(_tensors(dense)),
-            norms={name: _features(module) for name, module in slim.named_modules() if _is_bare_norm(module)},
+            norms={name: width(module) for name, module in slim.named_modules() if _is_bare_norm(module)},
+            attributes={path: getattr(slim.get_submodule(home), leaf) for path, (home, leaf) in counts.items()},
             backbone=_backbone_of(dense),
             macs=macs,
             dense_macs=dense_macs,
@@ -184,6 +189,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "input_shape": (lambda value: _are_counts(value) and 0 not in value, "[C, H, W]"),
     "shapes": (lambda value: _is_dict(value, _are_counts), "{tensor: [size, …]}"),
     "norms": (lambda value: _is_dict(value, _is_count), "{norm: features}"),
+    "attributes": (lambda value: _is_dict(value, _is_count), "{attribute: value}"),
     "backbone": (lambda value: value is None or isinstance(value, dict), "{argument: value} or null"),
     "macs": (_is_count, "a count"),
     "dense_macs": (_is_count, "a count"),
@@ -310,13 +316,17 @@ def _check_shapes(plan: Plan, shapes: _Shapes, there: str) -> None:
                 "expected the plan and the pruned network of one prune"
             )
     for name, size in plan.sizes.items():
-        weight = f"{name}.weight"
-        if not plan.shapes.get(weight):
+        layer, _, number = name.partition("#")  # a further group of the same layer has a number
+        weight = f"{layer}.weight"
+        if not plan.shapes.get(weight) or not (number.isdecimal() or number == ""):
             layers = [other.removesuffix(".weight") for other in plan.shapes if other.endswith(".weight")]
             raise InputError(f"sizes names {short(name)}, which is no layer; {nearest(name, layers)}")
-        channels, left = plan.shapes[weight][0], shapes[weight][0]
         removed = size - len(plan.kept[name]) if name in plan.kept else 0
-        if not 0 < size <= channels or removed > channels - left:
+        # A transposed convolution has its outputs second.
+        sides = list(zip(plan.shapes[weight][:2], shapes[weight][:2], strict=True))
+        fits = [(channels, left) for channels, left in sides if size <= channels and removed <= channels - left]
+        channels, left = (fits or sides)[0]
+        if not fits or not size:
             raise InputError(
                 f"the plan removes {short(removed)} of {short(size)} units of {name!r}, but {weight} has "
                 f"{left} of {short(channels)} channels left in {there}; pass the pruned model with its own plan"
@@ -346,7 +356,8 @@ def load_slim(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         path: path of the file, with or without ``.safetensors``; or a Trainer's checkpoint, ``….ckpt``, of a
             ``PruneModule`` that fine-tuned a pruned network, or of a pruned LightningModule that was trained itself.
         model: new dense network of the same class and settings, on any device. It takes on the file's tensors, keeps
-            its device and memory format, and is returned; after an error it is unchanged. Tensors that it shares stay
+            its device and memory format, and is returned, or a copy of it where :func:`plain` makes one; after an
+            error it is unchanged. Tensors that it shares stay
             shared if they were saved alike. By default, the network is built on the CPU by :func:`build_backbone` or
             as a ``Classifier``, if it came from there.
 
@@ -394,7 +405,7 @@ def load_slim(path: str | Path, model: nn.Module | None = None) -> nn.Module:
             plan = Plan.from_json(metadata["plan"])
             shapes = {name: content.get_slice(name).get_shape() for name in content.keys()}  # noqa: SIM118
             _check_shapes(plan, shapes, file.name)
-            dense = _built(plan) if model is None else model
+            dense = _built(plan) if model is None else plain(model)
             _check_model(dense, plan, shapes)
             tensors = {name: content.get_tensor(name) for name in shapes}
             if _digest(metadata["plan"], tensors) != metadata["sha256"]:
@@ -425,7 +436,7 @@ def _of_checkpoint(path: Path, model: nn.Module | None) -> nn.Module:
     else:  # the shapes say it all
         sizes = {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
         plan = Plan(kept={}, sizes={}, input_shape=(), shapes=sizes, macs=0, dense_macs=0)
-    dense = _built(plan) if model is None else model
+    dense = _built(plan) if model is None else plain(model)
     fill(dense, plan, tensors)
     if model is None:
         _take_memory(dense)
@@ -463,11 +474,19 @@ def _check_model(model: nn.Module, plan: Plan, shapes: _Shapes) -> None:
     modules = dict(model.named_modules())
     for name in shapes:
         layer = modules.get(name.removesuffix(".bias"))
-        if name not in own and not (isinstance(layer, (*CONVOLUTIONS, nn.Linear)) and layer.bias is None):
+        if name not in own and not (isinstance(layer, LAYERS) and layer.bias is None):
             raise InputError(f"{short(name)} is no bias that a layer of {kind} could get; {_ADVICE}")
+    for path, value in plan.attributes.items():
+        home, _, leaf = path.rpartition(".")
+        dense = getattr(modules.get(home), leaf, None)
+        if type(dense) is not int or not 0 < value <= dense:
+            raise InputError(
+                f"attributes gives {short(path)} the value {short(value)}; expected a whole number of {kind}, and at "
+                f"most what it is there ({short(dense)}); {_ADVICE}"
+            )
     for name, features in plan.norms.items():
         norm = modules.get(name)
-        if not _is_bare_norm(norm) or not 0 < features <= _features(norm):
+        if norm is None or not _is_bare_norm(norm) or not 0 < features <= width(norm):
             raise InputError(
                 f"norms gives {short(name)} {short(features)} features; expected a norm of {kind} without "
                 f"weights, and at most as many features as it has; {_ADVICE}"
@@ -511,7 +530,10 @@ def fill(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
                 new = nn.Parameter(new, requires_grad=old is None or old.requires_grad)
         setattr(modules[home], leaf, new)
     for name, module in model.named_modules():
-        _resize(module, plan.norms.get(name))
+        resize(module, plan.norms.get(name))
+    for path, value in plan.attributes.items():
+        home, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(home), leaf, value)
     avoid_crash(model)
 
 
@@ -524,31 +546,8 @@ def _memory_format(tensor: Tensor) -> torch.memory_format:
     return torch.channels_last if nhwc and not tensor.is_contiguous() else torch.contiguous_format
 
 
-def _resize(module: nn.Module, features: int | None) -> None:
-    """Set a module's size attributes to the sizes of its tensors, or to ``features`` for a norm without weights."""
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, CONVOLUTIONS):
-        if module.groups == module.in_channels == module.out_channels:  # depthwise: one group per channel
-            module.groups = len(module.weight)
-        module.out_channels, module.in_channels = len(module.weight), module.weight.shape[1] * module.groups
-    elif isinstance(module, nn.PReLU):
-        module.num_parameters = len(module.weight)
-    elif isinstance(module, _NORMS):
-        size = module.weight.shape if module.weight is not None else None
-        if isinstance(module, nn.LayerNorm):
-            whole = module.normalized_shape
-            module.normalized_shape = tuple(size) if size else (*whole[:-1], features or whole[-1])
-        else:
-            module.num_features = size[0] if size else features or module.num_features
-
-
 def _is_bare_norm(module: nn.Module | None) -> bool:
-    return isinstance(module, _NORMS) and module.weight is None
-
-
-def _features(norm: Any) -> int:
-    return norm.normalized_shape[-1] if isinstance(norm, nn.LayerNorm) else norm.num_features
+    return isinstance(module, NORMS) and module.weight is None
 
 
 def _take_memory(model: nn.Module) -> None:

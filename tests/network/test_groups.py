@@ -14,6 +14,7 @@ from chanaxes_pl.network.groups import find_units
 from chanaxes_pl.network.removal import masked, remove
 from tests.helpers.networks import IMAGES, NETS, ONE, Net, build, halves, head, pooled, relative_error, unsettled
 
+OUTPUT = "its channels are the network's output"
 READERS = "no convolution or Linear layer reads it"
 
 
@@ -118,7 +119,7 @@ def test_residual_sums_tie_their_producers():
     assert list(first.producers) == ["conv1", "layer1.0.conv2", "layer1.1.conv2"]
     assert list(first.consumers) == ["layer1.0.conv1", "layer1.1.conv1", "layer2.0.conv1", "layer2.0.downsample.0"]
     assert list(units.groups)[1:4] == ["layer1.0.conv1", "layer1.1.conv1", "layer2.0.conv1"]
-    assert units.fixed == {"fc": READERS}
+    assert units.fixed == {"fc": OUTPUT}
 
 
 def test_a_depthwise_layer_goes_with_its_expansion():
@@ -151,7 +152,7 @@ def test_groups_come_in_order_of_execution(name):
     assert places == sorted(places)
     producers = [name for group in units.groups.values() for name in group.producers]
     assert sorted([*producers, *units.fixed]) == sorted(ran)
-    assert units.fixed[ran[-1]] == READERS
+    assert units.fixed[ran[-1]] == OUTPUT
 
 
 def test_protection_by_glob():
@@ -160,7 +161,7 @@ def test_protection_by_glob():
     assert not any(name.startswith("layer1") for group in rest.groups.values() for name in group.producers)
     assert rest.fixed["conv1"] == rest.fixed["layer1.0.conv1"] == "protected by name"
     assert len(rest.groups) == len(units.groups) - 3
-    assert units.fixed == {"fc": READERS}
+    assert units.fixed == {"fc": OUTPUT}
     assert set(units.protect(["fc"]).groups) == set(units.groups)
     with pytest.raises(ValueError, match=r"protect='conv9': matches no layer; did you mean 'conv1'"):
         units.protect(["conv1", "conv9"])
@@ -171,9 +172,9 @@ def test_what_does_not_run_is_an_error():
         ValueError, match=r"find_units: _ResNet does not run on a torch.float32 batch of shape \(1, 5, 32"
     ):
         find_units(build("resnet18"), torch.zeros(1, 5, 32, 32))
-    with pytest.raises(ValueError, match="gave dict without a gradient: expected logits that autograd can follow"):
+    with pytest.raises(ValueError, match=r"find_units: Net\(images\) gave dict: expected logits"):
         find_units(Net(lambda net, x: {"features": net.head(pooled(x))}, head=head(3)), ONE)
-    with pytest.raises(ValueError, match=r"Net has no channels that can be removed \(head: no convolution or Linear"):
+    with pytest.raises(ValueError, match=r"Net has no channels that can be removed \(head: its channels are the"):
         find_units(Net(lambda net, x: net.head(pooled(x)), head=head(3)), ONE)
 
 
@@ -223,26 +224,69 @@ def with_an_output_inside() -> nn.Module:
     return Net(forward, a=conv(3, 8), b=conv(8, 6), c=conv(6, 8))
 
 
-MIXES, RUNS, READ = "mixes channels", "does not run without", "changes how the others are used"
+MIXES, RUNS, SINGLE = "mixes them)", "does not run without", "it has a single unit ("
 FIXED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "GroupNorm": (lambda: between(lambda n, x: n.n(x), n=nn.GroupNorm(2, 8)), "it passes GroupNorm, which mixes"),
-    "GroupNorm without weights": (lambda: between(lambda n, x: n.n(x), n=nn.GroupNorm(2, 8, affine=False)), RUNS),
-    "group_norm": (lambda: between(lambda n, x: F.group_norm(x, 1)), READ),
-    "LayerNorm over maps": (lambda: between(lambda n, x: n.n(x), n=nn.LayerNorm([8, 32, 32])), MIXES),
-    "LayerNorm over positions": (lambda: between(lambda n, x: n.n(x), n=nn.LayerNorm(32)), RUNS),
-    "RMSNorm": (lambda: between(lambda n, x: n.n(x.movedim(1, -1)).movedim(-1, 1), n=nn.RMSNorm(8)), RUNS),
-    "attention": (Attention, "it passes MultiheadAttention, which mixes channels"),
-    "attention by hand": (own_attention, READ),
-    "ConvTranspose2d": (lambda: between(lambda n, x: n.n(x), n=nn.ConvTranspose2d(8, 8, 1)), MIXES),
-    "softmax over channels": (lambda: between(lambda n, x: x.softmax(1)), READ),
-    "mean over channels": (lambda: between(lambda n, x: x * x.mean(1, keepdim=True)), READ),
-    "two halves": (lambda: between(lambda n, x: x[:, :4] * x[:, 4:].sigmoid(), 8, 4), "uneven parts"),
-    "glu": (lambda: between(lambda n, x: F.glu(x, 1), 8, 4), RUNS),
-    "channel shuffle": (lambda: between(lambda n, x: x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)), RUNS),
-    "pixel shuffle": (lambda: between(lambda n, x: F.pixel_shuffle(x, 2), 8, 2), RUNS),
-    "flip": (lambda: between(lambda n, x: x.flip(1)), READ),
-    "roll": (lambda: between(lambda n, x: x.roll(1, 1)), READ),
+    "group_norm": (lambda: between(lambda n, x: F.group_norm(x, 1)), SINGLE + "Net normalises them together)"),
+    "LayerNorm over maps": (
+        lambda: between(lambda n, x: n.n(x), n=nn.LayerNorm([8, 32, 32])),
+        SINGLE + "n (LayerNorm) normalises them together)",
+    ),
+    "RMSNorm": (
+        lambda: between(lambda n, x: n.n(x.movedim(1, -1)).movedim(-1, 1), n=nn.RMSNorm(8)),
+        SINGLE + "mean in n (RMSNorm) mixes them)",
+    ),
+    "attention": (Attention, RUNS),
+    "attention by hand": (own_attention, READERS),
+    "softmax over channels": (lambda: between(lambda n, x: x.softmax(1)), MIXES),
+    "mean over channels": (
+        lambda: between(lambda n, x: x * x.mean(1, keepdim=True)),
+        SINGLE + "mean in Net mixes them)",
+    ),
+    "two halves": (lambda: between(lambda n, x: x[:, :4] * x[:, 4:].sigmoid(), 8, 4), RUNS),
+    "roll": (lambda: between(lambda n, x: x.roll(1, 1)), "it passes roll in Net"),
+    "sort": (lambda: between(lambda n, x: x.sort(1).values), "it passes sort in Net"),
     "permutation": (lambda: between(lambda n, x: x[:, [3, 1, 0, 2, 7, 6, 5, 4]]), RUNS),
+    "fixed number of channels": (
+        lambda: between(lambda n, x: x * torch.arange(1.0, 9.0)[:, None, None]),
+        "Net combines it with values that no layer gives (mul)",
+    ),
+    "weights outside of layers": (
+        lambda: between(lambda n, x: F.conv2d(x, n.w), 8, 8, w=nn.Parameter(torch.ones(8, 8, 1, 1))),
+        READERS,
+    ),
+    "network's output": (with_an_output_inside, OUTPUT),
+}
+#: What stands between two layers → how it is made, and the number of units and the channels of each.
+REMOVED: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
+    "GroupNorm": (lambda: between(lambda n, x: n.n(x), n=nn.GroupNorm(2, 8)), 2, 4),
+    "GroupNorm without weights": (lambda: between(lambda n, x: n.n(x), n=nn.GroupNorm(2, 8, affine=False)), 2, 4),
+    "GroupNorm of one group": (lambda: between(lambda n, x: n.n(x), n=nn.GroupNorm(1, 8)), 8, 1),
+    "GroupNorm of each channel": (lambda: between(lambda n, x: n.n(x), n=nn.GroupNorm(8, 8)), 8, 1),
+    "LayerNorm over positions": (lambda: between(lambda n, x: n.n(x), n=nn.LayerNorm(32)), 8, 1),
+    "LayerNorm without weights": (
+        lambda: between(lambda n, x: n.n(x.movedim(1, -1)).movedim(-1, 1), n=nn.LayerNorm(8, elementwise_affine=False)),
+        8,
+        1,
+    ),
+    "ConvTranspose2d": (lambda: between(lambda n, x: n.n(x), n=nn.ConvTranspose2d(8, 8, 2)), 8, 1),
+    "ConvTranspose2d, grouped": (lambda: between(lambda n, x: n.n(x), n=nn.ConvTranspose2d(8, 8, 2, groups=2)), 4, 2),
+    "ConvTranspose2d, depthwise": (lambda: between(lambda n, x: n.n(x), n=nn.ConvTranspose2d(8, 8, 2, groups=8)), 8, 1),
+    "glu": (lambda: between(lambda n, x: F.glu(x, 1), 8, 4), 4, 2),
+    "gated halves": (lambda: between(lambda n, x: (lambda a, b: a * b.sigmoid())(*x.chunk(2, 1)), 8, 4), 4, 2),
+    "channel shuffle": (lambda: between(lambda n, x: x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)), 4, 2),
+    "pixel shuffle": (lambda: between(lambda n, x: F.pixel_shuffle(x, 2), 8, 2), 2, 4),
+    "flip": (lambda: between(lambda n, x: x.flip(1)), 8, 1),
+    "padding of maps": (lambda: between(lambda n, x: F.pad(x, (1, 2, 0, 1))), 8, 1),
+    "unfolded patches": (
+        lambda: Net(
+            lambda net, x: net.head(net.b(F.unfold(net.a(x), 2, stride=2).mT).relu().mean(1)),
+            a=nn.Conv2d(3, 8, 8, stride=8),
+            b=nn.Linear(32, 6),
+            head=head(6),
+        ),
+        8,
+        1,
+    ),
     "flattened channels last": (
         lambda: Net(
             lambda net, x: net.head(net.b(net.a(x).movedim(1, -1).flatten(1)).relu()),
@@ -250,16 +294,36 @@ FIXED: dict[str, tuple[Callable[[], nn.Module], str]] = {
             b=nn.Linear(32, 6),
             head=head(6),
         ),
-        READ,
+        8,
+        1,
     ),
-    "fixed number of channels": (lambda: between(lambda n, x: x * torch.arange(1.0, 9.0)[:, None, None]), RUNS),
-    "weights outside of layers": (
-        lambda: between(lambda n, x: F.conv2d(x, n.w), 8, 8, w=nn.Parameter(torch.ones(8, 8, 1, 1))),
-        RUNS,
+    "depthwise multiplier": (lambda: between(lambda n, x: n.n(x), 8, 16, n=conv(8, 16, groups=8)), 8, 1),
+    "a gate of one channel": (lambda: between(lambda n, x: x * n.n(x).sigmoid(), n=conv(8, 1)), 8, 1),
+    "a gate per channel": (
+        lambda: between(lambda n, x: x * n.n(pooled(x)).sigmoid()[..., None, None], n=nn.Linear(8, 8)),
+        8,
+        1,
     ),
-    "network's output": (with_an_output_inside, "its channels are the network's output"),
-    "depthwise multiplier": (lambda: between(lambda n, x: n.n(x), 8, 16, n=conv(8, 16, groups=8)), "single unit"),
+    "a norm of each map": (lambda: between(lambda n, x: x / x.norm(dim=(2, 3), keepdim=True)), 8, 1),
+    "resized maps": (lambda: between(lambda n, x: F.interpolate(x, scale_factor=2, mode="bilinear")), 8, 1),
+    "written in place": (lambda: between(lambda n, x: x.clone().relu_().add_(1)), 8, 1),
 }
+
+
+@pytest.mark.parametrize("name", REMOVED)
+def test_what_goes_together_is_removed_together(name):
+    make, size, channels = REMOVED[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = unsettled(make()).eval()
+    units = find_units(model, ONE)
+    assert "a" not in units.fixed
+    assert units.groups["a"].producers["a"].shape == (size, channels)
+    groups = units.groups.values()
+    for seed in range(4):
+        hidden, slim = both(model, halves(groups, seed), groups)
+        assert relative_error(slim, hidden) < 1e-5
+        assert relative_error(hidden, model(IMAGES).detach()) > 1e-3
 
 
 @pytest.mark.parametrize("name", FIXED)
@@ -278,7 +342,7 @@ def test_what_cannot_be_removed_is_fixed_with_the_reason(name):
 
 def test_reasons_are_found_whatever_the_weights():
     """Where a new network's layer scales or zeros hide a wrong removal, weights of the trial's own show it."""
-    model = between(lambda n, x: x.flip(1)).eval()
+    model = between(lambda n, x: x[:, [3, 1, 0, 2, 7, 6, 5, 4]]).eval()
     nn.init.zeros_(model.b.weight)
     assert list(find_units(model, torch.zeros(1, 3, 32, 32)).groups) == ["b"]
 
@@ -322,7 +386,7 @@ def test_every_kind_of_cut_keeps_the_order_of_what_stays():
             tensor.uniform_(0.5, 1.5)
     (group, *_) = find_units(model, ONE).groups.values()
     assert group.size == 384
-    assert len(group.cuts) == 8
+    assert len(group.cuts) == 20
     stays = torch.arange(3, 384, 19)
     assert len(stays) in (20, 21)
     slim = copy.deepcopy(model)
@@ -384,7 +448,7 @@ class ResponseNorm(nn.Module):
 def test_mixing_is_found_however_weak(strength):
     model = between(lambda n, x: n.n(x), n=ResponseNorm(8, strength))
     units = find_units(model, ONE)
-    assert READ in units.fixed["a"]
+    assert MIXES in units.fixed["a"]
     assert list(units.groups) == ["b"]
 
 
@@ -427,7 +491,7 @@ def test_half_precision_inside_is_a_reason():
         find_units(Hard("bfloat16 inside"), ONE)
 
 
-def test_layers_out_of_autograds_reach_are_named():
+def test_layers_without_gradients_and_outside_of_evaluation_are_named():
     def forward(net, x):
         with torch.no_grad():
             fixed = pooled(net.frozen(x))
@@ -437,7 +501,7 @@ def test_layers_out_of_autograds_reach_are_named():
 
     model = Net(forward, frozen=conv(3, 4), auxiliary=head(4), a=conv(3, 8), head=head(8)).eval()
     assert find_units(model, ONE).fixed == {
-        "head": READERS,
-        "frozen": "no gradient leads from the logits to it",
+        "head": OUTPUT,
+        "frozen": "it has a single unit (mean in Net mixes them)",
         "auxiliary": "the forward pass in eval mode does not call it",
     }

@@ -159,7 +159,7 @@ class Depends(nn.Module):
         maps = self.first(images).relu()
         if self.kind == "branches" and images.mean() < 9:  # always taken
             maps = maps * 2
-        if self.kind == "mixes" and images.std() > 0.9:  # noise between 0 and 1 does not take this path
+        if self.kind == "mixes" and len(images) > 1:  # units are sought with one image
             maps = maps / maps.sum(1, keepdim=True).clamp_min(1e-3) * maps.shape[1]
         if self.kind == "splits":
             left, right = maps.split([3, 5], 1)
@@ -178,7 +178,7 @@ def test_a_network_that_needs_its_number_of_channels_is_refused():
     class Counts(Depends):
         def forward(self, images):
             maps = self.first(images).relu()
-            if images.std() > 0.9:  # the trial's noise does not take this path
+            if len(images) > 1:  # units are sought with one image
                 maps = maps * torch.arange(8.0)[:, None, None]
             return self.head(self.second(maps).mean((2, 3)))
 

@@ -113,9 +113,9 @@ def test_a_plan_of_another_save_is_noticed(saved, file):
         ('{"version": ' + "9" * 5000 + "}", "the plan is not JSON"),
         ("[1, 2]", r"the plan is \[1, 2\]: expected version, kept, sizes"),
         ('{"kept": {}}', r"the plan is \{'kept': \{\}\}: expected version, kept"),
-        ('{"version": 2}', "the plan has version 2, but this release of chanaxes_pl reads version 1"),
+        ('{"version": 1}', "the plan has version 1, but this release of chanaxes_pl reads version 2"),
         ('{"version": true}', "the plan has version True"),
-        ('{"version": 1}', "the plan lacks 'backbone'"),
+        ('{"version": 2}', "the plan lacks 'attributes'"),
     ],
 )
 def test_a_plan_that_is_none_is_refused(file, text, match):
