@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as torch_prune
 
-from chanaxes_pl.core.moments import Moments
 from chanaxes_pl.network import tracing
 from chanaxes_pl.network.groups import executed_layers, find_units
 from chanaxes_pl.network.removal import Group, remove
@@ -117,8 +116,10 @@ def test_fits_see_the_errors_upstream():
     for name in executed_layers(model, ONE):
         alone = cut(model, kept, groups)
         for _, signals in paired_activations(model, alone, BATCHES, [name]):
-            task = home._Task(name, alone.get_submodule(name), model.get_submodule(name), *channels[name], 16)
-            home._refit(task, signals, RIDGE["refit"])
+            layer, original = alone.get_submodule(name), model.get_submodule(name)
+            shape, many = home._shape(layer, original, "refit"), 16 * len(images)
+            task = home._Task(name, layer, original, *channels[name], 16, RIDGE["refit"], shape, many, many)
+            home._refit(task, signals)
         fitted, layer = alone.get_submodule(name), pieces.get_submodule(name)
         layer.weight, layer.bias = fitted.weight, fitted.bias
     wanted = model(images)
@@ -241,52 +242,6 @@ def test_depthwise_layers_lose_inputs_with_their_outputs():
     groups = find_units(mobile, ONE).groups.values()
     channels = kept_channels(mobile, groups, {"features.2.conv.0.0": torch.tensor([3, 5])})
     assert [part.tolist() for part in channels["features.2.conv.1.0"]] == [[3, 5], [3, 5]]
-
-
-def slow_ridge(rows: np.ndarray, weight: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
-    """Least squares with λ·(mean variance) of each predictor's as further observations of the weights."""
-    features = weight.shape[1]
-    centred = rows - rows.mean(0)
-    penalty = ridge * centred[:, :features].var(0).mean()
-    among = np.vstack([centred[:, :features] / np.sqrt(len(rows)), np.sqrt(penalty) * np.eye(features)])
-    toward = np.vstack([centred[:, features:] / np.sqrt(len(rows)), np.sqrt(penalty) * weight.T])
-    fitted = np.linalg.lstsq(among, toward, rcond=None)[0].T
-    return fitted, rows[:, features:].mean(0) - fitted @ rows[:, :features].mean(0)
-
-
-@pytest.mark.parametrize("offset", [0.0, 1e3])
-@pytest.mark.parametrize("ridge", [0.0, 1e-3, 10.0])
-@pytest.mark.parametrize("sizes", [(200,), (3, 150, 47)])
-def test_ridge_is_least_squares(offset, ridge, sizes):
-    rng = np.random.default_rng(0)
-    blocks, features, outputs = 3, 6, 2
-    mixing = rng.normal(size=(blocks, 8, 8)) + np.eye(8)
-    rows = (np.einsum("nbi,bij->nbj", rng.normal(size=(200, blocks, 8)), mixing) + offset).astype(np.float32)
-    weight, bias = rng.normal(size=(blocks, outputs, features)), rng.normal(size=(blocks, outputs))
-    parts = np.split(rows, np.cumsum(sizes)[:-1])
-    moments = Moments.merge_all(Moments.of(torch.from_numpy(part).transpose(0, 1)) for part in parts)
-    fitted, shift, before, after = home._ridge(moments, torch.tensor(weight), torch.tensor(bias), ridge)
-    rest: dict[str, float] = {"before": 0, "after": 0, "own": 0}
-    for b in range(blocks):
-        block = rows[:, b].astype(np.float64)
-        slow, slow_shift = slow_ridge(block, weight[b], ridge)
-        np.testing.assert_allclose(fitted[b], slow, rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(shift[b], slow_shift, rtol=1e-4, atol=1e-4 * (1 + offset))
-        x, y = block[:, :features], block[:, features:]
-        rest["before"] += np.square(y - x @ weight[b].T - bias[b]).mean(0).sum()
-        rest["after"] += np.square(y - x @ slow.T - slow_shift).mean(0).sum()
-        rest["own"] += y.var(0).sum()
-    assert before == pytest.approx(rest["before"] / rest["own"], rel=1e-3)
-    assert after == pytest.approx(rest["after"] / rest["own"], rel=1e-3, abs=1e-5)
-
-
-def test_much_ridge_leaves_the_weights_and_corrects_the_mean():
-    rng = torch.Generator().manual_seed(0)
-    moments = Moments.of(torch.randn(1, 50, 4, generator=rng) + 2)
-    weight = torch.randn(1, 1, 3, generator=rng, dtype=torch.float64)
-    fitted, shift, _, _ = home._ridge(moments, weight, torch.zeros(1, 1), 1e9)
-    torch.testing.assert_close(fitted, weight, rtol=0, atol=1e-6)
-    torch.testing.assert_close(shift, moments.mean[:, 3:] - weight[:, 0] @ moments.mean[0, :3, None], rtol=0, atol=1e-5)
 
 
 def statistics_of(model: nn.Module, norm: Callable[[nn.Module], nn.Module]) -> tuple[Tensor, Tensor]:
