@@ -271,7 +271,7 @@ def paired_activations(
         batches: images, on the networks' device; iterated again whenever some have to run from the image.
         layers: names of layers that run once in a forward pass, in the order in which they do.
         memory: bytes for the values that wait and those of the images that are running. Batches are split so that
-            the latter take no more than a quarter of it, if one image does not.
+            the latter take no more than an eighth of it, if one image does not, and the same again in passing.
 
     Raises:
         ValueError: if the values of one image take more than ``memory``.
@@ -287,7 +287,7 @@ def paired_activations(
         return
     running = sum(_most_bytes(trace, image) for trace in (whole, cut))
     at_once = _images_at_once(dense, running, memory)
-    waiting = _Waiting(whole, cut, _Parts(batches, at_once), memory - at_once * running)
+    waiting = _Waiting(whole, cut, _Parts(batches, at_once), memory - 2 * at_once * running)
     for name in layers:
         yield name, waiting.activations(dense.get_submodule(name), slim.get_submodule(name))
 
@@ -339,7 +339,9 @@ class _Waiting:
                 del whole.values[used]
             # The slim layer runs when the batch goes on, because it may change until then.
             self._wait(number, _Place(whole.operation + 1, whole.values), cut)
+            del starts, whole, cut, images
             yield Activations(read, gave, reads)
+            del read, gave, reads  # before the next batch runs
 
     def _started(self) -> Iterator[tuple[int, Tensor]]:
         """The number of each part, with its images unless all parts wait somewhere."""
@@ -397,7 +399,7 @@ def _images_at_once(model: nn.Module, one: float, memory: float) -> int:
             f"{max(memory, 0) / 1e9:.2g} GB are left for activations, and those of one image take {one / 1e9:.2g} GB "
             f"in {type(model).__name__} and its slim copy; raise memory="
         )
-    return int(max(1.0, min(memory / 4 / max(one, 1), _MANY)))
+    return int(max(1.0, min(memory / 8 / max(one, 1), _MANY)))
 
 
 def _most_bytes(trace: Trace, image: Tensor) -> int:

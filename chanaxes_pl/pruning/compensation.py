@@ -114,9 +114,11 @@ def compensate(
     rows = [_row(name, reason=why) for name, why in refused.items() if why]
     with observed(dense), observed(slim):
         for name, activations in paired_activations(dense, slim, batches, list(tasks), limit - equations - listed):
-            first = next(activations)
-            if _is_affine(tasks[name].original, first):
-                found = fit(tasks[name], chain([first], activations))
+            batch = next(activations)
+            affine, signals = _is_affine(tasks[name].original, batch), chain([batch], activations)
+            del batch  # it is held no longer than the others
+            if affine:
+                found = fit(tasks[name], signals)
             else:
                 found = math.nan, math.nan, "its output is not its weight times its input plus its bias"
             rows.append(_row(name, *found))
@@ -407,6 +409,7 @@ def _solve(
                 spread = part if spread is None else spread.merge_(part)
                 regression.add(inputs, errors)
         first += len(batch.dense_input)
+        del batch  # before the next one runs
     solution = regression.solve(task.ridge)
     if solution is None or spread is None:
         return None, (0.0, 0.0)

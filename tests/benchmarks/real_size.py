@@ -13,6 +13,7 @@ network over all images.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import time
 from pathlib import Path
 
@@ -94,19 +95,21 @@ def main() -> None:
             continue
         slim = clone(model).eval()
         remove(slim, groups, kept)
-        with torch.no_grad():
-            begin = time.process_time()
-            model(tested), slim(tested)
-            one_pass = (time.process_time() - begin) / TESTED * args.images
         listed = batches.within(args.memory / 4 * 1e9)
         images = 0.0 if isinstance(listed, ImageBatches) else sum(part.nbytes for part in listed) / 1e9
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         before, begin = resident("VmRSS"), time.process_time()
         report = compensate(slim, model, groups, kept, listed, kind, memory=args.memory)
         spent, peak = time.process_time() - begin, resident("VmHWM") - before + images
+        with torch.no_grad():
+            begin = time.process_time()
+            _ = model(tested), slim(tested)
+            one_pass = (time.process_time() - begin) / TESTED * args.images
+        fitted = f"{(report.reason == '').sum()} of {len(report)} layers fitted"
         line = (
-            f"{key} peak {peak:.2f} GB ({images:.2f} of it images), {spent:.0f} s = {spent / one_pass:.1f} passes; "
-            f"{(report.reason == '').sum()} of {len(report)} layers fitted; units found in {found:.0f} s"
+            f"{key} peak {peak:.2f} GB ({images:.2f} of it images) over {before:.2f} GB, {spent:.0f} s = "
+            f"{spent / one_pass:.1f} passes; {fitted}; units found in {found:.0f} s"
         )
         print(line, flush=True)
         if args.results:

@@ -1,6 +1,8 @@
 """Compensation: what can be made up for is, exactly; every fit is the least squares that it claims to be."""
 
 import copy
+import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
@@ -411,3 +413,95 @@ def test_a_call_that_gives_something_else_is_seen_as_it_runs():
         doubled.remove()
     assert report.reason["last"] == "its output is not its weight times its input plus its bias"
     assert (report.reason.drop(index="last") == "").all()
+
+
+# ---------------------------------------------------------------- in bounded memory
+
+
+@pytest.mark.parametrize(
+    ("name", "compensation", "memory"),
+    [
+        *[("concatenating", kind, 0.0025) for kind in RIDGE],
+        *[("flattening", kind, 0.0023) for kind in RIDGE],
+        ("resnet18", "refit", 0.0223),  # half of it for the equations of the widest layer
+        ("resnet18", "fold", 0.009),
+    ],
+)
+def test_a_bound_on_memory_gives_the_same_weights(name, compensation, memory, monkeypatch):
+    model = build(name)
+    groups = find_units(model, ONE).groups.values()
+    kept = halves(groups)
+    large, small = cut(model, kept, groups), cut(model, kept, groups)
+    wanted, waited, wait = compensate(large, model, groups, kept, BATCHES, compensation), [], tracing._Waiting._wait
+
+    def watched(self: tracing._Waiting, number: int, whole: tracing._Place, *others: tracing._Place) -> None:
+        wait(self, number, whole, *others)
+        waited.append(number in self._places and self._places[number][0] is whole)
+
+    monkeypatch.setattr(tracing._Waiting, "_wait", watched)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = compensate(small, model, groups, kept, BATCHES, compensation, memory=memory)
+    assert 0.1 < np.mean(waited) < 0.99
+    pd.testing.assert_frame_equal(found, wanted, rtol=1e-3)
+    with torch.no_grad():
+        rest, logits = large(OTHERS) - small(OTHERS), large(OTHERS)
+    assert rest.abs().max() < 2e-3 * (logits - logits.mean(0)).abs().max()
+
+
+@pytest.mark.parametrize("compensation", RIDGE)
+def test_a_layer_with_more_inputs_than_samples_is_fitted_as_one_with_each_sample_twice(compensation):
+    """The former is solved in the samples, the latter in the inputs."""
+    model = build("flattening")
+    groups = find_units(model, ONE).groups.values()
+    kept, images = halves(groups), BATCHES[0][:14]
+    few, many = cut(model, kept, groups), cut(model, kept, groups)
+    first = compensate(few, model, groups, kept, [images], compensation, positions=64)
+    second = compensate(many, model, groups, kept, [images, images], compensation, positions=64)
+    pd.testing.assert_frame_equal(first, second, rtol=1e-3, atol=1e-6)
+    for key, value in few.state_dict().items():
+        torch.testing.assert_close(many.state_dict()[key], value, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_equations_without_room_take_fewer_samples_and_say_so(monkeypatch):
+    monkeypatch.setattr(home, "_FEWEST", 100)
+    model = build("grouped")
+    model.head = nn.Linear(16 * 256, 7)
+    model.function = lambda net, x: net.head((y := net.stem(x)).add(net.up(net.mix(net.down(y)))).flatten(1))
+    groups = find_units(model, ONE).groups.values()
+    kept = halves(groups, share=0.7)
+    images = torch.cat([*BATCHES, *BATCHES, *BATCHES])
+    images = (images + 0.3 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))).split(48)
+    results = {}
+    for memory in (2.0, 0.018):
+        slim = cut(model, kept, groups)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            report = compensate(slim, model, groups, kept, images, memory=memory).set_index("layer")
+        results[memory] = float((slim(OTHERS) - model(OTHERS)).square().mean())
+        texts = [str(warning.message) for warning in caught]
+        assert len(texts) == (memory < 1)
+        assert report.reason["head"] == ""
+    assert re.fullmatch(
+        r"layer 'head' has 2816 inputs and is fitted to 1\d\d of 288 samples, which memory=0\.018 has room for; "
+        r"memory=0\.0\d+ has room for all",
+        texts[0],
+    )
+    assert results[0.018] < 1.5 * results[2.0]
+
+
+def test_memory_without_room_for_equations_is_refused_with_what_they_take():
+    model = build("concatenating")
+    groups = find_units(model, ONE).groups.values()
+    kept = halves(groups)
+    message = r"memory=0\.0001: expected at least 0\.00\d+ GB, half of it for the \d+ inputs of 'stem\.0'"
+    with pytest.raises(ValueError, match=message):
+        compensate(cut(model, kept, groups), model, groups, kept, BATCHES, memory=1e-4)
+
+
+@pytest.mark.parametrize("memory", [0, -1.0, float("nan"), "2", None, True])
+def test_memory_that_is_no_size_is_refused(memory):
+    model = build("grouped")
+    with pytest.raises(ValueError, match=rf"memory={re.escape(repr(memory))}: expected gigabytes, a number above 0"):
+        compensate(model, model, [], {}, BATCHES, memory=memory)
