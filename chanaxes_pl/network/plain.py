@@ -145,7 +145,8 @@ def _convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, kind: type[nn.Module]
         dtype=weight.dtype,
     )
     new.weight = nn.Parameter(computed.detach().clone(), requires_grad=weight.requires_grad)
-    new.bias = layer.bias
+    if layer.bias is not None:
+        new.bias = layer.bias
     return new.train(training)
 
 

@@ -439,15 +439,39 @@ def image_batches(
     Raises:
         ValueError: if a batch's images are not found or no tensor, or an image is not finite.
     """
-    batches, seen = [], 0
-    for _, batch in Probe(source, count).batches():
-        moved = place.to_device(batch)
-        images = split_batch(moved)[0] if images_of is None else images_of(moved)
-        if not isinstance(images, Tensor) or images.ndim < 2:
-            raise InputError(f"the images of a batch are {describe(images)}: expected a tensor [B, C, …]")
-        bad = (~images.flatten(1).isfinite().all(1)).nonzero().flatten()
-        if len(bad):
-            raise InputError(f"image {seen + int(bad[0])} of the probe holds NaN or infinity; leave it out")
-        batches.append(images[: count - seen])
-        seen += len(images)
-    return batches
+    return list(ImageBatches(source, count, place, images_of))
+
+
+class ImageBatches:
+    """The same as :func:`image_batches`, read anew from the probe whenever it is iterated."""
+
+    def __init__(
+        self, source: ProbeSource, count: int, place: Placement, images_of: Callable[[Any], Any] | None = None
+    ) -> None:
+        self._probe, self._count, self._place, self._images_of = Probe(source, count), count, place, images_of
+
+    def __iter__(self) -> Iterator[Tensor]:
+        seen = 0
+        for _, batch in self._probe.batches():
+            moved = self._place.to_device(batch)
+            images = split_batch(moved)[0] if self._images_of is None else self._images_of(moved)
+            if not isinstance(images, Tensor) or images.ndim < 2:
+                raise InputError(f"the images of a batch are {describe(images)}: expected a tensor [B, C, …]")
+            bad = (~images.flatten(1).isfinite().all(1)).nonzero().flatten()
+            if len(bad):
+                raise InputError(f"image {seen + int(bad[0])} of the probe holds NaN or infinity; leave it out")
+            yield images[: self._count - seen]
+            seen += len(images)
+
+    def within(self, size: float) -> list[Tensor] | ImageBatches:
+        """A list of the batches if their images take at most ``size`` bytes, else the batches read anew each time.
+
+        All are read, and checked.
+        """
+        held: list[Tensor] | None = []
+        total = 0
+        for images in self:
+            total += images.nbytes
+            if held is not None:
+                held = [*held, images] if total <= size else None
+        return self if held is None else held

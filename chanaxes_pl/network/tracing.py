@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
+from itertools import chain
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from chanaxes_pl.core.errors import InputError
 from chanaxes_pl.network.batches import logits_of
-from chanaxes_pl.network.hooks import same_outputs
+from chanaxes_pl.network.hooks import calls, same_outputs
 from chanaxes_pl.network.layers import CONVOLUTIONS
 
 #: What a module's output is replaced by.
@@ -34,6 +38,7 @@ _OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
 }
 # Logits of the graph and of the model differ by no more than a GPU's choice of algorithm.
 _SHARE = 1e-4
+_MANY = 1 << 30
 
 
 @contextmanager
@@ -247,35 +252,44 @@ class Activations(NamedTuple):
 
 
 def paired_activations(
-    dense: nn.Module, slim: nn.Module, batches: Sequence[Tensor], layers: Sequence[str]
+    dense: nn.Module,
+    slim: nn.Module,
+    batches: Iterable[Tensor],
+    layers: Sequence[str],
+    memory: float = math.inf,
 ) -> Iterator[tuple[str, Iterator[Activations]]]:
     """Run two networks side by side, and give each layer in turn with its activations, batch by batch.
 
-    Later layers see the changes made to earlier ones of the slim network. Where both networks can be traced, all
-    batches advance together, layer by layer, so that each runs once; memory is one layer's activations of all images.
-    Elsewhere every layer takes a pass of its own.
+    Later layers see the changes made to earlier ones of the slim network. Where both networks can be traced, batches
+    wait at a layer with the values that the rest of the network needs, as many as ``memory`` has room for; each of
+    these runs once. The others stay where they last had room, at first at the image, and run again from there for every
+    layer. The results are the same. Elsewhere every layer takes a pass of its own, and no batch waits.
 
     Args:
         dense: in eval mode.
         slim: of the same class, with the same layers; in eval mode.
-        batches: images, on the networks' device.
+        batches: images, on the networks' device; iterated again whenever some have to run from the image.
         layers: names of layers that run once in a forward pass, in the order in which they do.
+        memory: bytes for the values that wait and those of the images that are running. Batches are split so that
+            the latter take no more than an eighth of it, if one image does not, and the same again in passing.
+
+    Raises:
+        ValueError: if the values of one image take more than ``memory``.
     """
-    traces = [_checked_trace(model, layers, batches[0][:1]) for model in (dense, slim)]
-    if any(trace is None for trace in traces):
+    image = next(iter(batches))[:1].clone()
+    traces = [_checked_trace(model, layers, image) for model in (dense, slim)]
+    whole, cut = traces
+    if whole is None or cut is None:
+        running = sum(_largest_call(model, image) for model in (dense, slim))
+        batches = _Parts(batches, _images_at_once(dense, running, memory))
         for name in layers:
             yield name, (Activations(*_caught(dense, name, b), _caught(slim, name, b)[0]) for b in batches)
         return
-    stops = [{model.get_submodule(name) for name in layers} for model in (dense, slim)]
-    pairs = [(trace, at) for trace, at in zip(traces, stops, strict=True) if trace is not None]
-    walks = [[_walk(trace, images, at) for trace, at in pairs] for images in batches]
+    running = sum(_most_bytes(trace, image) for trace in (whole, cut))
+    at_once = _images_at_once(dense, running, memory)
+    waiting = _Waiting(whole, cut, _Parts(batches, at_once), memory - 2 * at_once * running)
     for name in layers:
-        activations = (Activations(next(whole), next(whole), next(cut)) for whole, cut in walks)
-        yield name, activations
-        for _ in activations:  # batches that were not asked for pass this layer all the same
-            pass
-        for _, cut in walks:
-            next(cut)
+        yield name, waiting.activations(dense.get_submodule(name), slim.get_submodule(name))
 
 
 def _checked_trace(model: nn.Module, layers: Sequence[str], image: Tensor) -> Trace | None:
@@ -289,18 +303,134 @@ def _checked_trace(model: nn.Module, layers: Sequence[str], image: Tensor) -> Tr
     return None if trace.values(image, logits_of(model(image))) is None else trace
 
 
-def _walk(trace: Trace, images: Tensor, layers: Collection[nn.Module]) -> Iterator[Tensor]:
-    """The input and then the output of each of some layers, none of them run before it is asked for."""
-    values = trace.inputs(images)
-    for node, finished in trace.operations:
-        stop = trace.modules.get(node) in layers
-        if stop:
-            yield values[node.all_input_nodes[0]]
+class _Place(NamedTuple):
+    """Where a batch is in a network: the next operation, and the values that it and those after it read."""
+
+    operation: int
+    values: dict[fx.Node, Any]
+
+
+class _Waiting:
+    """Batches that go through two traced networks layer by layer, and wait where there is room for their values.
+
+    Args:
+        dense: trace of the dense network.
+        slim: trace of the slim one.
+        parts: images.
+        room: bytes for values that wait.
+    """
+
+    def __init__(self, dense: Trace, slim: Trace, parts: _Parts, room: float) -> None:
+        self._traces, self._parts, self._room = (dense, slim), parts, room
+        self._places: dict[int, tuple[_Place, _Place]] = {}  # number of the part → where it waits
+        self._bytes: dict[int, int] = {}
+        self._used = 0
+
+    def activations(self, dense: nn.Module, slim: nn.Module) -> Iterator[Activations]:
+        """What a layer of both networks reads and gives, part by part."""
+        for number, images in self._started():
+            starts = self._places.get(number) or [_Place(0, trace.inputs(images)) for trace in self._traces]
+            whole, cut = (_run_to(*each) for each in zip(self._traces, starts, (dense, slim), strict=True))
+            node, finished = self._traces[0].operations[whole.operation]
+            read, gave = whole.values[node.all_input_nodes[0]], self._traces[0].compute(node, whole.values)
+            reads = cut.values[self._traces[1].operations[cut.operation][0].all_input_nodes[0]]
+            whole.values[node] = gave
+            for used in finished:
+                del whole.values[used]
+            # The slim layer runs when the batch goes on, because it may change until then.
+            self._wait(number, _Place(whole.operation + 1, whole.values), cut)
+            del starts, whole, cut, images
+            yield Activations(read, gave, reads)
+            del read, gave, reads  # before the next batch runs
+
+    def _started(self) -> Iterator[tuple[int, Tensor]]:
+        """The number of each part, with its images unless all parts wait somewhere."""
+        if len(self._places) == self._parts.count:
+            yield from ((number, torch.empty(0)) for number in range(self._parts.count))
+        else:
+            yield from enumerate(self._parts)
+
+    def _wait(self, number: int, whole: _Place, cut: _Place) -> None:
+        """Let a part wait here instead of where it did, if there is room."""
+        size = _bytes_of((whole.values, cut.values))
+        used = self._used - self._bytes.get(number, 0) + size
+        if used <= self._room:
+            self._places[number], self._bytes[number], self._used = (whole, cut), size, used
+
+
+class _Parts:
+    """Batches of images in parts of a bounded size.
+
+    Attributes:
+        count: number of parts; −1 before the first complete iteration.
+    """
+
+    def __init__(self, batches: Iterable[Tensor], size: int) -> None:
+        self._batches, self._size = batches, size
+        self.count = -1
+
+    def __iter__(self) -> Iterator[Tensor]:
+        count = 0
+        for images in self._batches:
+            parts = images.split(self._size)
+            # A part that waits must not keep its whole batch.
+            for part in parts:
+                yield part if len(parts) == 1 else part.clone()
+            count += len(parts)
+        self.count = count
+
+
+def _run_to(trace: Trace, start: _Place, layer: nn.Module) -> _Place:
+    """Go on until right before a layer; the values at the start stay as they are."""
+    operation, values = start.operation, dict(start.values)
+    while trace.modules.get(trace.operations[operation][0]) is not layer:
+        node, finished = trace.operations[operation]
         values[node] = trace.compute(node, values)
-        if stop:
-            yield values[node]
         for used in finished:
             del values[used]
+        operation += 1
+    return _Place(operation, values)
+
+
+def _images_at_once(model: nn.Module, one: float, memory: float) -> int:
+    """How many images run at once, of which one takes ``one`` bytes."""
+    if one > memory:
+        raise InputError(
+            f"{max(memory, 0) / 1e9:.2g} GB are left for activations, and those of one image take {one / 1e9:.2g} GB "
+            f"in {type(model).__name__} and its slim copy; raise memory="
+        )
+    return int(max(1.0, min(memory / 8 / max(one, 1), _MANY)))
+
+
+def _most_bytes(trace: Trace, image: Tensor) -> int:
+    """The most bytes that the values of a batch take on its way through a network."""
+    values, most = trace.inputs(image), 0
+    for node, finished in trace.operations:
+        values[node] = trace.compute(node, values)
+        most = max(most, _bytes_of(values))
+        for used in finished:
+            del values[used]
+    return most
+
+
+def _largest_call(model: nn.Module, image: Tensor) -> int:
+    """About the most bytes that a batch takes on its way: a residual, an input and an output of the largest module."""
+    sizes = (max(prod(call.input_shape), prod(call.output_shape)) for call in calls(model, lambda: model(image)))
+    return 3 * image.element_size() * max(sizes)
+
+
+def _bytes_of(values: Any) -> int:
+    """Bytes of all memory that the tensors in nested containers keep, without the networks' own parameters."""
+    return sum({storage.data_ptr(): storage.nbytes() for storage in _storages(values)}.values())
+
+
+def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
+    if isinstance(values, Tensor) and not isinstance(values, nn.Parameter):
+        yield values.untyped_storage()
+    elif isinstance(values, (tuple, list)):
+        yield from chain.from_iterable(map(_storages, values))
+    elif isinstance(values, Mapping):
+        yield from chain.from_iterable(map(_storages, values.values()))
 
 
 class _Reached(Exception):

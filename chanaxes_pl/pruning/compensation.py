@@ -10,10 +10,12 @@ the inputs that the pruned network really gives, so it also corrects errors made
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
@@ -22,14 +24,16 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from chanaxes_pl.core.moments import Moments
+from chanaxes_pl.core.errors import ArgumentError, short
+from chanaxes_pl.core.moments import Moments, true_float32
 from chanaxes_pl.network.flow import LAYERS, TRANSPOSED, goes_by_groups
 from chanaxes_pl.network.groups import executed_layers
-from chanaxes_pl.network.hooks import observed, same_outputs
+from chanaxes_pl.network.hooks import calls, observed, same_outputs
 from chanaxes_pl.network.layers import CONVOLUTIONS, by_position, why_not_affine
 from chanaxes_pl.network.removal import Group, add_bias
 from chanaxes_pl.network.sampling import local_samples, patches, sample_positions
 from chanaxes_pl.network.tracing import Activations, paired_activations
+from chanaxes_pl.pruning.ridge import Ridge, Solution, ridge_bytes, samples_within
 
 #: A key of :data:`RIDGE`.
 Compensation = Literal["fold", "refit"]
@@ -37,9 +41,16 @@ Compensation = Literal["fold", "refit"]
 RIDGE: dict[Compensation, float] = {"fold": 1e-3, "refit": 1e-2}
 #: Number of positions per image that a fit uses.
 POSITIONS = 16
+#: Gigabytes (10⁹ bytes) that compensation takes by default.
+MEMORY = 2.0
 # The check that a layer is affine uses this many images, and tolerates this share of the largest output.
 _CHECKED = 4
 _CHECK_SHARE = 1e-3
+_GIGABYTE = 1e9
+# No layer is fitted to fewer samples than this to save memory.
+_FEWEST = 1000
+# Numbers of a weight that are widened to float64 at a time.
+_WIDENED = 1 << 23
 
 
 def compensate(
@@ -47,23 +58,31 @@ def compensate(
     dense: nn.Module,
     groups: Iterable[Group],
     kept: Mapping[str, Tensor],
-    batches: Sequence[Tensor],
+    batches: Iterable[Tensor],
     compensation: Compensation = "refit",
     *,
     ridge: float | None = None,
     positions: int = POSITIONS,
+    memory: float = MEMORY,
 ) -> pd.DataFrame:
     """Fit every layer of a pruned network, in place, to its activations in the dense network.
+
+    Memory is bounded whatever the number of images. Equations take up to half of ``memory``; the rest is for images in
+    a list, for the activations of the batch that runs, and for those of batches that wait for the next layer. Batches
+    without room there run again from the image for every layer, at the cost of time alone: see
+    :func:`paired_activations`. A layer is fitted to fewer samples only if its equations would not fit otherwise, with
+    a warning.
 
     Args:
         slim: pruned copy of ``dense``, after :func:`remove`; its layers gain a bias.
         dense: dense network; it does not change.
         groups: the dense network's groups.
         kept: group name → the units that stayed.
-        batches: calibration set: unlabelled images ``[B, …]`` on the networks' device.
+        batches: calibration set: unlabelled images ``[B, …]`` on the networks' device, iterated more than once.
         compensation: ``"fold"`` or ``"refit"``.
         ridge: λ; default from :data:`RIDGE`.
         positions: number of local samples per image, the same in both networks.
+        memory: gigabytes (10⁹ bytes) to take beside the networks, on their device.
 
     Returns:
         One row per layer: ``layer``; ``before`` and ``after``, the mean squared error of the fitted quantity (outputs
@@ -71,29 +90,49 @@ def compensate(
         was not fitted, or empty.
 
     Raises:
-        ValueError: if the kind of compensation is unknown.
+        ValueError: if the kind of compensation is unknown, or ``memory`` has no room for the activations of one image
+            or the equations of a layer.
     """
     if compensation not in RIDGE:
         raise ValueError(f"compensate={compensation!r}: expected one of {', '.join(map(repr, RIDGE))}, True or False")
-    refused = _refusals(dense, slim, batches[0][:1])
-    fitted = [name for name, why in refused.items() if not why]
+    check_memory(memory)
+    image, limit = next(iter(batches))[:1], _GIGABYTE * memory
+    refused = _refusals(dense, slim, image)
+    sizes = [(len(images), images.nbytes) for images in batches]
     channels = kept_channels(dense, groups, kept)
+    places = _positions(dense, image, "input" if compensation == "fold" else "output")
+    tasks = {}
+    for name in (name for name, why in refused.items() if not why):
+        layer, original = slim.get_submodule(name), dense.get_submodule(name)
+        shape = _shape(layer, original, compensation)
+        possible = sum(count for count, _ in sizes) * min(positions, places[name])
+        samples = _samples(name, shape, possible, memory)
+        strength = RIDGE[compensation] if ridge is None else ridge
+        tasks[name] = _Task(name, layer, original, *channels[name], positions, strength, shape, samples, possible)
+    equations = max((ridge_bytes(task.shape, task.samples) for task in tasks.values()), default=0)
+    listed = sum(size for _, size in sizes) if isinstance(batches, Sequence) else 0
     fit = _fold if compensation == "fold" else _refit
     rows = [_row(name, reason=why) for name, why in refused.items() if why]
     with observed(dense), observed(slim):
-        for name, activations in paired_activations(dense, slim, batches, fitted):
-            layer, original = slim.get_submodule(name), dense.get_submodule(name)
-            task = _Task(name, layer, original, *channels[name], positions)
-            first = next(activations)
-            if _is_affine(original, first):
-                found = fit(task, chain([first], activations), RIDGE[compensation] if ridge is None else ridge)
+        for name, activations in paired_activations(dense, slim, batches, list(tasks), limit - equations - listed):
+            batch = next(activations)
+            affine, signals = _is_affine(tasks[name].original, batch), chain([batch], activations)
+            del batch  # it is held no longer than the others
+            if affine:
+                found = fit(tasks[name], signals)
             else:
                 found = math.nan, math.nan, "its output is not its weight times its input plus its bias"
             rows.append(_row(name, *found))
     return pd.DataFrame(rows)
 
 
-def reestimate_norms(model: nn.Module, batches: Sequence[Tensor]) -> None:
+def check_memory(memory: float) -> None:
+    """Raise ValueError if a bound on memory is not a number above 0, in gigabytes."""
+    if isinstance(memory, bool) or not isinstance(memory, Real) or not memory > 0:
+        raise ArgumentError(f"memory={short(memory)}", "expected gigabytes, a number above 0 such as 2.0")
+
+
+def reestimate_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Re-estimate the running statistics of every BatchNorm as the mean over some batches.
 
     Args:
@@ -143,7 +182,20 @@ def kept_channels(
 
 @dataclass(frozen=True, eq=False)
 class _Task:
-    """A layer to fit: the slim layer, the dense one, and the inputs and outputs that stay."""
+    """A layer to fit.
+
+    Attributes:
+        name: name of the layer.
+        layer: slim layer.
+        original: dense layer.
+        inputs: inputs that stay.
+        outputs: outputs that stay.
+        positions: number of local samples per image, at most.
+        ridge: λ.
+        shape: number of blocks, of inputs and of errors in each, as for :class:`Ridge`.
+        samples: number of samples that memory has room for.
+        possible: number of samples that there are.
+    """
 
     name: str
     layer: nn.Module
@@ -151,6 +203,10 @@ class _Task:
     inputs: Tensor
     outputs: Tensor
     positions: int
+    ridge: float
+    shape: tuple[int, int, int]
+    samples: int
+    possible: int
 
 
 class _WeightReads(TorchFunctionMode):
@@ -203,12 +259,59 @@ def _is_affine(layer: nn.Module, batch: Activations) -> bool:
     return same_outputs(type(layer).forward(layer, few), batch.dense_output[:_CHECKED], _CHECK_SHARE)
 
 
+def _shape(layer: nn.Module, original: nn.Module, compensation: Compensation) -> tuple[int, int, int]:
+    """Return the number of blocks, of inputs and of errors in each, that the fit of a layer has."""
+    weight, whole = layer.weight, original.weight
+    assert isinstance(weight, Tensor)
+    assert isinstance(whole, Tensor)
+    if compensation == "fold":
+        return 1, weight.shape[1], whole.shape[1]
+    blocks = layer.groups if isinstance(layer, CONVOLUTIONS) else 1
+    return blocks, weight[0].numel(), len(weight) // blocks
+
+
+def _samples(name: str, shape: tuple[int, int, int], possible: int, memory: float) -> int:
+    """Return how many samples a layer can be fitted to in half of the memory.
+
+    Raises:
+        ValueError: if they are too few.
+    """
+    samples = samples_within(shape, possible, _GIGABYTE * memory / 2)
+    if samples < min(possible, _FEWEST):
+        least = 2 * ridge_bytes(shape, min(possible, _FEWEST)) / _GIGABYTE
+        raise ArgumentError(
+            f"memory={memory:g}", f"expected at least {_up(least)} GB, half of it for the {shape[1]} inputs of {name!r}"
+        )
+    if samples < possible:
+        needed = 2 * ridge_bytes(shape, possible) / _GIGABYTE
+        warnings.warn(
+            f"layer {name!r} has {shape[1]} inputs and is fitted to {samples} of {possible} samples, which memory="
+            f"{memory:g} has room for; memory={_up(needed)} has room for all",
+            stacklevel=3,
+        )
+    return samples
+
+
+def _up(gigabytes: float) -> str:
+    """Return a number of gigabytes with two digits, rounded up."""
+    return f"{gigabytes * 1.05:.2g}"
+
+
+def _positions(model: nn.Module, image: Tensor, side: Literal["input", "output"]) -> dict[str, int]:
+    """Return the number of positions in each layer's input or output."""
+    counts = {}
+    for call in calls(model, lambda: model(image)):
+        shape = call.input_shape if side == "input" else call.output_shape
+        counts[call.name] = math.prod(shape[2:] if isinstance(call.module, CONVOLUTIONS) else shape[1:-1])
+    return counts
+
+
 def _row(layer: str, before: float = math.nan, after: float = math.nan, reason: str = "") -> dict[str, object]:
     reason = reason or ("what it was to be fitted to does not vary" if math.isnan(before) else "")
     return {"layer": layer, "before": before, "after": after, "reason": reason}
 
 
-def _refit(task: _Task, activations: Iterable[Activations], ridge: float) -> tuple[float, float, str]:
+def _refit(task: _Task, activations: Iterable[Activations]) -> tuple[float, float, str]:
     """Fit a layer's weights and bias so that its inputs x in the slim network give its dense outputs y.
 
     Minimises E‖y − Wx − b‖² + λ v ‖W − W₀‖² over W and b, separately for each group of a grouped convolution. W₀ are
@@ -217,29 +320,34 @@ def _refit(task: _Task, activations: Iterable[Activations], ridge: float) -> tup
     Returns:
         The error before and after, and why the layer could not be fitted, else empty; see :func:`compensate`.
     """
-    layer = task.layer
-    blocks = layer.groups if isinstance(layer, CONVOLUTIONS) else 1
+    layer, (blocks, features, outputs) = task.layer, task.shape
+    kind = torch.promote_types(layer.weight.dtype, torch.float32)  # type: ignore[union-attr,arg-type]
+    weight = layer.weight.to(kind).reshape(blocks, outputs, features)  # type: ignore[operator,union-attr]
+    bias = weight.new_zeros(blocks, outputs) if layer.bias is None else layer.bias.to(kind).reshape(blocks, outputs)  # type: ignore[operator,union-attr]
 
-    def sample(batch: Activations, first: int) -> Tensor:
+    def sample(batch: Activations, first: int) -> tuple[Tensor, Tensor, Tensor]:
         wanted = by_position(layer, batch.dense_output, len(batch.dense_output), task.name)[:, task.outputs]
         images, places = _places(first, len(wanted), wanted.shape[2], task.positions)
         if isinstance(layer, CONVOLUTIONS):
             seen = patches(layer, batch.slim_input, images, places, batch.dense_output.shape[2:])
         else:
             seen = local_samples(by_position(layer, batch.slim_input, len(wanted), task.name), images, places)
-        given = local_samples(wanted, images, places)
-        return torch.cat([part.reshape(len(seen), blocks, -1) for part in (seen, given)], 2)
+        given = local_samples(wanted, images, places).to(kind)
+        seen = seen.to(kind).reshape(len(given), blocks, features)
+        made = torch.baddbmm(bias[:, None], seen.transpose(0, 1), weight.mT).transpose(0, 1)
+        return seen, given.reshape(made.shape) - made, given
 
-    moments = _moments(activations, sample)
-    if moments is None:
+    solution, shares = _solve(task, activations, sample)
+    if solution is None:
         return 0.0, 0.0, ""
-    weight = layer.weight.double().reshape(blocks, len(layer.weight) // blocks, -1)  # type: ignore[operator,arg-type]
-    fitted, shift, before, after = _ridge(moments, weight, _bias(layer, weight), ridge)
-    _write(layer, fitted, shift)
-    return before, after, ""
+    fitted = layer.weight.reshape(blocks, outputs, features)  # type: ignore[operator,union-attr]
+    for columns, change in solution.changes():
+        fitted[..., columns] = change + fitted[..., columns].to(change)
+    _write(layer, fitted, bias.to(solution.offset) + solution.offset)
+    return *shares, ""
 
 
-def _fold(task: _Task, activations: Iterable[Activations], ridge: float) -> tuple[float, float, str]:
+def _fold(task: _Task, activations: Iterable[Activations]) -> tuple[float, float, str]:
     """Predict a layer's dense inputs z from the remaining ones x, and fold the coefficients into its weights.
 
     Minimises E‖z − Rx − r‖² + λ v ‖R − R₀‖² over R and r, with one R for all positions of the kernel. R₀ passes each
@@ -252,73 +360,68 @@ def _fold(task: _Task, activations: Iterable[Activations], ridge: float) -> tupl
     if isinstance(layer, CONVOLUTIONS) and layer.groups > 1:
         return math.nan, math.nan, "its outputs read groups of inputs, which have nothing to fold into"
 
-    def sample(batch: Activations, first: int) -> Tensor:
+    def sample(batch: Activations, first: int) -> tuple[Tensor, Tensor, Tensor]:
         wanted = by_position(layer, batch.dense_input, len(batch.dense_input), task.name)
         seen = by_position(layer, batch.slim_input, len(wanted), task.name)
         images, places = _places(first, len(wanted), wanted.shape[2], task.positions)
-        return torch.cat([local_samples(part, images, places) for part in (seen, wanted)], 1)[:, None]
+        kind = torch.promote_types(seen.dtype, torch.float32)
+        seen, wanted = (local_samples(part, images, places).to(kind) for part in (seen, wanted))
+        errors = wanted.index_add(1, task.inputs.to(seen.device), seen, alpha=-1)
+        return seen[:, None], errors[:, None], wanted
 
-    moments = _moments(activations, sample)
-    if moments is None:
+    solution, shares = _solve(task, activations, sample)
+    if solution is None:
         return 0.0, 0.0, ""
-    width = len(original.weight[0])  # type: ignore[index,arg-type]
-    select = moments.mean.new_zeros(1, width, len(task.inputs))
-    select[0, task.inputs, torch.arange(len(task.inputs))] = 1.0
-    rebuild, shift, before, after = _ridge(moments, select, select.new_zeros(1, width), ridge)
-    whole = original.weight.double()[task.outputs].reshape(len(task.outputs), width, -1)  # type: ignore[operator,index]
-    fitted = torch.einsum("ock,cj->ojk", whole, rebuild[0].to(whole))
-    bias = _bias(original, original.weight.double()[None])[0, task.outputs]  # type: ignore[operator,index]
-    _write(layer, fitted, bias + torch.einsum("ock,c->o", whole, shift[0].to(whole)))
-    return before, after, ""
+    kept, whole = layer.weight, original.weight  # type: ignore[union-attr]
+    fitted = kept.reshape(len(kept), len(task.inputs), -1)  # type: ignore[operator,arg-type]
+    bias = solution.offset.new_zeros(len(fitted)) if original.bias is None else original.bias[task.outputs]  # type: ignore[index]
+    bias = bias.to(solution.offset)
+    step = max(1, _WIDENED // whole[0].numel())  # type: ignore[index,operator]
+    for rows in torch.arange(len(fitted)).split(step):
+        dense = whole[task.outputs[rows]].to(solution.offset).flatten(2 if whole.ndim > 2 else 1)  # type: ignore[index]
+        dense = dense.reshape(len(rows), whole.shape[1], -1)  # type: ignore[index]
+        bias[rows] += torch.einsum("ock,c->o", dense, solution.offset[0])
+        for columns, change in solution.changes(dense.mT.reshape(1, -1, whole.shape[1])):  # type: ignore[index]
+            change = change.reshape(len(rows), dense.shape[2], -1).mT
+            fitted[rows, columns] = (change + dense[:, task.inputs[columns]]).to(fitted)
+    _write(layer, fitted, bias)
+    return *shares, ""
 
 
-def _moments(activations: Iterable[Activations], sample: Callable[[Activations, int], Tensor]) -> Moments | None:
-    """Return the moments of the samples ``[n, g, w]`` that ``sample(batch, number of its first image)`` takes.
-
-    Only batches in which something upstream has changed count; the result is ``None`` if there are none.
-    """
-    moments, first = None, 0
-    for batch in activations:
-        if not _same(batch):
-            part = Moments.of(sample(batch, first).transpose(0, 1))
-            moments = part if moments is None else moments.merge_(part)
-        first += len(batch.dense_input)
-    return moments
-
-
-def _ridge(moments: Moments, weight: Tensor, bias: Tensor, ridge: float) -> tuple[Tensor, Tensor, float, float]:
-    """Regress the last o variables, y, on the first f, x, with a ridge that shrinks the coefficients to W₀.
-
-    Minimises E‖y − Wx − b‖² + λ v ‖W − W₀‖², where v is the mean variance of x, separately for each of g blocks. Hence
-    W = W₀ + (Cov(y, x) − W₀ Cov(x)) (Cov(x) + λ v I)⁻¹ and b = E y − W E x.
+def _solve(
+    task: _Task, activations: Iterable[Activations], sample: Callable[[Activations, int], tuple[Tensor, Tensor, Tensor]]
+) -> tuple[Solution | None, tuple[float, float]]:
+    """Regress the errors of a layer on its inputs, over the batches in which something upstream has changed.
 
     Args:
-        moments: moments of g blocks of f + o variables.
-        weight: ``[g, o, f]``, W₀.
-        bias: ``[g, o]``, the bias that goes with W₀ before the fit.
-        ridge: λ.
+        task: what to fit.
+        activations: of the layer.
+        sample: ``(batch, number of its first image)`` → inputs ``[n, G, F]``, errors ``[n, G, O]``, and what the errors
+            are errors of ``[n, G·O]``.
 
     Returns:
-        W ``[g, o, f]``, b ``[g, o]``, and the mean squared errors before the fit (W₀ and ``bias``) and after it (W and
-        b), both as a share of the summed variance of y; NaN if that is 0.
+        ``None`` where there are no such batches; the errors before and after as shares of the variance of the latter.
     """
-    features = weight.shape[2]
-    mean, covariance = moments.mean, moments.covariance
-    weight, bias = weight.to(mean), bias.to(mean)
-    among, toward = covariance[:, :features, :features], covariance[:, :features, features:]
-    own = covariance.diagonal(dim1=1, dim2=2)[:, features:]
-    spread = among.diagonal(dim1=1, dim2=2).mean(1)
-    penalty = (ridge * spread).clamp_min(torch.finfo(torch.float64).tiny)
-    factor = torch.linalg.cholesky(among + torch.diag_embed(penalty[:, None].expand(-1, features)))
-    fitted = weight + torch.cholesky_solve(toward - among @ weight.mT, factor).mT
-    shift = mean[:, features:] - (fitted @ mean[:, :features, None])[..., 0]
-
-    def error(trial: Tensor, offset: Tensor) -> float:
-        gap = mean[:, features:] - (trial @ mean[:, :features, None])[..., 0] - offset
-        rest = own - 2 * (trial * toward.mT).sum(2) + (trial @ among * trial).sum(2)
-        return float((rest + gap.square()).sum() / own.sum())
-
-    return fitted, shift, error(weight, bias), error(fitted, shift)
+    regression, spread, first = Ridge(task.shape, task.samples), None, 0
+    for batch in activations:
+        if not _same(batch):
+            with true_float32(batch.dense_input.device):
+                inputs, errors, wanted = sample(batch, first)
+            if task.samples < task.possible:  # take some of them, evenly spread over the images
+                rows = torch.arange(len(inputs)) + first * (len(inputs) // len(batch.dense_input))
+                rows = rows * task.samples % task.possible < task.samples
+                inputs, errors, wanted = inputs[rows], errors[rows], wanted[rows]
+            if len(inputs):
+                part = Moments.of(wanted.T[..., None])
+                spread = part if spread is None else spread.merge_(part)
+                regression.add(inputs, errors)
+        first += len(batch.dense_input)
+        del batch  # before the next one runs
+    solution = regression.solve(task.ridge)
+    if solution is None or spread is None:
+        return None, (0.0, 0.0)
+    total = float(spread.variance.sum())
+    return solution, (solution.before / total, solution.after / total) if total else (math.nan, math.nan)
 
 
 def _places(first: int, count: int, total: int, positions: int) -> tuple[Tensor, Tensor]:
@@ -332,13 +435,7 @@ def _same(batch: Activations) -> bool:
     return batch.slim_input.shape == batch.dense_input.shape and torch.equal(batch.slim_input, batch.dense_input)
 
 
-def _bias(layer: nn.Module, weight: Tensor) -> Tensor:
-    """Return the bias ``[g, o]`` of a layer with weights ``[g, o, …]``, or zeros if it has none."""
-    bias = weight.new_zeros(weight.shape[:2])
-    return bias if layer.bias is None else bias + layer.bias.double().reshape(bias.shape)  # type: ignore[operator,union-attr]
-
-
 def _write(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:
     add_bias(layer)
     layer.weight.copy_(weight.reshape(layer.weight.shape))  # type: ignore[operator,union-attr,arg-type]
-    layer.bias.copy_(bias.flatten())  # type: ignore[operator,union-attr]
+    layer.bias.copy_(bias.flatten())  # type: ignore[operator,union-attr,arg-type]

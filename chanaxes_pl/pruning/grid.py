@@ -19,9 +19,19 @@ from chanaxes_pl.core.errors import ArgumentError, naming
 from chanaxes_pl.core.targets import check_classes, image_scores
 from chanaxes_pl.network.batches import Placement, Step, default_step
 from chanaxes_pl.network.hooks import observed
-from chanaxes_pl.network.probe import ProbeSource, check_sizes, image_batches
+from chanaxes_pl.network.probe import ProbeSource, check_sizes
 from chanaxes_pl.pruning.allocation import ALLOCATIONS, GRID, Allocation, check_allocation, check_budget
-from chanaxes_pl.pruning.pruner import IMAGES, REFERENCE, Compensate, Pruner, compensation_of, fit_back, images_of
+from chanaxes_pl.pruning.compensation import MEMORY, check_memory
+from chanaxes_pl.pruning.pruner import (
+    IMAGES,
+    REFERENCE,
+    Compensate,
+    Pruner,
+    calibration,
+    compensation_of,
+    fit_back,
+    images_of,
+)
 from chanaxes_pl.pruning.scores import channel_scores, default_scores
 from chanaxes_pl.tables import DENSE
 
@@ -46,6 +56,7 @@ class PruningExperiment:
         finetune_epochs: epochs of fine-tuning, after which each network is evaluated again; 0 for none.
         latency: whether to time the slim networks.
         probe_size: maximum number of probe images for scores and compensation.
+        memory: gigabytes (10⁹ bytes) that compensation takes, whatever the number of images; less takes longer.
         evaluation_size: number of test images for the accuracies, a fixed random choice; default all.
         seed: random seed of random scores and of fine-tuning.
 
@@ -61,6 +72,7 @@ class PruningExperiment:
     finetune_epochs: int = 0
     latency: bool = False
     probe_size: int = IMAGES
+    memory: float = MEMORY
     evaluation_size: int | None = None
     seed: int = 0
 
@@ -75,6 +87,7 @@ class PruningExperiment:
             for choice in self.compensate:
                 compensation_of(choice)
             check_sizes(self.probe_size, self.evaluation_size)
+            check_memory(self.memory)
             if self.finetune_epochs < 0:
                 raise ArgumentError(f"finetune_epochs={self.finetune_epochs}", "expected 0 or more")
 
@@ -116,12 +129,13 @@ def pruning_grid(
     size, seed = experiment.probe_size, experiment.seed
     with naming("pruning_grid"):
         place = place or Placement.of(model)
-        batches = image_batches(probe, size, place, images_of(model, step))
-        pruner = Pruner(model, batches[0], experiment.protect)
+        batches = calibration(probe, size, place, images_of(model, step), experiment.memory)
+        example = next(iter(batches))
+        pruner = Pruner(model, example, experiment.protect)
         for allocation, budget in product(experiment.allocations, experiment.budgets):
             pruner.check_reachable(allocation, budget)
         scores = experiment.scores
-        scores = default_scores(pruner.model, pruner.units, batches[0]) if scores is None else scores
+        scores = default_scores(pruner.model, pruner.units, example) if scores is None else scores
         needed = [*scores, REFERENCE] if "shared" in experiment.allocations else scores
         alone = replace(place, rank=0, world=1)  # every process scores all channels
         values = channel_scores(
@@ -139,7 +153,7 @@ def pruning_grid(
                 score, allocation, compensation, budget = variant
                 kept = pruner.choose(values, score, allocation, budget)
                 slim, macs = pruner.cut(kept), pruner.macs(kept)
-                fit_back(slim, pruner, kept, batches, compensation)
+                fit_back(slim, pruner, kept, batches, compensation, memory=experiment.memory)
                 row = {"score": score, "family": score_family(score), "allocation": allocation}
                 row |= {"compensate": compensation or "none", "budget": budget}
             row |= {"macs_share": macs / pruner.cost.dense, "macs": macs}
@@ -149,7 +163,7 @@ def pruning_grid(
                 finetune(slim)
                 row |= {f"tuned_{name}": value for name, value in evaluate(slim, evaluation, place, step).items()}
             if experiment.latency:
-                row |= {f"latency_{count}": milliseconds(slim, batches[0], count) for count in (1, 64)}
+                row |= {f"latency_{count}": milliseconds(slim, example, count) for count in (1, 64)}
             rows.append(row)
         return pd.DataFrame(rows)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from chanaxes_pl.network.groups import find_units
 from chanaxes_pl.network.hooks import observed
 from chanaxes_pl.network.macs import Cost, count_macs
 from chanaxes_pl.network.plain import plain
-from chanaxes_pl.network.probe import ProbeSource, image_batches
+from chanaxes_pl.network.probe import ImageBatches, ProbeSource
 from chanaxes_pl.network.removal import clone, disagreement, remove
 from chanaxes_pl.pruning.allocation import (
     Allocation,
@@ -31,7 +31,14 @@ from chanaxes_pl.pruning.allocation import (
     threshold_order,
     uniform_order,
 )
-from chanaxes_pl.pruning.compensation import RIDGE, Compensation, compensate, reestimate_norms
+from chanaxes_pl.pruning.compensation import (
+    MEMORY,
+    RIDGE,
+    Compensation,
+    check_memory,
+    compensate,
+    reestimate_norms,
+)
 from chanaxes_pl.pruning.scores import channel_scores, unit_ranks, unit_values
 from chanaxes_pl.pruning.slim_file import Plan, save_slim
 
@@ -203,6 +210,7 @@ def prune(
     example_input: Tensor | None = None,
     protect: str | Sequence[str] = (),
     probe_size: int = IMAGES,
+    memory: float = MEMORY,
     reestimate: bool = False,
     seed: int = 0,
     step: Step | None = None,
@@ -221,6 +229,7 @@ def prune(
         example_input: images ``[B, …]`` as the model takes them; default the first ones of the probe.
         protect: glob, or several, over the names of layers that keep all their channels.
         probe_size: maximum number of probe images for scores and compensation.
+        memory: gigabytes (10⁹ bytes) that compensation takes, whatever the number of images; less takes longer.
         reestimate: whether to re-estimate BatchNorm statistics at the end.
         seed: random seed of random scores.
         step: ``(model, batch) → (logits, labels)`` for batches that :func:`split_batch` does not know; what it passes
@@ -228,8 +237,8 @@ def prune(
 
     Raises:
         ValueError: if the budget is out of range or below the MACs of protected layers, a name is unknown, the model
-            does not run on the images or gives logits that are not finite, or its logits after removal differ from
-            those with the removed channels masked.
+            does not run on the images or gives logits that are not finite, its logits after removal differ from
+            those with the removed channels masked, or ``memory`` has no room for the activations of one image.
 
     Example:
         >>> import torch
@@ -245,10 +254,11 @@ def prune(
     """
     with naming("prune"):
         check_budget(budget)
+        check_memory(memory)
         compensation = compensation_of(compensate)
         place = Placement.of(model)
-        batches = image_batches(probe, probe_size, place, images_of(model, step))
-        example = batches[0] if example_input is None else place.to_device(example_input)
+        batches = calibration(probe, probe_size, place, images_of(model, step), memory)
+        example = next(iter(batches)) if example_input is None else place.to_device(example_input)
         pruner = Pruner(model, example, protect)
         needed = [score, REFERENCE] if allocation == "shared" else [score]
         scores = channel_scores(
@@ -256,7 +266,7 @@ def prune(
         )
         kept = pruner.choose(scores, score, allocation, budget)
         slim = pruner.cut(kept)
-        report = fit_back(slim, pruner, kept, batches, compensation, reestimate)
+        report = fit_back(slim, pruner, kept, batches, compensation, reestimate, memory)
         notes = {"budget": budget, "score": score, "allocation": allocation, "compensate": compensation or "none"}
         return Slim(slim, pruner.plan(slim, kept, notes), report)
 
@@ -296,15 +306,25 @@ def fit_back(
     slim: nn.Module,
     pruner: Pruner,
     kept: Mapping[str, Tensor],
-    batches: Sequence[Tensor],
+    batches: Iterable[Tensor],
     compensation: Compensation | None,
     reestimate: bool = False,
+    memory: float = MEMORY,
 ) -> pd.DataFrame | None:
     """Compensate a slim network in place unless ``compensation`` is ``None``, and return the report on its layers."""
-    report = compensate(slim, pruner.model, pruner.groups, kept, batches, compensation) if compensation else None
+    report = None
+    if compensation:
+        report = compensate(slim, pruner.model, pruner.groups, kept, batches, compensation, memory=memory)
     if reestimate:
         reestimate_norms(slim, batches)
     return report
+
+
+def calibration(
+    probe: ProbeSource, size: int, place: Placement, images_of: Callable[[Any], Any] | None, memory: float
+) -> Iterable[Tensor]:
+    """Return the images for compensation: in memory if they take at most a quarter of it, in gigabytes."""
+    return ImageBatches(probe, size, place, images_of).within(memory / 4 * 1e9)
 
 
 def compensation_of(choice: Compensate) -> Compensation | None:

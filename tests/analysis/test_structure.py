@@ -258,7 +258,9 @@ def test_what_cannot_be_routed_says_why():
     whole = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Softmax(1), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten())
     net = nn.Sequential(*whole, nn.Linear(4 * 28 * 28, CLASSES))
     upstream, _ = routes_of(net, nn.Conv2d)
-    lost = "6 of its 6 inputs cannot be followed to a channel: it has a single unit (_softmax in 1 (Softmax) mixes them)"
+    lost = (
+        "6 of its 6 inputs cannot be followed to a channel: it has a single unit (_softmax in 1 (Softmax) mixes them)"
+    )
     assert upstream["3"].reason == lost
     upstream, _ = routes_of(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), pooling()))
     assert "has no channels that can be removed" in upstream["0"].reason

@@ -27,7 +27,7 @@ from torch.utils.data import (
 )
 
 from chanaxes_pl.network.batches import Placement
-from chanaxes_pl.network.probe import FixedDraws, Probe, find_probe, image_batches, too_small
+from chanaxes_pl.network.probe import FixedDraws, ImageBatches, Probe, find_probe, image_batches, too_small
 from tests.helpers.training import QUIET, build, images, loaders, trainer
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]
@@ -485,6 +485,15 @@ def test_image_batches_are_the_first_images():
     found = image_batches(DataLoader(images(), 16), 20, place)
     assert [len(batch) for batch in found] == [16, 4]
     assert torch.equal(torch.cat(found), images().tensors[0][:20])
+
+
+def test_images_that_are_too_many_to_hold_are_read_anew():
+    place, size = Placement.of(build()), images().tensors[0][:20].nbytes
+    held, read = (ImageBatches(DataLoader(images(), 16), 20, place).within(bound) for bound in (size, size - 1))
+    assert isinstance(held, list)
+    assert isinstance(read, ImageBatches)
+    for _ in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(held, read, strict=True))
 
 
 def test_image_batches_refuse_what_no_network_reads():

@@ -1,7 +1,8 @@
 """A part of a network run again gives what running everything gives; two networks side by side show what layers see."""
 
 import copy
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -469,3 +470,102 @@ def test_layers_whose_activations_nobody_asks_for_are_passed():
         found[name] = [seen.slim_input.clone() for seen in at] if number % 2 else [next(at).slim_input.clone()]
     for name, seen in found.items():
         assert all(torch.equal(part, whole[2]) for part, whole in zip(seen, wanted[name], strict=False))
+
+
+# ---------------------------------------------------------------- in bounded memory
+
+
+class Counted:
+    """Batches that count how often they are read."""
+
+    def __init__(self) -> None:
+        self.reads = 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.reads += 1
+        yield from BATCHES
+
+
+def with_changes(
+    name: str, memory: float, batches: Iterable[Tensor] = BATCHES
+) -> tuple[dict[str, tuple[Tensor, ...]], list[int]]:
+    """What all layers read and give while each is changed in its turn; with how many images the dense ones run."""
+    dense, slim = pair(pruned.build(name))
+    layers, found, runs = executed_layers(dense, ONE), {}, []
+    for layer in layers:
+        dense.get_submodule(layer).register_forward_hook(lambda _, inputs, __: runs.append(len(inputs[0])))
+    for layer, at in paired_activations(dense, slim, batches, layers, memory):
+        parts = [tuple(part.clone() for part in signal) for signal in at]
+        found[layer] = tuple(torch.cat(signals) for signals in zip(*parts, strict=True))
+        slim.get_submodule(layer).weight.mul_(1.1)
+    return found, runs
+
+
+def bytes_of_one(name: str) -> int:
+    dense, slim = pair(pruned.build(name))
+    layers = executed_layers(dense, ONE)
+    return sum(home._most_bytes(home._checked_trace(model, layers, ONE), ONE) for model in (dense, slim))
+
+
+@pytest.mark.parametrize("images", [1, 3, 20])
+@pytest.mark.parametrize("name", ["resnet18", "concatenating", "inverted", "convnext block"])
+@torch.no_grad()
+def test_a_bound_on_memory_changes_no_activation(name, images, path):
+    wanted, _ = with_changes(name, math.inf)
+    memory = images * bytes_of_one(name) if path == "traced" else 1e6 * images
+    found, _ = with_changes(name, memory)
+    assert list(found) == list(wanted)
+    for layer, signals in found.items():
+        for part, whole in zip(signals, wanted[layer], strict=True):
+            torch.testing.assert_close(part, whole, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_batches_without_room_run_again_from_where_they_had_room():
+    name, one = "resnet18", bytes_of_one("resnet18")
+    layers = len(executed_layers(pruned.build(name), ONE))
+    runs = {images: with_changes(name, images * one)[1] for images in (1, 3, 20)}
+    checks = 3 * layers  # of the trace, and for the sizes of one image
+    assert runs[20][checks:] == 3 * layers * [2]  # an eighth of the memory at once; all wait
+    assert all(size == 1 for size in runs[1] + runs[3])
+    assert len(runs[1]) - checks == 6 * layers * (layers + 1) // 2  # none ever waits
+    assert 6 * layers < len(runs[3]) - checks < 6 * layers * (layers + 1) // 4
+
+
+@torch.no_grad()
+def test_what_waits_stays_within_the_bound(monkeypatch):
+    seen, wait = [], home._Waiting._wait
+
+    def watched(self: home._Waiting, *args: Any) -> None:
+        wait(self, *args)
+        held = [place.values for places in self._places.values() for place in places]
+        seen.append((home._bytes_of(held), self._used, self._room))
+
+    monkeypatch.setattr(home._Waiting, "_wait", watched)
+    with_changes("concatenating", 4 * bytes_of_one("concatenating"))
+    assert all(held <= used <= max(room, 0) for held, used, room in seen)
+    assert max(held for held, _, _ in seen) > 0
+
+
+@torch.no_grad()
+def test_images_are_read_again_only_for_batches_that_do_not_wait():
+    dense, _ = pair(pruned.build("concatenating"))
+    layers = len(executed_layers(dense, ONE))
+    plenty, little = Counted(), Counted()
+    with_changes("concatenating", math.inf, plenty)
+    with_changes("concatenating", bytes_of_one("concatenating"), little)
+    assert plenty.reads == 2  # the first for one image
+    assert little.reads == 1 + layers
+
+
+@torch.no_grad()
+def test_an_image_that_has_no_room_is_refused_with_what_it_takes(path):
+    dense, slim = pair(pruned.build("concatenating"))
+    with pytest.raises(ValueError, match=r"1e-06 GB are left for activations, .* one image take \d\S+ GB in Net and"):
+        list(paired_activations(dense, slim, BATCHES, executed_layers(dense, ONE), 1e3))
+
+
+def test_memory_is_counted_once_for_all_that_share_it():
+    map_ = torch.zeros(4, 8)
+    values = {"a": map_, "b": [map_[:1], (map_.T, 3)], "c": nn.Parameter(torch.zeros(100)), "d": torch.zeros(2)}
+    assert home._bytes_of(values) == 4 * (4 * 8 + 2)

@@ -94,8 +94,9 @@ class SamePadding(nn.Conv2d):
     """Pads in its own forward pass, by what the size of the map needs."""
 
     def forward(self, input: Tensor) -> Tensor:
-        need = [max(0, (-(-n // s) - 1) * s + k - n) for n, s, k in zip(input.shape[2:], self.stride, self.kernel_size)]
-        input = F.pad(input, [need[1] // 2, need[1] - need[1] // 2, need[0] // 2, need[0] - need[0] // 2])
+        (stride, _), (width, _), side = self.stride, self.kernel_size, input.shape[-1]  # of square maps
+        need = max(0, (-(-side // stride) - 1) * stride + width - side)
+        input = F.pad(input, [need // 2, need - need // 2] * 2)
         return F.conv2d(input, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 
@@ -163,7 +164,9 @@ def mapping() -> nn.Module:
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "fused attention": lambda: Transformer(lambda: FusedAttention(24, 6)),
     "torch's attention": lambda: Transformer(lambda: nn.MultiheadAttention(24, 6, batch_first=True)),
-    "GroupNorm": lambda: chain(conv(3, 24), nn.GroupNorm(8, 24), nn.ReLU(), conv(24, 16), nn.GroupNorm(1, 16), nn.ReLU()),
+    "GroupNorm": lambda: chain(
+        conv(3, 24), nn.GroupNorm(8, 24), nn.ReLU(), conv(24, 16), nn.GroupNorm(1, 16), nn.ReLU()
+    ),
     "a U-Net": u_net,
     "PixelShuffle": lambda: nn.Sequential(conv(3, 32), nn.PixelShuffle(2), conv(8, 16), nn.ReLU(), conv(16, 3)),
     "channel shuffle": lambda: chain(conv(3, 16), Shuffled(16), Shuffled(16)),

@@ -1,6 +1,8 @@
 """Compensation: what can be made up for is, exactly; every fit is the least squares that it claims to be."""
 
 import copy
+import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
@@ -12,7 +14,6 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as torch_prune
 
-from chanaxes_pl.core.moments import Moments
 from chanaxes_pl.network import tracing
 from chanaxes_pl.network.groups import executed_layers, find_units
 from chanaxes_pl.network.removal import Group, remove
@@ -111,8 +112,10 @@ def test_fits_see_the_errors_upstream():
     for name in executed_layers(model, ONE):
         alone = cut(model, kept, groups)
         for _, signals in paired_activations(model, alone, BATCHES, [name]):
-            task = home._Task(name, alone.get_submodule(name), model.get_submodule(name), *channels[name], 16)
-            home._refit(task, signals, RIDGE["refit"])
+            layer, original = alone.get_submodule(name), model.get_submodule(name)
+            shape, many = home._shape(layer, original, "refit"), 16 * len(images)
+            task = home._Task(name, layer, original, *channels[name], 16, RIDGE["refit"], shape, many, many)
+            home._refit(task, signals)
         fitted, layer = alone.get_submodule(name), pieces.get_submodule(name)
         layer.weight, layer.bias = fitted.weight, fitted.bias
     wanted = model(images)
@@ -234,52 +237,6 @@ def test_depthwise_layers_lose_inputs_with_their_outputs():
     groups = find_units(mobile, ONE).groups.values()
     channels = kept_channels(mobile, groups, {"features.2.conv.0.0": torch.tensor([3, 5])})
     assert [part.tolist() for part in channels["features.2.conv.1.0"]] == [[3, 5], [3, 5]]
-
-
-def slow_ridge(rows: np.ndarray, weight: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:
-    """Least squares with λ·(mean variance) of each predictor's as further observations of the weights."""
-    features = weight.shape[1]
-    centred = rows - rows.mean(0)
-    penalty = ridge * centred[:, :features].var(0).mean()
-    among = np.vstack([centred[:, :features] / np.sqrt(len(rows)), np.sqrt(penalty) * np.eye(features)])
-    toward = np.vstack([centred[:, features:] / np.sqrt(len(rows)), np.sqrt(penalty) * weight.T])
-    fitted = np.linalg.lstsq(among, toward, rcond=None)[0].T
-    return fitted, rows[:, features:].mean(0) - fitted @ rows[:, :features].mean(0)
-
-
-@pytest.mark.parametrize("offset", [0.0, 1e3])
-@pytest.mark.parametrize("ridge", [0.0, 1e-3, 10.0])
-@pytest.mark.parametrize("sizes", [(200,), (3, 150, 47)])
-def test_ridge_is_least_squares(offset, ridge, sizes):
-    rng = np.random.default_rng(0)
-    blocks, features, outputs = 3, 6, 2
-    mixing = rng.normal(size=(blocks, 8, 8)) + np.eye(8)
-    rows = (np.einsum("nbi,bij->nbj", rng.normal(size=(200, blocks, 8)), mixing) + offset).astype(np.float32)
-    weight, bias = rng.normal(size=(blocks, outputs, features)), rng.normal(size=(blocks, outputs))
-    parts = np.split(rows, np.cumsum(sizes)[:-1])
-    moments = Moments.merge_all(Moments.of(torch.from_numpy(part).transpose(0, 1)) for part in parts)
-    fitted, shift, before, after = home._ridge(moments, torch.tensor(weight), torch.tensor(bias), ridge)
-    rest: dict[str, float] = {"before": 0, "after": 0, "own": 0}
-    for b in range(blocks):
-        block = rows[:, b].astype(np.float64)
-        slow, slow_shift = slow_ridge(block, weight[b], ridge)
-        np.testing.assert_allclose(fitted[b], slow, rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(shift[b], slow_shift, rtol=1e-4, atol=1e-4 * (1 + offset))
-        x, y = block[:, :features], block[:, features:]
-        rest["before"] += np.square(y - x @ weight[b].T - bias[b]).mean(0).sum()
-        rest["after"] += np.square(y - x @ slow.T - slow_shift).mean(0).sum()
-        rest["own"] += y.var(0).sum()
-    assert before == pytest.approx(rest["before"] / rest["own"], rel=1e-3)
-    assert after == pytest.approx(rest["after"] / rest["own"], rel=1e-3, abs=1e-5)
-
-
-def test_much_ridge_leaves_the_weights_and_corrects_the_mean():
-    rng = torch.Generator().manual_seed(0)
-    moments = Moments.of(torch.randn(1, 50, 4, generator=rng) + 2)
-    weight = torch.randn(1, 1, 3, generator=rng, dtype=torch.float64)
-    fitted, shift, _, _ = home._ridge(moments, weight, torch.zeros(1, 1), 1e9)
-    torch.testing.assert_close(fitted, weight, rtol=0, atol=1e-6)
-    torch.testing.assert_close(shift, moments.mean[:, 3:] - weight[:, 0] @ moments.mean[0, :3, None], rtol=0, atol=1e-5)
 
 
 def statistics_of(model: nn.Module, norm: Callable[[nn.Module], nn.Module]) -> tuple[Tensor, Tensor]:
@@ -449,3 +406,95 @@ def test_a_call_that_gives_something_else_is_seen_as_it_runs():
         doubled.remove()
     assert report.reason["last"] == "its output is not its weight times its input plus its bias"
     assert (report.reason.drop(index="last") == "").all()
+
+
+# ---------------------------------------------------------------- in bounded memory
+
+
+@pytest.mark.parametrize(
+    ("name", "compensation", "memory"),
+    [
+        *[("concatenating", kind, 0.0025) for kind in RIDGE],
+        *[("flattening", kind, 0.0023) for kind in RIDGE],
+        ("resnet18", "refit", 0.0223),  # half of it for the equations of the widest layer
+        ("resnet18", "fold", 0.009),
+    ],
+)
+def test_a_bound_on_memory_gives_the_same_weights(name, compensation, memory, monkeypatch):
+    model = build(name)
+    groups = find_units(model, ONE).groups.values()
+    kept = halves(groups)
+    large, small = cut(model, kept, groups), cut(model, kept, groups)
+    wanted, waited, wait = compensate(large, model, groups, kept, BATCHES, compensation), [], tracing._Waiting._wait
+
+    def watched(self: tracing._Waiting, number: int, whole: tracing._Place, *others: tracing._Place) -> None:
+        wait(self, number, whole, *others)
+        waited.append(number in self._places and self._places[number][0] is whole)
+
+    monkeypatch.setattr(tracing._Waiting, "_wait", watched)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = compensate(small, model, groups, kept, BATCHES, compensation, memory=memory)
+    assert 0.1 < np.mean(waited) < 0.99
+    pd.testing.assert_frame_equal(found, wanted, rtol=1e-3)
+    with torch.no_grad():
+        rest, logits = large(OTHERS) - small(OTHERS), large(OTHERS)
+    assert rest.abs().max() < 2e-3 * (logits - logits.mean(0)).abs().max()
+
+
+@pytest.mark.parametrize("compensation", RIDGE)
+def test_a_layer_with_more_inputs_than_samples_is_fitted_as_one_with_each_sample_twice(compensation):
+    """The former is solved in the samples, the latter in the inputs."""
+    model = build("flattening")
+    groups = find_units(model, ONE).groups.values()
+    kept, images = halves(groups), BATCHES[0][:14]
+    few, many = cut(model, kept, groups), cut(model, kept, groups)
+    first = compensate(few, model, groups, kept, [images], compensation, positions=64)
+    second = compensate(many, model, groups, kept, [images, images], compensation, positions=64)
+    pd.testing.assert_frame_equal(first, second, rtol=1e-3, atol=1e-6)
+    for key, value in few.state_dict().items():
+        torch.testing.assert_close(many.state_dict()[key], value, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_equations_without_room_take_fewer_samples_and_say_so(monkeypatch):
+    monkeypatch.setattr(home, "_FEWEST", 100)
+    model = build("grouped")
+    model.head = nn.Linear(16 * 256, 7)
+    model.function = lambda net, x: net.head((y := net.stem(x)).add(net.up(net.mix(net.down(y)))).flatten(1))
+    groups = find_units(model, ONE).groups.values()
+    kept = halves(groups, share=0.7)
+    images = torch.cat([*BATCHES, *BATCHES, *BATCHES])
+    images = (images + 0.3 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))).split(48)
+    results = {}
+    for memory in (2.0, 0.018):
+        slim = cut(model, kept, groups)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            report = compensate(slim, model, groups, kept, images, memory=memory).set_index("layer")
+        results[memory] = float((slim(OTHERS) - model(OTHERS)).square().mean())
+        texts = [str(warning.message) for warning in caught]
+        assert len(texts) == (memory < 1)
+        assert report.reason["head"] == ""
+    assert re.fullmatch(
+        r"layer 'head' has 2816 inputs and is fitted to 1\d\d of 288 samples, which memory=0\.018 has room for; "
+        r"memory=0\.0\d+ has room for all",
+        texts[0],
+    )
+    assert results[0.018] < 1.5 * results[2.0]
+
+
+def test_memory_without_room_for_equations_is_refused_with_what_they_take():
+    model = build("concatenating")
+    groups = find_units(model, ONE).groups.values()
+    kept = halves(groups)
+    message = r"memory=0\.0001: expected at least 0\.00\d+ GB, half of it for the \d+ inputs of 'stem\.0'"
+    with pytest.raises(ValueError, match=message):
+        compensate(cut(model, kept, groups), model, groups, kept, BATCHES, memory=1e-4)
+
+
+@pytest.mark.parametrize("memory", [0, -1.0, float("nan"), "2", None, True])
+def test_memory_that_is_no_size_is_refused(memory):
+    model = build("grouped")
+    with pytest.raises(ValueError, match=rf"memory={re.escape(repr(memory))}: expected gigabytes, a number above 0"):
+        compensate(model, model, [], {}, BATCHES, memory=memory)

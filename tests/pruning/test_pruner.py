@@ -222,6 +222,7 @@ def test_a_split_of_fixed_sizes_keeps_the_channels_that_it_splits():
         ({"budget": 0}, r"prune\(budget=0\): expected the share"),
         ({"budget": 1.5}, r"budget=1.5\): expected the share"),
         ({"budget": float("nan")}, r"budget=nan\): expected the share"),
+        ({"memory": "2 GB"}, r"prune\(memory='2 GB'\): expected gigabytes, a number above 0 such as 2.0"),
         (
             {"budget": 0.2, "protect": ["layer[123]*"]},
             r"budget=0.2\): 0.\d+ of the MACs remain when .* shorter protect=",

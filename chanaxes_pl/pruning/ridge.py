@@ -1,0 +1,221 @@
+"""Ridge regression of a layer's errors on its inputs, from a stream of samples, in bounded memory.
+
+With more samples than inputs it is solved in the inputs, from moments; with fewer, in the samples. Both are exact, and
+take memory in proportion to the square of the smaller of the two numbers.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from chanaxes_pl.core.moments import CrossMoments, Moments, accumulation_device
+
+# At least this many samples are gathered before they are summed up.
+_ROWS = 256
+# Numbers that are widened to float64 at a time.
+_WIDENED = 1 << 23
+
+
+class Ridge:
+    """Ridge regression of O errors e on F inputs x, separately for each of G blocks.
+
+    Minimises E‖e − Dx − d‖² + λ v ‖D‖² over D and d, where v is the mean variance of x. With n centred samples X
+    ``[n, F]`` and E ``[n, O]``, D = Eᵀ X (XᵀX + nλv I)⁻¹ = Eᵀ (XXᵀ + nλv I)⁻¹ X. The second form is the dual one of
+    Saunders, Gammerman and Vovk (1998).
+
+    Args:
+        shape: G, F and O.
+        samples: number of samples that will be added, at most.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([[[0.0]], [[1.0]], [[2.0]], [[3.0]]])
+        >>> regression = Ridge((1, 1, 1), 4)
+        >>> regression.add(x, 2 * x + 1)
+        >>> solution = regression.solve(0.0)
+        >>> [change.item() for _, change in solution.changes()], solution.offset.item(), solution.before
+        ([2.0], 1.0, 21.0)
+    """
+
+    def __init__(self, shape: tuple[int, int, int], samples: int) -> None:
+        self._shape, self._capacity = shape, min(samples, _capacity(shape[1]))
+        self._inputs: Tensor | None = None
+        self._errors: Tensor | None = None
+        self._filled = 0
+        self._moments: Moments | None = None
+        self._toward: CrossMoments | None = None
+        self._squares = 0.0
+
+    def add(self, inputs: Tensor, errors: Tensor) -> None:
+        """Add samples ``[n, G, F]`` and ``[n, G, O]`` of one floating type."""
+        if self._inputs is None or self._errors is None:
+            blocks, *widths = self._shape
+            self._inputs, self._errors = (inputs.new_empty(self._capacity, blocks, width) for width in widths)
+        start = 0
+        while start < len(inputs):
+            if self._filled == self._capacity:
+                self._sum_up(self._inputs, self._errors)
+            stop = min(len(inputs), start + self._capacity - self._filled)
+            rows = slice(self._filled, self._filled + stop - start)
+            self._inputs[rows], self._errors[rows] = inputs[start:stop], errors[start:stop]
+            self._filled, start = rows.stop, stop
+
+    def solve(self, ridge: float) -> Solution | None:
+        """Solve for the samples added, after which no more can be added; ``None`` without any.
+
+        Args:
+            ridge: λ.
+        """
+        inputs, errors = self._inputs, self._errors
+        self._inputs = self._errors = None
+        if inputs is None or errors is None:
+            return None
+        if self._moments is None and self._filled < self._shape[1]:
+            return _in_samples(inputs[: self._filled], errors[: self._filled], ridge)
+        self._sum_up(inputs, errors)
+        del inputs, errors
+        assert self._moments is not None
+        assert self._toward is not None
+        return _in_inputs(self._moments, self._toward, self._squares, ridge)
+
+    def _sum_up(self, inputs: Tensor, errors: Tensor) -> None:
+        inputs, errors = inputs[: self._filled], errors[: self._filled]
+        toward, moments = CrossMoments.of(inputs, errors), Moments.of(inputs.transpose(0, 1))
+        self._moments = moments if self._moments is None else self._moments.merge_(moments)
+        self._toward = toward if self._toward is None else self._toward.merge_(toward)
+        self._squares += _squares(errors)
+        self._filled = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """Coefficients D and offsets d of a :class:`Ridge`, in float64.
+
+    D is ``left`` itself, or where there are ``samples`` the product of ``left`` and the centred samples, which may be
+    too large to hold.
+
+    Attributes:
+        left: ``[G, O, F]``, or ``[G, O, n]`` with samples.
+        samples: ``[n, G, F]``, or ``None``.
+        mean: ``[G, F]``, the samples' mean.
+        offset: ``[G, O]``, d.
+        before: Σ E e² over all errors, in their unit squared.
+        after: the same for e − Dx − d.
+    """
+
+    left: Tensor
+    samples: Tensor | None
+    mean: Tensor
+    offset: Tensor
+    before: float
+    after: float
+
+    def changes(self, matrix: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """Some columns of D, or of ``matrix @ D``, at a time: which, and their values ``[G, O or m, columns]``.
+
+        Args:
+            matrix: ``[G, m, O]``.
+        """
+        left = self.left if matrix is None else matrix.to(self.left) @ self.left
+        if self.samples is None:
+            yield slice(0, left.shape[2]), left
+            return
+        for columns, centred in _centred(self.samples, self.mean):
+            yield columns, left @ centred
+
+
+def ridge_bytes(shape: tuple[int, int, int], samples: int, itemsize: int = 4) -> int:
+    """Bytes that a :class:`Ridge` takes at most.
+
+    Args:
+        shape: G, F and O.
+        samples: number of samples.
+        itemsize: bytes of one number in a sample.
+    """
+    blocks, inputs, outputs = shape
+    if samples < inputs:
+        held = samples * (inputs + outputs) * itemsize
+        solving = 8 * (2 * samples**2 + 3 * samples * outputs) + 2 * 8 * min(_WIDENED, samples * inputs)
+    else:
+        rows = min(samples, _capacity(inputs))
+        # Samples and their centred copy; sums, those of the latest samples, and the latter in single precision.
+        held = 2 * rows * (inputs + outputs) * itemsize
+        solving = (16 + itemsize) * inputs * (inputs + outputs) + 8 * inputs * outputs
+    return blocks * (held + solving)
+
+
+def samples_within(shape: tuple[int, int, int], samples: int, memory: float, itemsize: int = 4) -> int:
+    """Return how many of some samples a :class:`Ridge` may have in order to take at most ``memory`` bytes."""
+    if ridge_bytes(shape, samples, itemsize) <= memory:
+        return samples
+    few = range(min(samples, shape[1]))
+    return max(0, bisect_right(few, memory, key=lambda count: ridge_bytes(shape, count, itemsize)) - 1)
+
+
+def _capacity(inputs: int) -> int:
+    return max(_ROWS, inputs)
+
+
+def _in_inputs(moments: Moments, toward: CrossMoments, squares: float, ridge: float) -> Solution:
+    """Solve from the moments of the inputs, which are overwritten."""
+    count = float(moments.count)
+    among, target = moments.scatter.div_(count), toward.scatter.div_(count)
+    spread = among.diagonal(dim1=1, dim2=2)
+    penalty = _penalty(ridge, spread.mean(1))
+    spread.add_(penalty[:, None])
+    found = torch.cholesky_solve(target, torch.linalg.cholesky(among))
+    # With G = Cov(x, e) and D = (C + p I)⁻¹ G, the error falls by 2 D·G − D·CD = D·G + p D·D.
+    gain = (found * target).sum() + (penalty[:, None, None] * found.square()).sum()
+    left, error_mean = found.mT, toward.right
+    before = squares / count
+    after = before - float(error_mean.square().sum() + gain)
+    return Solution(left, None, moments.mean, error_mean - _times(left, moments.mean), before, after)
+
+
+def _in_samples(inputs: Tensor, errors: Tensor, ridge: float) -> Solution:
+    """Solve from fewer samples ``[n, G, F]`` and ``[n, G, O]`` than inputs."""
+    device = accumulation_device(inputs.device)
+    inputs, errors = inputs.to(device), errors.to(device)
+    count, blocks, width = inputs.shape
+    mean = inputs.mean(0, dtype=torch.float64)
+    kernel, toward_mean = mean.new_zeros(blocks, count, count), mean.new_zeros(blocks, count)
+    for columns, centred in _centred(inputs, mean):
+        kernel.baddbmm_(centred, centred.mT)
+        toward_mean += _times(centred, mean[:, columns])
+    penalty = count * _penalty(ridge, kernel.diagonal(dim1=1, dim2=2).sum(1) / (count * width))
+    kernel.diagonal(dim1=1, dim2=2).add_(penalty[:, None])
+    rest = errors.transpose(0, 1).double()
+    error_mean = rest.mean(1)
+    rest = rest - error_mean[:, None]
+    solved = torch.cholesky_solve(rest, torch.linalg.cholesky(kernel))
+    # The errors that remain are E − XXᵀ A = nλv A.
+    after = float((penalty[:, None, None] * solved).square().sum()) / count
+    left = solved.mT
+    return Solution(left, inputs, mean, error_mean - _times(left, toward_mean), _squares(errors) / count, after)
+
+
+def _penalty(ridge: float, spread: Tensor) -> Tensor:
+    return (ridge * spread).clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def _centred(samples: Tensor, mean: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Some columns of centred samples at a time, ``[G, n, columns]`` in float64."""
+    count, blocks, width = samples.shape
+    step = max(1, _WIDENED // (count * blocks))
+    for start in range(0, width, step):
+        columns = slice(start, start + step)
+        yield columns, samples[:, :, columns].transpose(0, 1).double().sub_(mean[:, None, columns])
+
+
+def _times(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """``[G, m, k]`` times ``[G, k]``."""
+    return (matrices @ vectors[..., None])[..., 0]
+
+
+def _squares(errors: Tensor) -> float:
+    return float(torch.linalg.vector_norm(errors, dtype=torch.float64)) ** 2
