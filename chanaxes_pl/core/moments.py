@@ -22,8 +22,8 @@ _NEAR = 64
 _BLOCKED_WIDTH = 256
 _BLOCK = 64
 _MOST_BLOCKS = 8
-# Columns that lie a multiple of this apart share the lines of a cache: LAPACK then takes up to three times as long for a
-# Cholesky factor. Some more columns cure it.
+# Columns that lie a multiple of this apart share the lines of a cache: LAPACK then takes up to three times as long for
+# a Cholesky factor. Some more columns cure it.
 _ALIASED, _PADDING = 256, 8
 # A channel whose variance is below this share of its layer's median holds only rounding error.
 DEAD_SHARE = 1e-12
@@ -150,7 +150,7 @@ class Moments:
 
     @property
     def root(self) -> Tensor | None:
-        """``[F, r]`` with r < F whose rows have the products ``correlation``; ``None`` where no such factor is known."""
+        """``[F, r]``, r < F, whose rows have the products ``correlation``; ``None`` where no such factor is known."""
         return None
 
     @cached_property

@@ -157,7 +157,7 @@ def hull_coefficients(local: Moments, ridge: float = RIDGE) -> Tensor:
 
 
 def _hull_sizes(rho: Tensor, r2: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Return the number of nearest peers whose joint R² reaches ``HULL_SHARE`` of ``r2``, and the largest |ρ|, ``[C]``."""
+    """Return how many nearest peers have a joint R² of ``HULL_SHARE`` of ``r2``, and the largest |ρ|, ``[C]`` each."""
     if len(rho) < 2:
         return torch.full_like(r2, torch.nan), torch.full_like(r2, torch.nan)
     nearest, _, reached = _nested(rho, ridge)
