@@ -114,7 +114,8 @@ class Moments:
         """
         first, *others = parts
         if isinstance(first, MappedMoments) and all(map(first.shares_map, others)):
-            return cls.merge_all(part.source for part in parts).mapped(first.weight, first.bias)
+            sources = (part.source for part in (first, *others))  # type: ignore[attr-defined]
+            return cls.merge_all(sources).mapped(first.weight, first.bias)
         merged = cls(first.count.clone(), first.mean.clone(), first.scatter.clone())
         for other in others:
             merged.merge_(other)
@@ -211,7 +212,7 @@ class MappedMoments(Moments):
         return super().correlation if self.root is None else symmetric_product(self.root, self.root.T)
 
     @cached_property
-    def root(self) -> Tensor | None:
+    def root(self) -> Tensor | None:  # type: ignore[override]
         """As that of :class:`Moments`; known where there are fewer variables x, none a combination of the others."""
         return None if self._rows is None else self._rows / torch.linalg.vector_norm(self._rows, dim=1, keepdim=True)
 
