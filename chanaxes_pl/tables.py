@@ -23,7 +23,7 @@ from chanaxes_pl.core.metrics import (
     task_information,
 )
 from chanaxes_pl.core.moments import Moments, live_mask
-from chanaxes_pl.core.peers import peer_overlap, peer_r2, peer_reconstruction
+from chanaxes_pl.core.peers import PeerReconstruction, peer_overlap, peer_r2, peer_reconstruction
 from chanaxes_pl.network.recording import UNREACHED, LayerMoments
 from chanaxes_pl.run_folder import table_paths
 
@@ -108,7 +108,7 @@ def measure(moments: LayerMoments, noise: str | float = "median") -> dict[str, n
             columns |= _half(half, part_local, part_joint, live, moments.targets, noise)
     return columns | {
         "dead": ~live.cpu().numpy(),
-        "at_ceiling": _spread({"clipped": _clipped(channels, association)}, live)["clipped"] > 0,
+        "at_ceiling": _spread({"clipped": _clipped(peers, association)}, live)["clipped"] > 0,
         "reason": _reasons(local, joint, live, moments.targets),
     }
 
@@ -160,12 +160,10 @@ def _spread(values: dict[str, Tensor], live: Tensor) -> dict[str, np.ndarray]:
     return columns
 
 
-def _clipped(local: Moments, association: Association) -> Tensor:
+def _clipped(peers: PeerReconstruction, association: Association) -> Tensor:
     """Return a ``[C]`` mask of the channels with a correlation that is clipped before the logarithm."""
-    clipped = association.explained.diagonal() >= MAX_CORRELATION**2
-    for correlation in (local.correlation, association.correlation):
-        clipped = clipped | ((correlation.abs() >= MAX_CORRELATION).sum(1) > 1)  # each is 1 with itself
-    return clipped
+    closest = torch.stack([peers.closest, association.closest, association.shares.sqrt()])
+    return (closest >= MAX_CORRELATION).any(0)
 
 
 def _reasons(local: Moments, joint: Moments, live: Tensor, targets: int) -> np.ndarray:

@@ -22,6 +22,9 @@ _NEAR = 64
 _BLOCKED_WIDTH = 256
 _BLOCK = 64
 _MOST_BLOCKS = 8
+# Columns that lie a multiple of this apart share the lines of a cache: LAPACK then takes up to three times as long for
+# a Cholesky factor. Some more columns cure it.
+_ALIASED, _PADDING = 256, 8
 # A channel whose variance is below this share of its layer's median holds only rounding error.
 DEAD_SHARE = 1e-12
 
@@ -94,24 +97,25 @@ class Moments:
         _merge_((self.count, other.count), [(self.mean, other.mean)], (self.scatter, other.scatter))
         return self
 
-    def mapped(self, weight: Tensor, bias: Tensor) -> Moments:
+    def mapped(self, weight: Tensor, bias: Tensor) -> MappedMoments:
         """Return the moments of the variables ``weight @ x + bias``.
 
         Args:
             weight: ``[G, F]``.
             bias: ``[G]``.
         """
-        weight = weight.to(self.mean)
-        mean = weight @ self.mean + bias.to(self.mean)
-        scatter = symmetric_product(weight @ self.scatter, weight.T)
-        if not mean.isfinite().all():  # a non-finite bias must also make the scatter NaN
-            scatter += 0.0 * torch.outer(mean, mean)
-        return Moments(self.count, mean, scatter)
+        return MappedMoments(self, weight, bias)
 
     @classmethod
     def merge_all(cls, parts: Iterable[Moments]) -> Moments:
-        """Return the moments of all ``parts`` together, merged from left to right."""
+        """Return the moments of all ``parts`` together, merged from left to right.
+
+        Parts that one map made are merged before it, among fewer variables.
+        """
         first, *others = parts
+        if isinstance(first, MappedMoments) and all(map(first.shares_map, others)):
+            sources = (part.source for part in (first, *others))  # type: ignore[attr-defined]
+            return cls.merge_all(sources).mapped(first.weight, first.bias)
         merged = cls(first.count.clone(), first.mean.clone(), first.scatter.clone())
         for other in others:
             merged.merge_(other)
@@ -137,13 +141,91 @@ class Moments:
     @cached_property
     def correlation(self) -> Tensor:
         """Pearson correlation, ``[F, F]``, not clipped; NaN where a variance is 0 or not finite."""
-        scale = self.variance.rsqrt()
-        return (self.covariance * scale).mul_(scale[:, None])
+        scale = self.scatter.diagonal().rsqrt()
+        return (self.scatter * scale).mul_(scale[:, None])
 
     @cached_property
     def live(self) -> Tensor:
         """Mask ``[F]`` of the variables that vary, see :func:`live_mask`."""
         return live_mask(self.variance)
+
+    @property
+    def root(self) -> Tensor | None:
+        """``[F, r]``, r < F, whose rows have the products ``correlation``; ``None`` where no such factor is known."""
+        return None
+
+    @cached_property
+    def _factor(self) -> Tensor | None:
+        """``[F, r]`` with the products ``scatter``, r variables of which vary; ``None`` unless they are independent."""
+        factor, failed = cholesky(self.scatter)
+        if failed:  # perhaps because of variables that do not vary
+            varies = self.scatter.diagonal() != 0
+            part, failed = cholesky(self.scatter[varies][:, varies])
+            factor = part.new_zeros(len(varies), len(part)).index_put_((varies,), part)
+        return None if failed else factor
+
+
+class MappedMoments(Moments):
+    """Moments of the variables ``weight @ x + bias``, kept as those of x; what follows is computed when asked for.
+
+    Where there are fewer variables x, the mapped ones have correlations of low rank, and :attr:`root` tells them.
+
+    Attributes:
+        source: moments of the F variables x.
+        weight: ``[G, F]``, as given.
+        bias: ``[G]``, as given.
+    """
+
+    source: Moments
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, source: Moments, weight: Tensor, bias: Tensor) -> None:
+        mean = weight.to(source.mean) @ source.mean + bias.to(source.mean)
+        vars(self).update(count=source.count, mean=mean, source=source, weight=weight, bias=bias)
+
+    def shares_map(self, other: Moments) -> bool:
+        """Whether the same tensors map ``other``."""
+        return isinstance(other, MappedMoments) and other.weight is self.weight and other.bias is self.bias
+
+    def select(self, keep: Tensor) -> Moments:
+        """As :meth:`Moments.select`."""
+        if keep.dtype == torch.bool and keep.all():
+            return self
+        keep = keep.to(self.weight.device)
+        return MappedMoments(self.source, self.weight[keep], self.bias[keep])
+
+    @cached_property
+    def scatter(self) -> Tensor:  # type: ignore[override]
+        """``[G, G]``, as that of :class:`Moments`."""
+        weight = self.weight.to(self.mean)
+        return symmetric_product(weight @ self.source.scatter, weight.T) + self._spoiled[:, None] + self._spoiled
+
+    @cached_property
+    def variance(self) -> Tensor:
+        """Population variance, ``[G]``."""
+        return super().variance if self._rows is None else self._rows.square().sum(1) / self.count
+
+    @cached_property
+    def correlation(self) -> Tensor:
+        """Pearson correlation, ``[G, G]``, not clipped; NaN where a variance is 0 or not finite."""
+        return super().correlation if self.root is None else symmetric_product(self.root, self.root.T)
+
+    @cached_property
+    def root(self) -> Tensor | None:  # type: ignore[override]
+        """As that of :class:`Moments`; known where there are fewer variables x, none a combination of the others."""
+        return None if self._rows is None else self._rows / torch.linalg.vector_norm(self._rows, dim=1, keepdim=True)
+
+    @cached_property
+    def _rows(self) -> Tensor | None:
+        """``[G, r]``, r < G, with the products ``scatter``."""
+        factor = self.source._factor if len(self.weight) > self.weight.shape[1] else None
+        return None if factor is None else (self.weight.to(factor) @ factor).add_(self._spoiled[:, None])
+
+    @property
+    def _spoiled(self) -> Tensor:
+        """``[G]``, NaN where the mean is not finite, which a bias alone can do, and else 0."""
+        return 0.0 * self.mean
 
 
 @dataclass(frozen=True, eq=False)
@@ -275,6 +357,17 @@ def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
         product[start:stop, start:] = left[start:stop] @ right[:, start:]
         product[stop:, start:stop] = product[start:stop, stop:].T
     return product
+
+
+def cholesky(matrix: Tensor) -> tuple[Tensor, bool]:
+    """Return the lower Cholesky factor of ``[n, n]``, and whether there is none."""
+    width = len(matrix)
+    if width % _ALIASED == 0:
+        padded = torch.eye(width + _PADDING, dtype=matrix.dtype, device=matrix.device)
+        padded[:width, :width] = matrix
+        matrix = padded
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    return factor[:width, :width], bool(failed)
 
 
 @contextmanager

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from chanaxes_pl.core.gaussian import information
-from chanaxes_pl.core.moments import Moments
+from chanaxes_pl.core.gaussian import nearest_peers, total_information
+from chanaxes_pl.core.moments import Moments, cholesky, symmetric_product
 
 #: Default ridge λ, in units of a channel's variance.
 RIDGE = 1e-3
@@ -25,40 +24,26 @@ def peer_overlap(local: Moments) -> Tensor:
         ``[C]``, nats; NaN for dead channels, and for all channels if fewer than two are live.
     """
     live = local.live
-    shared = information(local.select(live).correlation.square()).fill_diagonal_(0.0)
-    overlap = torch.full_like(local.mean, torch.nan)
-    overlap[live] = shared.sum(0) / (len(shared) - 1)
-    return overlap
+    total = total_information(local.select(live).correlation)
+    return torch.full_like(local.mean, torch.nan).masked_scatter(live, total / (len(total) - 1))
 
 
 @dataclass(frozen=True, eq=False)
 class PeerReconstruction:
-    """Ridge regression of every channel on its peers, in units of standard deviations.
+    """Ridge regression of every channel on its peers, in units of standard deviations; NaN for dead channels.
 
     Attributes:
-        live: ``[C]`` mask of the channels that vary.
-        precision: ``[L, L]``, K = (ρ + λI)⁻¹ over the live channels.
-        r2: ``[C]``, the share of a channel's variance that all its peers explain, 0 to 1; NaN for dead channels.
+        r2: ``[C]``, the share of a channel's variance that all its peers explain, 0 to 1.
         hull_size: ``[C]``, number of peers, in the order of |ρ|, that reach :data:`HULL_SHARE` of ``r2``; at most
             :data:`HULL_CAP`.
         hull_score: ``[C]``, ``r2 / hull_size``.
+        closest: ``[C]``, the largest |ρ| with a peer.
     """
 
-    live: Tensor
-    precision: Tensor
     r2: Tensor
     hull_size: Tensor
     hull_score: Tensor
-
-    @cached_property
-    def coefficients(self) -> Tensor:
-        """Coefficients ``[C, C]``: row i holds β_i, which rebuilds channel i from its peers.
-
-        They are 0 on the diagonal and for dead channels.
-        """
-        beta = (-self.precision / self.precision.diagonal()[:, None]).fill_diagonal_(0.0)
-        channels = len(self.live)
-        return beta.new_zeros(channels, channels).masked_scatter_(torch.outer(self.live, self.live), beta)
+    closest: Tensor
 
 
 #: Share of the all-peer R² that a compact hull has to reach, and its largest number of peers.
@@ -69,27 +54,42 @@ HULL_CAP = 10
 def peer_reconstruction(local: Moments, ridge: float = RIDGE) -> PeerReconstruction:
     """Reconstruct every channel from all its peers, and find the size of its compact hull.
 
-    One Cholesky factor serves all channels: with K = (ρ + λI)⁻¹, the coefficients are
-    β_ij = −K_ij / K_ii, and R²_i = 1 + λ − 1/K_ii + λ‖β_i‖².
-
     Args:
         local: moments of the layer's C channels over local samples.
         ridge: λ, in units of a channel's variance, > 0.
     """
-    live = local.live
-    rho, factor = _factored(local.select(live).correlation, ridge)
-    precision, explained = _all_peers(factor, ridge)
-    size = _hull_sizes(rho, explained, ridge)
+    live, channels = local.live, local.select(local.live)
+    rho, explained = _all_peers(channels, ridge)
+    size, closest = _hull_sizes(rho, explained, ridge)
     dead = torch.full_like(local.mean, torch.nan)
-    r2, hull_size, hull_score = (dead.masked_scatter(live, values) for values in (explained, size, explained / size))
-    return PeerReconstruction(live, precision, r2, hull_size, hull_score)
+    return PeerReconstruction(
+        *(dead.masked_scatter(live, values) for values in (explained, size, explained / size, closest))
+    )
 
 
 def peer_r2(local: Moments, ridge: float = RIDGE) -> Tensor:
     """Compute only ``r2`` of :func:`peer_reconstruction`, ``[C]``."""
+    explained = _all_peers(local.select(local.live), ridge)[1]
+    return torch.full_like(local.mean, torch.nan).masked_scatter(local.live, explained)
+
+
+def peer_coefficients(local: Moments, ridge: float = RIDGE) -> Tensor:
+    """Regress every channel on all its peers, with a ridge, in units of standard deviations.
+
+    One Cholesky factor serves all channels: with K = (ρ + λI)⁻¹, the coefficients are β_ij = −K_ij / K_ii.
+
+    Args:
+        local: moments of the layer's C channels over local samples.
+        ridge: λ, in units of a channel's variance, > 0.
+
+    Returns:
+        Coefficients ``[C, C]``: row i holds β_i, which rebuilds channel i from its peers. They are 0 on the diagonal
+        and for dead channels.
+    """
     live = local.live
-    explained = _all_peers(_factored(local.select(live).correlation, ridge)[1], ridge)[1]
-    return torch.full_like(local.mean, torch.nan).masked_scatter(live, explained)
+    precision = torch.cholesky_inverse(_factored(local.select(live).correlation, ridge)[1])
+    beta = (-precision / precision.diagonal()[:, None]).fill_diagonal_(0.0)
+    return beta.new_zeros(len(live), len(live)).masked_scatter_(torch.outer(live, live), beta)
 
 
 def _factored(rho: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
@@ -98,23 +98,39 @@ def _factored(rho: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     Channels that hardly vary have correlations that are mostly rounding, and ρ may then have eigenvalues below −λ. The
     negative ones become 0, and the diagonal 1 again.
     """
-    identity = torch.eye(len(rho), dtype=rho.dtype, device=rho.device)
-    factor, failed = torch.linalg.cholesky_ex(rho + ridge * identity)
+    factor, failed = cholesky(_plus(rho, ridge))
     if failed:
         values, vectors = torch.linalg.eigh(rho)
         rho = vectors * values.clamp(min=0.0) @ vectors.mT
         scale = rho.diagonal().rsqrt()
         rho = rho * scale * scale[:, None]
-        factor = torch.linalg.cholesky(rho + ridge * identity)
+        factor, _ = cholesky(_plus(rho, ridge))
     return rho, factor
 
 
-def _all_peers(factor: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Return K = (ρ + λI)⁻¹, ``[C, C]``, and R² of every channel on all its peers, ``[C]``, from :func:`_factored`."""
+def _plus(rho: Tensor, ridge: float) -> Tensor:
+    shifted = rho.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).add_(ridge)
+    return shifted
+
+
+def _all_peers(channels: Moments, ridge: float) -> tuple[Tensor, Tensor]:
+    """Return ρ, ``[C, C]``, and R² of every channel on all its peers, ``[C]``, all of which vary.
+
+    With K = (ρ + λI)⁻¹ and β_i as in :func:`peer_coefficients`, R²_i = 1 + λ − 1/K_ii + λ‖β_i‖². Where ρ = A Aᵀ has
+    a low rank, M = (AᵀA + λI)⁻¹ is smaller and gives K = (I − A M Aᵀ) / λ, so that with u_i = 1 − a_iᵀ M a_i it is
+    R²_i = 1 − λ²‖M a_i‖² / u_i².
+    """
+    root = channels.root
+    if root is not None:
+        solved = root @ torch.cholesky_inverse(cholesky(_plus(symmetric_product(root.T, root), ridge))[0])
+        own = 1 - (solved * root).sum(1)
+        return channels.correlation, (1 - (ridge * torch.linalg.vector_norm(solved, dim=1) / own).square()).clamp_(0, 1)
+    rho, factor = _factored(channels.correlation, ridge)
     precision = torch.cholesky_inverse(factor)
     own = precision.diagonal()
-    weight = (torch.linalg.vector_norm(precision, dim=1) / own).square() - 1  # ‖β_i‖², without β
-    return precision, (1 + ridge - 1 / own + ridge * weight).clamp(0.0, 1.0)
+    weight = (torch.linalg.vector_norm(precision, dim=0) / own).square() - 1  # ‖β_i‖², without β
+    return rho, (1 + ridge - 1 / own + ridge * weight).clamp_(0.0, 1.0)
 
 
 def hull_coefficients(local: Moments, ridge: float = RIDGE) -> Tensor:
@@ -129,8 +145,8 @@ def hull_coefficients(local: Moments, ridge: float = RIDGE) -> Tensor:
         The row of a dead channel is 0.
     """
     live = local.live
-    rho, factor = _factored(local.select(live).correlation, ridge)
-    size = _hull_sizes(rho, _all_peers(factor, ridge)[1], ridge)
+    rho, explained = _all_peers(local.select(live), ridge)
+    size, _ = _hull_sizes(rho, explained, ridge)
     coefficients = torch.zeros_like(local.scatter)
     if len(rho) < 2:
         return coefficients
@@ -140,23 +156,24 @@ def hull_coefficients(local: Moments, ridge: float = RIDGE) -> Tensor:
     return coefficients
 
 
-def _hull_sizes(rho: Tensor, r2: Tensor, ridge: float) -> Tensor:
-    """Return the number of nearest peers whose joint R² reaches ``HULL_SHARE`` of ``r2``, ``[C]``."""
+def _hull_sizes(rho: Tensor, r2: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Return how many nearest peers have a joint R² of ``HULL_SHARE`` of ``r2``, and the largest |ρ|, ``[C]`` each."""
     if len(rho) < 2:
-        return torch.full_like(r2, torch.nan)
-    enough = _nested(rho, ridge)[2] >= HULL_SHARE * r2[:, None]
+        return torch.full_like(r2, torch.nan), torch.full_like(r2, torch.nan)
+    nearest, _, reached = _nested(rho, ridge)
+    enough = reached >= HULL_SHARE * r2[:, None]
     enough[:, -1] = True
-    return enough.int().argmax(1).to(r2.dtype) + 1
+    return enough.int().argmax(1).to(r2.dtype) + 1, rho.gather(1, nearest[:, :1]).abs().flatten()
 
 
 def _nested(rho: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return the K nearest peers ``[C, K]``, and for the first k, coefficients ``[C, k, K]`` and R² ``[C, k]``."""
     cap = min(HULL_CAP, len(rho) - 1)
-    nearest = rho.abs().fill_diagonal_(-1.0).topk(cap).indices
+    nearest = nearest_peers(rho, cap)
+    nearest = nearest.gather(1, rho.gather(1, nearest).abs().argsort(1, descending=True))
     toward = rho.gather(1, nearest)
     among = rho[nearest[:, :, None], nearest[:, None, :]]
-    identity = torch.eye(cap, dtype=rho.dtype, device=rho.device)
-    factor = torch.linalg.cholesky(among + ridge * identity)
+    factor = torch.linalg.cholesky(_plus(among, ridge))
     # The first k rows of the factor are the factor of the first k peers: one factor serves all k.
     half = torch.linalg.solve_triangular(factor, toward[:, :, None], upper=False)
     coefficients, reached = rho.new_zeros(len(rho), cap, cap), []

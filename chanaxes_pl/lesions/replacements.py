@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from chanaxes_pl.core.errors import InputError, nearest
 from chanaxes_pl.core.moments import Moments
-from chanaxes_pl.core.peers import hull_coefficients, peer_reconstruction
+from chanaxes_pl.core.peers import hull_coefficients, peer_coefficients
 from chanaxes_pl.network.batches import Placement
 from chanaxes_pl.network.probe import Probe
 from chanaxes_pl.network.recording import Settings, record
@@ -47,7 +47,7 @@ class Replacement:
         std = local.variance.sqrt()
         scale = torch.where(local.live, std, 1.0)
         ratio = scale[:, None] / scale
-        peer, hull = peer_reconstruction(local).coefficients, hull_coefficients(local)
+        peer, hull = peer_coefficients(local), hull_coefficients(local)
         return cls(local.mean, std, peer * ratio, hull * ratio)
 
     def rule(self, operation: Rebuilding, channel: int) -> tuple[float, Tensor, Tensor]:

@@ -236,11 +236,12 @@ class Recorder:
         local, joint = self._local[name].moments(), self._joint[name].moments()
         channels = channel_count(self.layers[name])
         if (mapped := self._maps[name]) is not None:
-            weight, bias = mapped
+            weight, bias = (tensor.to(local[0].mean) for tensor in mapped)
             local = tuple(part.mapped(weight, bias) for part in local)
             extra = len(joint[0].mean) - weight.shape[1]
             weight = torch.block_diag(weight, torch.eye(extra).to(weight))
-            joint = tuple(part.mapped(weight, torch.cat([bias, bias.new_zeros(extra)])) for part in joint)
+            bias = torch.cat([bias, bias.new_zeros(extra)])
+            joint = tuple(part.mapped(weight, bias) for part in joint)
         return LayerMoments(channels, local, joint, self._patches[name].moments if name in self._patches else None)
 
     def _run(self, indices: np.ndarray, forward: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -13,10 +13,10 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from chanaxes_pl import compute_axes
-from chanaxes_pl.core.gaussian import CEILING, Association, information
+from chanaxes_pl.core.gaussian import CEILING, Association, information, nearest_peers, total_information
 from chanaxes_pl.core.metrics import input_capture, target_excess
-from chanaxes_pl.core.moments import Moments
-from chanaxes_pl.core.peers import peer_overlap, peer_r2, peer_reconstruction
+from chanaxes_pl.core.moments import Moments, cholesky
+from chanaxes_pl.core.peers import peer_coefficients, peer_overlap, peer_r2, peer_reconstruction
 from chanaxes_pl.network.layers import select_layers, widens_pointwise
 from chanaxes_pl.network.sampling import sample_positions
 from chanaxes_pl.tables import COLUMNS, SPLIT_HALF
@@ -191,6 +191,27 @@ def all_pairs(found):
     return found.with_peers(torch.arange(channels).expand(channels, channels))
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3, 63, 130, 300])
+def test_total_information_and_nearest_peers_are_those_of_the_whole_matrix(channels):
+    correlation = torch.corrcoef(torch.randn(channels, 50, dtype=torch.float64)).reshape(channels, channels)
+    correlation[:2, :2] = 1.0  # beyond the ceiling
+    slow = information(correlation.square()).fill_diagonal_(0.0).sum(1)
+    assert_allclose(total_information(correlation), slow, 1e-12, 1e-14)
+    for count in {min(10, channels - 1), channels - 1} - {0}:
+        found = nearest_peers(correlation, count)
+        nearness = correlation.abs().fill_diagonal_(-1.0)
+        assert_allclose(nearness.gather(1, found).sort(descending=True).values, nearness.topk(count).values)
+
+
+@pytest.mark.parametrize("width", [1, 255, 256, 512])
+def test_a_padded_cholesky_factor_is_the_plain_one(width):
+    matrix = torch.corrcoef(torch.randn(width, 2 * width + 3, dtype=torch.float64)).reshape(width, width)
+    factor, failed = cholesky(matrix)
+    assert not failed
+    assert_allclose(factor, torch.linalg.cholesky(matrix), 0, 1e-12)
+    assert cholesky(-matrix)[1]
+
+
 def test_information_keeps_nan_and_takes_rounding_below_zero_for_zero():
     assert information(torch.tensor(torch.nan)).isnan()
     assert information(torch.tensor(-1e-17)) == 0.0
@@ -289,11 +310,30 @@ def test_peer_coefficients_and_r2_agree_with_one_solve_a_channel():
     samples = local_samples(channels=14)
     for ridge in (1e-3, 0.1):
         coefficients, r2, size = reference.peer_reconstruction(samples, ridge)
-        found = peer_reconstruction(Moments.of(torch.tensor(samples)), ridge)
-        assert_allclose(found.coefficients, coefficients, 1e-8, 1e-10)
+        local = Moments.of(torch.tensor(samples))
+        found = peer_reconstruction(local, ridge)
+        assert_allclose(peer_coefficients(local, ridge), coefficients, 1e-8, 1e-10)
         assert_allclose(found.r2, r2, 1e-9)
         assert_allclose(found.hull_size, size)
         assert_allclose(peer_r2(Moments.of(torch.tensor(samples)), ridge), r2, 1e-9)
+
+
+@pytest.mark.parametrize("still", [[], [1], [0, 2]])
+@pytest.mark.parametrize("spoiled", [False, True])
+def test_channels_that_few_inputs_make_get_what_their_own_samples_give(still, spoiled):
+    """Through the low rank of their correlations, also where some of the inputs do not vary, or a bias is NaN."""
+    inputs = torch.tensor(local_samples(channels=5))
+    inputs[:, still] = 0.5
+    weight = torch.randn(16, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    bias = torch.arange(16.0, dtype=torch.float64)
+    bias[3] = torch.nan if spoiled else 3.0
+    mapped, samples = Moments.of(inputs).mapped(weight, bias), inputs @ weight.T + bias
+    assert mapped.root is not None
+    assert mapped.live.tolist() == [not (spoiled and channel == 3) for channel in range(16)]
+    for metric in (input_capture, peer_overlap, peer_r2, lambda moments: peer_reconstruction(moments).hull_score):
+        assert_allclose(metric(mapped), metric(Moments.of(samples)), 1e-9)
+    halves = [Moments.of(part).mapped(weight, bias) for part in (inputs[::2], inputs[1::2])]
+    assert_allclose(Moments.merge_all(halves).covariance, mapped.covariance, 1e-10, 1e-12)
 
 
 def test_hull_is_one_peer_for_a_duplicate_and_the_cap_where_ten_are_not_enough():
@@ -316,8 +356,8 @@ def test_dead_channels_take_no_part_in_what_the_others_get():
         found = metric(with_dead)
         assert found[[1, 4]].isnan().all()
         assert_allclose(found[[0, 2, 3, 5]], metric(without), 1e-10)
-    assert (peer_reconstruction(with_dead).coefficients[[1, 4]] == 0).all()
-    assert (peer_reconstruction(with_dead).coefficients[:, [1, 4]] == 0).all()
+    assert (peer_coefficients(with_dead)[[1, 4]] == 0).all()
+    assert (peer_coefficients(with_dead)[:, [1, 4]] == 0).all()
 
 
 def test_metrics_do_not_depend_on_the_unit_of_the_output():
@@ -333,9 +373,9 @@ def test_correlations_that_rounding_made_indefinite_are_mended():
     assert torch.linalg.eigvalsh(scatter)[0] < -0.5
     found = peer_reconstruction(local)
     nearest = torch.full((3, 3), -0.5, dtype=torch.float64).fill_diagonal_(1.0)  # without the negative eigenvalue
-    wanted = peer_reconstruction(Moments(local.count, local.mean, 10 * nearest))
-    torch.testing.assert_close(found.r2, wanted.r2, rtol=1e-9, atol=0)
-    torch.testing.assert_close(found.coefficients, wanted.coefficients, rtol=1e-9, atol=0)
+    mended = Moments(local.count, local.mean, 10 * nearest)
+    torch.testing.assert_close(found.r2, peer_reconstruction(mended).r2, rtol=1e-9, atol=0)
+    torch.testing.assert_close(peer_coefficients(local), peer_coefficients(mended), rtol=1e-9, atol=0)
     torch.testing.assert_close(peer_r2(local), found.r2)
 
 
