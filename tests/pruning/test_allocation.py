@@ -12,21 +12,21 @@ from torchvision.models import resnet18 as torchvision_resnet18
 
 from chanaxes_pl.models import BACKBONES
 from chanaxes_pl.network.groups import find_units
-from chanaxes_pl.network.macs import Cost, count_macs
+from chanaxes_pl.network.macs import Macs, count_macs
 from chanaxes_pl.network.removal import Group, remove
 from chanaxes_pl.pruning.allocation import GRID, check_budget, fit_budget, keep_best, threshold_order, uniform_order
 from tests.helpers.networks import IMAGES, NETS, ONE, build, halves
 
 ORDERS = ("uniform", "threshold")
 #: Found once: name → model, groups, cost.
-_FOUND: dict[str, tuple[nn.Module, list[Group], Cost]] = {}
+_FOUND: dict[str, tuple[nn.Module, list[Group], Macs]] = {}
 
 
-def found(name: str) -> tuple[nn.Module, list[Group], Cost]:
+def found(name: str) -> tuple[nn.Module, list[Group], Macs]:
     if name not in _FOUND:
         model = build(name)
         groups = list(find_units(model, ONE).groups.values())
-        _FOUND[name] = model, groups, Cost(model, groups, ONE)
+        _FOUND[name] = model, groups, Macs(model, groups, ONE)
     return _FOUND[name]
 
 
@@ -68,7 +68,7 @@ def test_macs_of_torchvisions_resnet18():
 @pytest.mark.parametrize("name", NETS)
 def test_cost_is_that_of_the_slim_network(name):
     model, groups, cost = found(name)
-    assert cost.dense == count_macs(model, ONE) == cost.macs(np.zeros(len(groups)))
+    assert cost.dense == count_macs(model, ONE) == cost.of(np.zeros(len(groups)))
     for seed, share in enumerate((0.5, 0.2, 0.9)):
         kept = halves(groups, seed, share)
         if seed == 2:  # only some of the groups
@@ -76,7 +76,7 @@ def test_cost_is_that_of_the_slim_network(name):
         slim = copy.deepcopy(model)
         remove(slim, groups, kept)
         lost = np.array([group.size - len(kept.get(group.name, range(group.size))) for group in groups])
-        assert cost.macs(lost) == count_macs(slim, ONE)
+        assert cost.of(lost) == count_macs(slim, ONE)
 
 
 @settings(max_examples=30, deadline=None)
@@ -86,7 +86,7 @@ def test_cost_of_any_removal(name, data):
     lost = np.array([data.draw(st.integers(0, group.size - 1)) for group in groups])
     slim = copy.deepcopy(model)
     remove(slim, groups, {g.name: torch.arange(n, g.size) for g, n in zip(groups, lost, strict=True)})
-    assert cost.macs(lost) == count_macs(slim, ONE)
+    assert cost.of(lost) == count_macs(slim, ONE)
 
 
 def test_a_layer_that_runs_twice_costs_twice():
@@ -95,7 +95,7 @@ def test_a_layer_that_runs_twice_costs_twice():
     groups = list(find_units(model, ONE).groups.values())
     slim = copy.deepcopy(model)
     remove(slim, groups, {groups[0].name: torch.arange(4)})
-    assert Cost(model, groups, ONE).macs(np.array([2])) == count_macs(slim, ONE) == 32 * 32 * 9 * (3 * 4 + 2 * 16) + 8
+    assert Macs(model, groups, ONE).of(np.array([2])) == count_macs(slim, ONE) == 32 * 32 * 9 * (3 * 4 + 2 * 16) + 8
 
 
 @pytest.mark.parametrize("kind", ORDERS)
@@ -107,10 +107,10 @@ def test_every_budget_is_met_to_half_a_percent_or_one_unit(name, kind):
         lost = fit_budget(cost, order, budget)
         turns = lost.sum()
         assert np.array_equal(np.bincount(order[:turns], minlength=len(groups)), lost)
-        share = cost.macs(lost) / cost.dense
+        share = cost.of(lost) / cost.dense
         around = order[max(0, turns - 1) : turns + 1]  # the units on both sides of where it stops
         unit = max(
-            abs(share - cost.macs(lost + sign * (np.arange(len(groups)) == g)) / cost.dense)
+            abs(share - cost.of(lost + sign * (np.arange(len(groups)) == g)) / cost.dense)
             for g in around
             for sign in (1, -1)
             if 0 <= lost[g] + sign < groups[g].size
@@ -125,7 +125,7 @@ def test_bisection_finds_the_closest_prefix(name, kind):
     _, groups, cost = found(name)
     order = order_of(kind, groups)
     shares = np.array(
-        [cost.macs(np.bincount(order[:turns], minlength=len(groups))) / cost.dense for turns in range(len(order) + 1)]
+        [cost.of(np.bincount(order[:turns], minlength=len(groups))) / cost.dense for turns in range(len(order) + 1)]
     )
     assert (np.diff(shares) < 0).all()
     for budget in (*GRID, 1.0, 0.99, shares[-1], (shares[3] + shares[4]) / 2 + 1e-9):
@@ -138,7 +138,7 @@ def test_no_layer_loses_its_last_channel(name, kind):
     model, groups, cost = found(name)
     order = order_of(kind, groups)
     ends = np.array([group.size - 1 for group in groups])
-    least = cost.macs(ends) / cost.dense
+    least = cost.of(ends) / cost.dense
     lost = fit_budget(cost, order, least)
     assert np.array_equal(lost, ends)
     slim = copy.deepcopy(model)
@@ -192,8 +192,8 @@ def test_a_budget_below_what_is_protected_names_the_least():
     model, _, _ = found("resnet18")
     units = find_units(model, ONE).protect(["layer[1-3]*"])
     groups = list(units.groups.values())
-    cost = Cost(model, groups, ONE)
-    least = cost.macs(np.array([group.size - 1 for group in groups])) / cost.dense
+    cost = Macs(model, groups, ONE)
+    least = cost.of(np.array([group.size - 1 for group in groups])) / cost.dense
     assert 0.3 < least < 0.9
     with pytest.raises(ValueError, match=rf"budget=0\.2: {least:.4f} of the MACs remain .* expected a budget from"):
         fit_budget(cost, uniform_order(groups), 0.2)
