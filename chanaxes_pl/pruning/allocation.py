@@ -99,7 +99,7 @@ def check_reachable(cost: Cost, budget: float, round_to: int = 1) -> None:
     check_round_to(round_to)
     widest = max(group.size * max(_widths(group)) for group in cost.groups)
     if round_to > widest:
-        raise ArgumentError(f"round_to={round_to}", f"the widest layers to prune have {widest} channels; expected less")
+        raise ArgumentError(f"round_to={round_to}", f"expected at most {widest}, the channels of the widest layer")
     ends = [group.size - min(_step(group, round_to), group.size) for group in cost.groups]
     least = cost.of(np.array(ends)) / cost.dense
     if budget < least:

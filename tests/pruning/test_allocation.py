@@ -1,11 +1,12 @@
 """Budgets: what a network costs, what it would cost without some units, and how many have to go."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.models import resnet18 as torchvision_resnet18
@@ -169,6 +170,102 @@ def test_a_threshold_order_takes_what_is_below_one_threshold(columns, data):
     threshold = data.draw(st.sampled_from(np.unique(np.concatenate(columns)).tolist())) / 2
     lost = np.array([min(int((values[g.name] < threshold).sum()), g.size - 1) for g in groups])
     assert np.array_equal(np.bincount(order[: lost.sum()], minlength=len(groups)), lost)
+
+
+def widths(groups: list[Group], lost: np.ndarray) -> list[tuple[int, int]]:
+    """Channels that each producing layer keeps and had."""
+    return [
+        ((group.size - int(n)) * channels.shape[1], group.size * channels.shape[1])
+        for group, n in zip(groups, lost, strict=True)
+        for channels in group.producers.values()
+    ]
+
+
+@pytest.mark.parametrize("round_to", [4, 8])
+@pytest.mark.parametrize("kind", ORDERS)
+@pytest.mark.parametrize("name", NETS)
+def test_rounded_widths_are_multiples_and_the_budget_is_a_bound(name, kind, round_to):
+    _, groups, cost = found(name)
+    order = order_of(kind, groups)
+    steps = [math.lcm(*(round_to // math.gcd(round_to, c.shape[1]) for c in g.producers.values())) for g in groups]
+    for budget in (0.9, 0.7, 0.5):
+        try:
+            lost = fit_budget(cost, order, budget, round_to)
+        except ValueError as error:
+            if f"every group is down to {round_to} channels" not in str(error):
+                assert round_to > max(whole for _, whole in widths(groups, np.zeros(len(groups))))
+            continue
+        assert all(left % round_to == 0 or left == whole for left, whole in widths(groups, lost))
+        assert all(left >= min(round_to, whole) for left, whole in widths(groups, lost))
+        assert cost.of(lost) <= budget * cost.dense
+        for g, step in enumerate(steps):  # no group could keep the next larger width
+            more = lost.copy()
+            more[g] = max(0, more[g] - step)
+            assert (more == lost).all() or cost.of(more) > budget * cost.dense
+
+
+class Sizes:
+    """Cost of units that cost the same."""
+
+    unit, exact = "units", True
+
+    def __init__(self, groups: list[Group]) -> None:
+        self.groups = tuple(groups)
+        self.dense = sum(group.size for group in groups)
+
+    def of(self, removed: np.ndarray) -> float:
+        return self.dense - removed.sum()
+
+
+@given(
+    st.lists(st.integers(2, 40), min_size=1, max_size=6),
+    st.sampled_from([2, 3, 8, 12]),
+    st.sampled_from([1.0, 0.9, 0.61, 0.5, 0.3]),
+    st.integers(0, 9),
+)
+def test_a_rounded_network_is_near_the_unrounded_one(sizes, round_to, budget, seed):
+    groups = [fake(str(g), size) for g, size in enumerate(sizes)]
+    cost = Sizes(groups)
+    assume(round_to <= max(sizes))
+    for order in (uniform_order(groups), threshold_order(groups, noise(groups, seed))):
+        ends = sum(size if size < round_to else round_to for size in sizes)
+        if budget < ends / cost.dense:
+            with pytest.raises(ValueError, match=rf"of the units remain when every group is down to {round_to} cha"):
+                fit_budget(cost, order, budget, round_to)
+            continue
+        left = np.array(sizes) - fit_budget(cost, order, budget, round_to)
+        assert all(n % round_to == 0 or n == size for n, size in zip(left, sizes, strict=True))
+        assert budget * cost.dense - round_to < left.sum() <= budget * cost.dense
+        near = np.array(sizes) - fit_budget(cost, order, left.sum() / cost.dense)
+        inside = [size >= 3 * round_to and n > round_to for n, size in zip(left, sizes, strict=True)]
+        if all(inside):  # groups that cannot follow the order leave more to the others
+            assert np.abs(left - near).max() <= 2 * round_to
+
+
+def test_a_unit_of_several_channels_goes_in_steps_of_its_layers():
+    """Three channels a unit in one layer and two in another: multiples of 8 in both are 8 units."""
+    producers = {"a": torch.zeros(32, 3), "b": torch.zeros(32, 2)}
+    group = Group("a", 32, producers, {}, {}, ())
+    for budget, left in ((0.9, 24), (0.75, 24), (0.7, 16), (0.25, 8)):
+        assert fit_budget(Sizes([group]), uniform_order([group]), budget, 8) == 32 - left
+
+
+@pytest.mark.parametrize(
+    ("round_to", "message"),
+    [
+        (0, r"round_to=0: expected a whole number of channels, such as 8, of which every layer keeps a multiple"),
+        (-8, r"round_to=-8: expected a whole number"),
+        (3.5, r"round_to=3\.5: expected a whole number"),
+        (8.0, r"round_to=8\.0: expected a whole number"),
+        (True, r"round_to=True: expected a whole number"),
+        ("8", r"round_to='8': expected a whole number"),
+        (129, r"round_to=129: expected at most 128, the channels of the widest layer"),
+    ],
+)
+def test_a_width_that_no_layer_can_have_is_refused(round_to, message):
+    _, groups, cost = found("resnet18")
+    with pytest.raises(ValueError, match=message):
+        fit_budget(cost, uniform_order(groups), 0.5, round_to)
 
 
 def test_the_lowest_go_and_of_equals_the_first():
