@@ -55,9 +55,9 @@ def fit_budget(cost: Cost, order: np.ndarray, budget: float, round_to: int = 1) 
 
     With ``round_to`` above 1, units go in steps that leave every layer of a group a multiple of ``round_to`` channels:
     a group of 18 channels can keep 18, 16 or 8 in steps of 8. It keeps at least ``round_to`` channels, and a group with
-    fewer stays whole. A step has the place of its middle unit in the order. Steps are coarse, so the budget of
-    an exact cost becomes a bound: the last steps are taken back as long as the cost stays within it. Of many trials of
-    a measured cost, those with luck would pass.
+    fewer stays whole. A step has the place of its middle unit in the order. Steps are coarse, so the budget of an exact
+    cost becomes a bound: the last steps are taken back as long as the cost stays within it. A measured cost is met as
+    closely as one step allows, because of many trials the luckiest would pass.
 
     Args:
         cost: cost of the network, such as its MACs.

@@ -253,8 +253,8 @@ def prune(
             threads; some twenty slim networks are timed beside the dense one, and ``plan.notes["latency"]`` tells the
             conditions and the milliseconds.
         round_to: number of channels of which every pruned layer keeps a multiple; hardware is often faster at multiples
-            of 8 or 16. The budget is then a bound, met as closely as such steps allow. Layers with fewer channels, and
-            those coupled to them, stay whole; no other keeps fewer than ``round_to``. 1 allows every width.
+            of 8 or 16. A budget of MACs or parameters is then a bound, met as closely as such steps allow. Layers with
+            fewer channels stay whole, and no other keeps fewer than ``round_to``. 1 allows every width.
         score: score that ranks the channels, see :data:`SCORES`; the lowest go first.
         allocation: way to choose how much each layer loses: ``"uniform"``, ``"shared"`` (as Taylor would) or ``"own"``.
         compensate: kind of compensation, which fits the remaining weights to the dense network's activations:
