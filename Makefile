@@ -22,6 +22,7 @@ bench: .venv/.ready
 	$(BIN)/python -m tests.benchmarks.reconstruction
 	$(BIN)/python -m tests.benchmarks.lesions
 	$(BIN)/python -m tests.benchmarks.pruning
+	$(BIN)/python -m tests.benchmarks.speedup
 
 # The pictures of the README, from the tables in notebooks/results.
 figures: .venv/.ready

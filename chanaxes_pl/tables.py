@@ -39,7 +39,7 @@ ALIGNMENT = ("alignment", "signal_power", "task_covariance", "capture_norm", "ta
 #: Columns that name the checkpoint of a row.
 KEYS = ("run", "epoch", "step")
 #: Columns of text, and of whole numbers; all other columns that are checked hold numbers.
-TEXTS = {"run", "layer", "score", "family", "allocation", "compensate"}
+TEXTS = {"run", "layer", "score", "family", "allocation", "compensate", "budget_of"}
 COUNTS = {"step", "channel"}
 _FINITE = {"epoch", "budget", "macs_share"}
 
@@ -262,10 +262,22 @@ def read_grid(path: Path) -> pd.DataFrame:
     Raises:
         ValueError: if :func:`read_parquet` raises it, or the grid lacks the dense network.
     """
-    table = read_parquet(path, (*VARIANT, "family", "macs_share", "accuracy"), ("loss", "margin", "tuned_accuracy"))
+    optional = ("budget_of", "loss", "margin", "tuned_accuracy")
+    table = read_parquet(path, (*VARIANT, "family", "macs_share", "accuracy"), optional)
     if not (table["score"] == DENSE).any():
         raise ValueError(f"{path}: lacks the row of the dense network, score {DENSE!r}")
     return table
+
+
+def budget_words(grid: pd.DataFrame) -> str:
+    """Name what the budgets of a grid are shares of; a grid without the column ``budget_of`` is older, and of MACs.
+
+    Example:
+        >>> budget_words(pd.DataFrame({"budget": [0.5], "budget_of": ["latency"]}))
+        'latency'
+    """
+    kinds = grid["budget_of"].dropna().unique() if "budget_of" in grid else ["macs"]
+    return " or ".join("multiply–accumulates" if kind == "macs" else kind for kind in kinds)
 
 
 def _has_type(column: pd.Series) -> bool:

@@ -13,6 +13,7 @@ from chanaxes_pl.pruning.allocation import ALLOCATIONS, Allocation
 from chanaxes_pl.pruning.baselines import WEIGHT_SCORES, WeightScore
 from chanaxes_pl.pruning.compensation import RIDGE, Compensation
 from chanaxes_pl.pruning.feature_maps import MAP_IMAGES, MAP_SCORES, MapScore
+from chanaxes_pl.pruning.pruner import COSTS, BudgetOf
 
 PACKAGE = Path(__file__).parents[1] / "chanaxes_pl"
 #: From the first to the last; a chapter may import from those before it, and its files from each other.
@@ -147,6 +148,7 @@ def test_the_half_logarithm_has_one_home():
     ("literal", "registry"),
     [
         (Allocation, ALLOCATIONS),
+        (BudgetOf, COSTS),
         (Compensation, RIDGE),
         (Family, SCORES.values()),
         (MapScore, MAP_IMAGES),

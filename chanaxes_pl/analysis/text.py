@@ -11,7 +11,7 @@ from chanaxes_pl.analysis.grids import score_differences
 from chanaxes_pl.analysis.scores import SCORE_COLUMN
 from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.core.statistics import mean_over_runs
-from chanaxes_pl.tables import DENSE, VARIANT
+from chanaxes_pl.tables import DENSE, VARIANT, budget_words
 
 #: Operation of a lesion → what it does to a channel.
 _DOES = {
@@ -202,6 +202,6 @@ def describe_pruning(grid: pd.DataFrame) -> str:
     dense = 100 * grid.loc[grid["score"] == DENSE, "accuracy"].mean()
     tuned = "after fine-tuning" if value != "accuracy" else "without retraining"
     return (
-        f"test accuracy in % by the share of multiply–accumulates that remains, {tuned}; dense {dense:.1f}\n"
+        f"test accuracy in % by the share of {budget_words(grid)} that remains, {tuned}; dense {dense:.1f}\n"
         f"{table.round(1).to_string()}"
     )

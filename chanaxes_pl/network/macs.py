@@ -55,7 +55,7 @@ class _Layer:
         return self.scale * outputs * inputs / self.groups
 
 
-class Cost:
+class Macs:
     """MACs of one image as a function of how many units each group has lost.
 
     Args:
@@ -66,7 +66,11 @@ class Cost:
     Attributes:
         groups: groups in the order that ``removed`` uses.
         dense: MACs with all units.
+        unit: what is counted, for messages.
+        exact: that it is counted, not measured.
     """
+
+    unit, exact = "MACs", True
 
     def __init__(self, model: nn.Module, groups: Iterable[Group], example: Tensor) -> None:
         self.groups = tuple(groups)
@@ -75,7 +79,7 @@ class Cost:
         # Other products, such as those between activations, are assumed constant; a slim network is measured anyway.
         self._rest = self.dense - self._of_layers(np.zeros(len(self.groups)))
 
-    def macs(self, removed: np.ndarray) -> float:
+    def of(self, removed: np.ndarray) -> float:
         """Return the MACs after each group has lost ``removed`` ``[G]`` units."""
         return self._rest + self._of_layers(removed)
 

@@ -1,9 +1,7 @@
-"""Pruning grid: the accuracy of every score under every allocation at every budget of MACs."""
+"""Pruning grid: the accuracy of every score under every allocation at every budget."""
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -11,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from chanaxes_pl.analysis.scores import score_family
@@ -20,23 +18,32 @@ from chanaxes_pl.core.targets import check_classes, image_scores
 from chanaxes_pl.network.batches import Placement, Step, default_step
 from chanaxes_pl.network.hooks import observed
 from chanaxes_pl.network.probe import ProbeSource, check_sizes
-from chanaxes_pl.pruning.allocation import ALLOCATIONS, GRID, Allocation, check_allocation, check_budget
+from chanaxes_pl.pruning.allocation import (
+    ALLOCATIONS,
+    GRID,
+    Allocation,
+    check_allocation,
+    check_budget,
+    check_round_to,
+)
 from chanaxes_pl.pruning.compensation import MEMORY, check_memory
+from chanaxes_pl.pruning.costs import count_parameters
+from chanaxes_pl.pruning.latency import milliseconds
 from chanaxes_pl.pruning.pruner import (
+    COSTS,
     IMAGES,
     REFERENCE,
+    BudgetOf,
     Compensate,
     Pruner,
     calibration,
+    check_budget_of,
     compensation_of,
     fit_back,
     images_of,
 )
 from chanaxes_pl.pruning.scores import channel_scores, default_scores
 from chanaxes_pl.tables import DENSE
-
-_TIMED = 9
-
 
 #: Function that fine-tunes a slim network in place.
 FineTune = Callable[[nn.Module], None]
@@ -47,7 +54,9 @@ class PruningExperiment:
     """Settings of a pruning grid, which holds every combination of score, allocation, compensation and budget.
 
     Args:
-        budgets: MACs that remain, as shares of the dense network's.
+        budgets: MACs that remain, as shares of the dense network's; or what budget_of names.
+        budget_of: what the budgets are shares of: "macs", "parameters", or "latency" (of one image, measured).
+        round_to: number of channels of which every pruned layer keeps a multiple, such as 8; 1 allows every width.
         scores: names of scores that rank the channels, such as "taylor"; default all that apply to the network.
         allocations: ways to choose how much each layer loses: "uniform", "shared" and "own". Compare scores under
             "uniform" and "shared"; "own" mixes score and allocation.
@@ -65,6 +74,8 @@ class PruningExperiment:
     """
 
     budgets: Sequence[float] = GRID
+    budget_of: BudgetOf = "macs"
+    round_to: int = 1
     scores: Sequence[str] | None = None
     allocations: Sequence[Allocation] = ALLOCATIONS
     compensate: Sequence[Compensate] = (False, "refit")
@@ -78,8 +89,10 @@ class PruningExperiment:
 
     def __post_init__(self) -> None:
         with naming("PruningExperiment"):
+            check_budget_of(self.budget_of)
+            check_round_to(self.round_to)
             for budget in self.budgets:
-                check_budget(budget)
+                check_budget(budget, COSTS[self.budget_of].unit)
             for score in self.scores or ():
                 score_family(score)
             for allocation in self.allocations:
@@ -118,9 +131,9 @@ def pruning_grid(
 
     Returns:
         One row per variant, and one for the dense network: ``score, family, allocation, compensate, budget``;
-        ``macs_share`` (achieved), ``macs``, ``parameters``; ``loss`` (nats), ``accuracy``, ``margin``, and the same
-        after fine-tuning as ``tuned_…``; ``latency_1`` and ``latency_64``, the median milliseconds for a batch of 1
-        and of 64.
+        ``budget_of``; ``macs_share`` (achieved), ``macs``, ``parameters``; ``loss`` (nats), ``accuracy``, ``margin``,
+        and the same after fine-tuning as ``tuned_…``; ``latency_1`` and ``latency_64``, the median milliseconds for a
+        batch of 1 and of 64.
 
     Raises:
         ValueError: if a budget cannot be reached or the data does not fit; raised before the first network is pruned.
@@ -131,7 +144,9 @@ def pruning_grid(
         place = place or Placement.of(model)
         batches = calibration(probe, size, place, images_of(model, step), experiment.memory)
         example = next(iter(batches))
-        pruner = Pruner(model, example, experiment.protect)
+        pruner = Pruner(
+            model, example, experiment.protect, budget_of=experiment.budget_of, round_to=experiment.round_to
+        )
         for allocation, budget in product(experiment.allocations, experiment.budgets):
             pruner.check_reachable(allocation, budget)
         scores = experiment.scores
@@ -147,17 +162,17 @@ def pruning_grid(
         rows = []
         for variant in tqdm(share, disable=quiet, desc="pruning", unit="network"):
             if variant is None:
-                slim, macs = model, pruner.cost.dense
+                slim, macs = model, pruner.macs.dense
                 row = {"score": DENSE, "family": DENSE, "allocation": "", "compensate": "", "budget": 1.0}
             else:
                 score, allocation, compensation, budget = variant
                 kept = pruner.choose(values, score, allocation, budget)
-                slim, macs = pruner.cut(kept), pruner.macs(kept)
+                slim, macs = pruner.cut(kept), pruner.count(kept)
                 fit_back(slim, pruner, kept, batches, compensation, memory=experiment.memory)
                 row = {"score": score, "family": score_family(score), "allocation": allocation}
                 row |= {"compensate": compensation or "none", "budget": budget}
-            row |= {"macs_share": macs / pruner.cost.dense, "macs": macs}
-            row |= {"parameters": sum(parameter.numel() for parameter in slim.parameters())}
+            row |= {"budget_of": experiment.budget_of, "macs_share": macs / pruner.macs.dense, "macs": macs}
+            row |= {"parameters": count_parameters(slim)}
             row |= evaluate(slim, evaluation, place, step)
             if finetune is not None and variant is not None:
                 finetune(slim)
@@ -178,19 +193,3 @@ def evaluate(model: nn.Module, batches: Iterable[Any], place: Placement, step: S
             total += image_scores(logits.cpu().double(), labels.cpu().long()).sum(0)
             count += len(labels)
     return dict(zip(("loss", "accuracy", "margin"), (total / max(count, 1)).tolist(), strict=True))
-
-
-def milliseconds(model: nn.Module, images: Tensor, size: int) -> float:
-    """Return the median time of a forward pass over a batch of ``size`` images, repeated from ``images``."""
-    batch = images.repeat(-(-size // len(images)), *[1] * (images.ndim - 1))[:size]
-    times = []
-    with observed(model):
-        for _ in range(_TIMED + 2):  # the first two warm up
-            if batch.is_cuda:
-                torch.cuda.synchronize(batch.device)
-            begin = time.perf_counter()
-            model(batch)
-            if batch.is_cuda:
-                torch.cuda.synchronize(batch.device)
-            times.append(1e3 * (time.perf_counter() - begin))
-    return statistics.median(times[2:])

@@ -18,7 +18,7 @@ from chanaxes_pl.core.moments import true_float32
 from chanaxes_pl.network.batches import Placement, Step, logits_of
 from chanaxes_pl.network.groups import find_units
 from chanaxes_pl.network.hooks import observed
-from chanaxes_pl.network.macs import Cost, count_macs
+from chanaxes_pl.network.macs import Macs, count_macs
 from chanaxes_pl.network.plain import plain
 from chanaxes_pl.network.probe import ImageBatches, ProbeSource
 from chanaxes_pl.network.removal import clone, disagreement, remove
@@ -26,6 +26,8 @@ from chanaxes_pl.pruning.allocation import (
     Allocation,
     check_allocation,
     check_budget,
+    check_reachable,
+    check_round_to,
     fit_budget,
     keep_best,
     threshold_order,
@@ -39,6 +41,8 @@ from chanaxes_pl.pruning.compensation import (
     compensate,
     reestimate_norms,
 )
+from chanaxes_pl.pruning.costs import Cost, Parameters
+from chanaxes_pl.pruning.latency import Latency
 from chanaxes_pl.pruning.scores import channel_scores, unit_ranks, unit_values
 from chanaxes_pl.pruning.slim_file import Plan, save_slim
 
@@ -53,6 +57,14 @@ _AGREE, _ROUNDINGS = 1e-3, 16
 
 #: Choice of a compensation: ``True`` means ``"refit"``, ``False`` and ``"none"`` mean none.
 Compensate = bool | Compensation | Literal["none"]
+#: A key of :data:`COSTS`.
+BudgetOf = Literal["macs", "parameters", "latency"]
+#: What a budget can be a share of → the class that tells it for any removal.
+COSTS: dict[BudgetOf, type[Macs] | type[Parameters] | type[Latency]] = {
+    "macs": Macs,
+    "parameters": Parameters,
+    "latency": Latency,
+}
 #: Score → layer → ``[C]``, as :func:`channel_scores` returns them.
 Scores = Mapping[str, Mapping[str, Tensor]]
 
@@ -93,24 +105,42 @@ class Pruner:
         model: dense network; it does not change.
         example: ``[B, …]`` images as the model takes them, on its device.
         protect: glob, or several, over the names of layers that keep all their channels.
+        budget_of: what a budget is a share of, a key of :data:`COSTS`.
+        round_to: number of channels of which every layer keeps a multiple, see :func:`fit_budget`.
+        timed: ``[B, …]``, the batch whose latency counts; default one image.
 
     Attributes:
         model: the dense network with plain weights, see :func:`plain`.
         units: units that can be removed.
-        cost: MACs as a function of the removed units.
+        macs: MACs as a function of the removed units.
+        cost: what a budget is a share of, as a function of the removed units.
 
     Raises:
         ValueError: if the model does not run on the example, gives logits that are not finite or has nothing to
             remove, or if a pattern matches no layer.
     """
 
-    def __init__(self, model: nn.Module, example: Tensor, protect: str | Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Tensor,
+        protect: str | Sequence[str] = (),
+        *,
+        budget_of: BudgetOf = "macs",
+        round_to: int = 1,
+        timed: Tensor | None = None,
+    ) -> None:
+        check_budget_of(budget_of)
+        check_round_to(round_to)
         self.model = model = plain(model)
         self.units = find_units(model, example[:1]).protect(protect)
         if not self.units.groups:
             raise ArgumentError(f"protect={protect!r}", "protects every layer; expected some left to prune")
         self.groups = tuple(self.units.groups.values())
-        self.cost = Cost(model, self.groups, example[:1])
+        self.macs = Macs(model, self.groups, example[:1])
+        timed = example[:1] if timed is None else timed
+        self.cost: Cost = self.macs if budget_of == "macs" else COSTS[budget_of](model, self.groups, timed)
+        self._round_to = round_to
         self._example = example[:1]
         self._images = example
         self._exact = _exactness(model, example)
@@ -122,7 +152,7 @@ class Pruner:
             scores: values of ``score``, and for ``"shared"`` of :data:`REFERENCE`.
             score: name of the score that ranks the units.
             allocation: one of :data:`ALLOCATIONS`, which decides how much each layer loses.
-            budget: MACs that remain, as a share of the dense network's.
+            budget: share of the dense network's cost that remains.
 
         Raises:
             ValueError: if the allocation is unknown, or the budget cannot be reached.
@@ -130,18 +160,18 @@ class Pruner:
         self.check_reachable(allocation, budget)
         by = unit_values if allocation == "own" else unit_ranks
         values = {group.name: by(group, scores[score]) for group in self.groups}
-        removed = fit_budget(self.cost, self._order(scores, score, allocation), budget)
+        removed = fit_budget(self.cost, self._order(scores, score, allocation), budget, self._round_to)
         return keep_best(self.groups, removed, values)
 
     def check_reachable(self, allocation: Allocation, budget: float) -> None:
         """Raise ValueError if the allocation is unknown or the budget cannot be reached."""
         check_allocation(allocation)
-        fit_budget(self.cost, uniform_order(self.groups), budget)
+        check_reachable(self.cost, budget, self._round_to)
 
-    def macs(self, kept: Mapping[str, Tensor]) -> int:
+    def count(self, kept: Mapping[str, Tensor]) -> int:
         """Return the MACs of one image with the units that stay."""
         removed = np.array([group.size - len(kept.get(group.name, range(group.size))) for group in self.groups])
-        return round(self.cost.macs(removed))
+        return round(self.macs.of(removed))
 
     def cut(self, kept: Mapping[str, Tensor]) -> nn.Module:
         """Return a slim copy of the model in eval mode, checked on the example images.
@@ -163,7 +193,10 @@ class Pruner:
         return slim
 
     def plan(self, slim: nn.Module, kept: Mapping[str, Tensor], notes: Mapping[str, Any]) -> Plan:
-        """Record how ``slim`` was pruned, so that it can be rebuilt."""
+        """Record how ``slim`` was pruned, so that it can be rebuilt; for a budget of latency also what was measured."""
+        if isinstance(self.cost, Latency):
+            measured = self.cost.conditions | {"slim_ms": round(self.cost.measure(slim), 3)}
+            notes = {**notes, "latency": measured}
         return Plan.of(
             self.model,
             slim,
@@ -171,7 +204,7 @@ class Pruner:
             kept,
             input_shape=self._example.shape[1:],
             macs=count_macs(slim, self._example),
-            dense_macs=self.cost.dense,
+            dense_macs=self.macs.dense,
             notes=notes,
         )
 
@@ -204,6 +237,8 @@ def prune(
     probe: ProbeSource,
     *,
     budget: float,
+    budget_of: BudgetOf = "macs",
+    round_to: int = 1,
     score: str = "l1",
     allocation: Allocation = "uniform",
     compensate: Compensate = True,
@@ -215,13 +250,21 @@ def prune(
     seed: int = 0,
     step: Step | None = None,
 ) -> Slim:
-    """Prune a trained network to a share of its multiply–accumulates (MACs), without retraining.
+    """Prune a trained network to a share of its multiply–accumulates (MACs), parameters or latency, without retraining.
 
     Args:
         model: trained network from images to logits; it does not change.
         probe: training images under the evaluation transform, ``(images, labels)``, as for :func:`compute_axes`;
             only scores that need the task use the labels.
-        budget: MACs that remain, as a share of the dense network's, in (0, 1].
+        budget: MACs that remain, as a share of the dense network's, in (0, 1]; or what ``budget_of`` names.
+        budget_of: what the budget is a share of. ``"macs"``: the MACs of one image. ``"parameters"``: the number of
+            parameters, without the biases that compensation may add. ``"latency"``: the time of a forward pass over
+            ``example_input``, by default one image, uncompiled, on the model's device with PyTorch's present number of
+            threads; some twenty slim networks are timed beside the dense one, and ``plan.notes["latency"]`` tells the
+            conditions and the milliseconds.
+        round_to: number of channels of which every pruned layer keeps a multiple; hardware is often faster at multiples
+            of 8 or 16. A budget of MACs or parameters is then a bound, met as closely as such steps allow. Layers with
+            fewer channels stay whole, and no other keeps fewer than ``round_to``. 1 allows every width.
         score: score that ranks the channels, see :data:`SCORES`; the lowest go first.
         allocation: way to choose how much each layer loses: ``"uniform"``, ``"shared"`` (as Taylor would) or ``"own"``.
         compensate: kind of compensation, which fits the remaining weights to the dense network's activations:
@@ -236,9 +279,10 @@ def prune(
             to the model are the images.
 
     Raises:
-        ValueError: if the budget is out of range or below the MACs of protected layers, a name is unknown, the model
-            does not run on the images or gives logits that are not finite, its logits after removal differ from
-            those with the removed channels masked, or ``memory`` has no room for the activations of one image.
+        ValueError: if the budget is out of range or below what protected layers take, ``round_to`` is no whole number
+            from 1 to the widest layer, a name is unknown, the model does not run on the images or gives logits that are
+            not finite, its logits after removal differ from those with the removed channels masked, or ``memory`` has
+            no room for the activations of one image.
 
     Example:
         >>> import torch
@@ -253,13 +297,16 @@ def prune(
         (Conv2d(3, 10, kernel_size=(3, 3), stride=(1, 1)), 0.5)
     """
     with naming("prune"):
-        check_budget(budget)
+        check_budget_of(budget_of)
+        check_budget(budget, COSTS[budget_of].unit)
+        check_round_to(round_to)
         check_memory(memory)
         compensation = compensation_of(compensate)
         place = Placement.of(model)
         batches = calibration(probe, probe_size, place, images_of(model, step), memory)
         example = next(iter(batches)) if example_input is None else place.to_device(example_input)
-        pruner = Pruner(model, example, protect)
+        timed = None if example_input is None else example
+        pruner = Pruner(model, example, protect, budget_of=budget_of, round_to=round_to, timed=timed)
         needed = [score, REFERENCE] if allocation == "shared" else [score]
         scores = channel_scores(
             pruner.model, probe, pruner.units, needed, step=step, probe_size=probe_size, seed=seed, place=place
@@ -267,7 +314,8 @@ def prune(
         kept = pruner.choose(scores, score, allocation, budget)
         slim = pruner.cut(kept)
         report = fit_back(slim, pruner, kept, batches, compensation, reestimate, memory)
-        notes = {"budget": budget, "score": score, "allocation": allocation, "compensate": compensation or "none"}
+        notes = {"budget": budget, "budget_of": budget_of, "round_to": round_to}
+        notes |= {"score": score, "allocation": allocation, "compensate": compensation or "none"}
         return Slim(slim, pruner.plan(slim, kept, notes), report)
 
 
@@ -338,3 +386,9 @@ def compensation_of(choice: Compensate) -> Compensation | None:
     if isinstance(choice, str) and choice in RIDGE:
         return choice
     raise ArgumentError(f"compensate={choice!r}", "expected True (the same as 'refit'), 'fold', or False")
+
+
+def check_budget_of(budget_of: str) -> None:
+    """Raise ValueError unless ``budget_of`` is a key of :data:`COSTS`."""
+    if budget_of not in COSTS:
+        raise ArgumentError(f"budget_of={budget_of!r}", f"expected one of {', '.join(map(repr, COSTS))}")

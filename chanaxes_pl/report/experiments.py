@@ -13,7 +13,7 @@ from chanaxes_pl.core.statistics import mean_over_runs
 from chanaxes_pl.plots import plot_early_prediction, plot_lesions, plot_pruning
 from chanaxes_pl.plots.style import words
 from chanaxes_pl.report.blocks import Block, Missing, Picture, Section, Table
-from chanaxes_pl.tables import DENSE, VARIANT
+from chanaxes_pl.tables import DENSE, VARIANT, budget_words
 
 _POINT = ["run", "layer", "channel"]
 
@@ -124,7 +124,11 @@ def _accuracies(grid: pd.DataFrame, title: str, resamples: int) -> list[Table]:
         rows = [[score, *cells.loc[score, budgets]] for score in part["score"].unique()]
         kind = f"{title + ': ' if title else ''}{variant(allocation, compensate)}"
         tables.append(
-            Table(f"{kind}. Accuracy in %.", ["score", *(f"{100 * budget:g} % of MACs" for budget in budgets)], rows)
+            Table(
+                f"{kind}. Accuracy in % by the share of {budget_words(grid)} that remains.",
+                ["score", *(f"{100 * budget:g} %" for budget in budgets)],
+                rows,
+            )
         )
     return tables
 

@@ -12,9 +12,9 @@ from chanaxes_pl.analysis.runs import Runs
 from chanaxes_pl.analysis.text import interval, number
 from chanaxes_pl.core.statistics import mean_over_runs
 from chanaxes_pl.plots.style import words
-from chanaxes_pl.tables import DENSE
+from chanaxes_pl.tables import DENSE, budget_words
 
-#: Share of the MACs at which pruning is summarised; the nearest budget of the grid is used.
+#: Budget at which pruning is summarised; the nearest one of the grid is used.
 BUDGET = 0.5
 
 
@@ -136,7 +136,7 @@ def _peers(runs: Runs) -> Iterator[str]:
 
 
 def _pruning(runs: Runs) -> Iterator[str]:
-    """State the accuracy of the best score at half the MACs without compensation, and of the same score with it."""
+    """State the accuracy of the best score at half the budget without compensation, and of that score with it."""
     place = next((place for run in runs.each for place in run.pruning), None)
     if place is None:
         return
@@ -155,7 +155,7 @@ def _pruning(runs: Runs) -> Iterator[str]:
     bare = means.xs(kinds[0], level="compensate")
     score, allocation = bare.index[int(bare.to_numpy().argmax())]
     dense = 100 * grid.loc[grid["score"] == DENSE, "accuracy"].mean()
-    text = f"At {100 * budget:g} % of the multiply–accumulates, accuracy falls from {number(dense, 1)} % to "
+    text = f"At {100 * budget:g} % of the {budget_words(pruned)}, accuracy falls from {number(dense, 1)} % to "
     text += f"{number(100 * bare.max(), 1)} % under the best score, {score} ({allocation} allocation"
     text += ", no compensation)" if kinds[0] == "none" else f", {kinds[0]})"
     if kinds[0] == "none" and len(kinds) > 1 and (score, allocation, kinds[1]) in means.index:

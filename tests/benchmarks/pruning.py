@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from chanaxes_pl.models import build_backbone
 from chanaxes_pl.network.groups import find_units
-from chanaxes_pl.network.macs import Cost, count_macs
+from chanaxes_pl.network.macs import Macs, count_macs
 from chanaxes_pl.network.removal import Group, remove
 from chanaxes_pl.pruning import compensation
 from chanaxes_pl.pruning.allocation import GRID, fit_budget, keep_best, uniform_order
@@ -62,7 +62,7 @@ def scores_of(model: nn.Module, groups: list[Group]) -> dict[str, Tensor]:
 def pruned(model: nn.Module, budgets: tuple[float, ...]) -> list[nn.Module]:
     """Slim copies, one a budget, from nothing but the model."""
     groups = list(find_units(model, EXAMPLE).groups.values())
-    cost, values, order = Cost(model, groups, EXAMPLE), scores_of(model, groups), uniform_order(groups)
+    cost, values, order = Macs(model, groups, EXAMPLE), scores_of(model, groups), uniform_order(groups)
     slim = []
     for budget in budgets:
         slim.append(copy.deepcopy(model))
@@ -127,7 +127,7 @@ def time_compensation(repeats: int, name: str = "ResNet-18", budget: float = 0.5
     model = build(name)
     batches = torch.randn(IMAGES, 3, 32, 32, generator=torch.Generator().manual_seed(1)).split(BATCH)
     groups = list(find_units(model, EXAMPLE).groups.values())
-    lost = fit_budget(Cost(model, groups, EXAMPLE), uniform_order(groups), budget)
+    lost = fit_budget(Macs(model, groups, EXAMPLE), uniform_order(groups), budget)
     kept = keep_best(groups, lost, scores_of(model, groups))
     print(f"\ncompensation of {name} at a budget of {budget} from {IMAGES} images")
     for strength in RIDGE:

@@ -13,12 +13,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from chanaxes_pl.analysis.grids import area_under_curve, paired_difference
+from chanaxes_pl.analysis.text import describe_pruning
 from chanaxes_pl.lesions.damage_table import join_shares
 from chanaxes_pl.network.batches import Placement
 from chanaxes_pl.network.macs import count_macs
 from chanaxes_pl.plots import plot_lesions, plot_pruning
 from chanaxes_pl.pruning import grid as protocol
-from chanaxes_pl.pruning.grid import PruningExperiment, evaluate, milliseconds, pruning_grid
+from chanaxes_pl.pruning.grid import PruningExperiment, evaluate, pruning_grid
+from chanaxes_pl.pruning.latency import milliseconds
 from chanaxes_pl.pruning.pruner import prune
 from chanaxes_pl.tables import VARIANT
 from tests.helpers.training import CLASSES, images
@@ -106,6 +108,19 @@ def test_uniform_allocation_takes_equal_shares(table):
     assert slim[0].out_channels / 12 == pytest.approx(slim[3].out_channels / 16, abs=1 / 12)
 
 
+def test_budgets_of_parameters_in_multiples_of_four():
+    found = grid(budget_of="parameters", round_to=4, scores=("l1",), allocations=("uniform",), compensate=(False,))
+    dense, *pruned = found.to_dict("records")
+    for row in pruned:
+        slim = prune(network(), PROBE, budget=row["budget"], budget_of="parameters", round_to=4, compensate=False)
+        assert (row["macs"], row["parameters"]) == (slim.macs, sum(p.numel() for p in slim.model.parameters()))
+        assert row["parameters"] <= row["budget"] * dense["parameters"]
+        assert not slim.model[0].out_channels % 4
+    assert set(found["budget_of"]) == {"parameters"}
+    assert "by the share of parameters that remains" in describe_pruning(found)
+    assert "by the share of multiply–accumulates that" in describe_pruning(found.drop(columns="budget_of"))
+
+
 def test_the_shares_of_two_processes_make_the_whole(table):
     shares = [grid(Placement(same, rank=rank, world=2)) for rank in (0, 1)]
     assert abs(len(shares[0]) - len(shares[1])) <= 1
@@ -121,6 +136,16 @@ def test_the_shares_of_two_processes_make_the_whole(table):
         ({"allocations": ("uniform", "ownn")}, r"PruningExperiment\(allocation='ownn'\)"),
         ({"compensate": (False, "fould")}, r"PruningExperiment\(compensate='fould'\)"),
         ({"protect": ["9"]}, r"protect='9'\): matches no layer"),
+        (
+            {"budget_of": "flops"},
+            r"PruningExperiment\(budget_of='flops'\): expected one of 'macs', 'parameters', 'late",
+        ),
+        ({"round_to": 0}, r"PruningExperiment\(round_to=0\): expected a whole number of channels"),
+        ({"round_to": 17}, r"pruning_grid\(round_to=17\): expected at most 16, the channels of the widest layer"),
+        (
+            {"budgets": (0.1,), "budget_of": "parameters", "round_to": 8},
+            r"pruning_grid\(budget=0.1\): 0.\d+ of the parameters remain when every group is down to 8 channels",
+        ),
     ],
 )
 def test_errors_come_before_the_first_network_is_pruned(monkeypatch, options, message):

@@ -42,7 +42,8 @@ def test_budget_is_met_and_macs_are_those_of_the_network(name, budget):
     # or one unit, which can be more: the expansions of a quarter MobileNetV2 begin at 24 channels of 32×32
     assert slim.macs / slim.dense_macs == pytest.approx(budget, abs=0.02 if name == "mobilenet_v2" else 0.005)
     assert slim.report is None
-    assert slim.plan.notes == {"budget": budget, "score": "l1", "allocation": "uniform", "compensate": "none"}
+    asked = {"budget": budget, "budget_of": "macs", "round_to": 1}
+    assert slim.plan.notes == asked | {"score": "l1", "allocation": "uniform", "compensate": "none"}
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -90,6 +91,17 @@ def test_protected_layers_keep_their_channels():
     slim = prune(dense, DATA, budget=0.5, protect=[first], compensate=False).model
     assert slim.get_submodule(first).out_channels == dense.get_submodule(first).out_channels
     assert all(slim.get_submodule(o).out_channels < dense.get_submodule(o).out_channels for o in others)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "shared", "own"])
+def test_rounded_widths(allocation):
+    dense = build("resnet18")
+    slim = prune(dense, DATA, budget=0.5, allocation=allocation, round_to=8)
+    assert 0.45 < slim.macs / slim.dense_macs <= 0.5
+    widths = [layer.out_channels for layer in slim.model.modules() if isinstance(layer, nn.Conv2d)]
+    assert all(width % 8 == 0 for width in widths)
+    assert sum(widths) < sum(layer.out_channels for layer in dense.modules() if isinstance(layer, nn.Conv2d))
+    assert slim.plan.notes["round_to"] == 8
 
 
 def test_budget_of_one_is_the_dense_network():
