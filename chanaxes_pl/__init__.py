@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from chanaxes_pl.lesions.damage_table import LesionExperiment as LesionExperiment
     from chanaxes_pl.lesions.damage_table import lesion_table as lesion_table
     from chanaxes_pl.models.checkpoints import load_classifier as load_classifier
-    from chanaxes_pl.network.groups import find_units as find_units
-    from chanaxes_pl.network.macs import count_macs as count_macs
     from chanaxes_pl.prune_module import PruneModule as PruneModule
     from chanaxes_pl.pruning.grid import PruningExperiment as PruningExperiment
     from chanaxes_pl.pruning.grid import pruning_grid as pruning_grid
@@ -37,6 +35,8 @@ if TYPE_CHECKING:
     from chanaxes_pl.tables import read_run as read_run
     from chanaxes_pl.tracking.history import History as History
     from chanaxes_pl.tracking.tracker import AxisTracker as AxisTracker
+    from chanaxes_pl.units.groups import find_units as find_units
+    from chanaxes_pl.units.macs import count_macs as count_macs
 
 _HOMES = {
     "Axes": "axes",
@@ -48,9 +48,9 @@ _HOMES = {
     "Slim": "pruning.pruner",
     "axis_correlations": "analysis.correlations",
     "compute_axes": "axes",
-    "count_macs": "network.macs",
+    "count_macs": "units.macs",
     "early_prediction": "analysis.prediction",
-    "find_units": "network.groups",
+    "find_units": "units.groups",
     "layer_structure": "analysis.structure",
     "lesion_table": "lesions.damage_table",
     "load_classifier": "models.checkpoints",

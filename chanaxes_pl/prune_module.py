@@ -30,9 +30,7 @@ from chanaxes_pl.lesions.damage_table import LesionExperiment, join_shares, lesi
 from chanaxes_pl.models import ImageClassifier
 from chanaxes_pl.models.checkpoints import load_classifier
 from chanaxes_pl.network.batches import Placement
-from chanaxes_pl.network.groups import find_units
 from chanaxes_pl.network.layers import select_layers
-from chanaxes_pl.network.plain import plain
 from chanaxes_pl.network.probe import MIN_IMAGES, Probe, ProbeSource, find_probe, first_loader, image_batches
 from chanaxes_pl.network.recording import Settings
 from chanaxes_pl.plots import plot_lesions, plot_pruning
@@ -42,6 +40,8 @@ from chanaxes_pl.pruning.scores import channel_scores, default_scores
 from chanaxes_pl.pruning.slim_file import CHECKPOINT_PLAN, Plan, fill
 from chanaxes_pl.run_folder import RunFolder
 from chanaxes_pl.tables import write_parquet
+from chanaxes_pl.units.groups import find_units
+from chanaxes_pl.units.plain import plain
 
 Experiment = PruningExperiment | LesionExperiment
 #: A key of the registry of experiments.

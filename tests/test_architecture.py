@@ -20,6 +20,7 @@ PACKAGE = Path(__file__).parents[1] / "chanaxes_pl"
 CHAPTERS = [
     "core",
     "network",
+    "units",
     "models",
     "data",
     "run_folder",

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from chanaxes_pl.core.moments import Moments
 from chanaxes_pl.core.statistics import z_scores
-from chanaxes_pl.network.groups import Units, find_units
+from chanaxes_pl.network.cloning import clone
 from chanaxes_pl.network.hooks import hooked
 from chanaxes_pl.network.layers import CONVOLUTIONS
-from chanaxes_pl.network.removal import clone
+from chanaxes_pl.units.groups import Units, find_units
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,12 +26,12 @@ from chanaxes_pl.lesions.interventions import (
 )
 from chanaxes_pl.lesions.replacements import Replacement, check_operations, measure_replacements
 from chanaxes_pl.network.batches import Placement, Step, default_step, split_batch
-from chanaxes_pl.network.groups import Units, find_units
 from chanaxes_pl.network.hooks import observed
 from chanaxes_pl.network.layers import channel_count, select_layers
 from chanaxes_pl.network.probe import Probe, ProbeSource, check_sizes
 from chanaxes_pl.network.recording import Settings
 from chanaxes_pl.network.tracing import PartialForward
+from chanaxes_pl.units.groups import Units, find_units
 
 #: Standard errors by which the damage of mean ablation has to exceed 0 before a recovery is given.
 CLEAR = 2.0

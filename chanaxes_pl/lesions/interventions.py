@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from chanaxes_pl.core.errors import InputError, naming, nearest
 from chanaxes_pl.lesions.replacements import REPLACEMENTS, Replacement, check_channels, check_operations, replacement
-from chanaxes_pl.network.groups import Units
 from chanaxes_pl.network.layers import channel_count, select_layers
-from chanaxes_pl.network.removal import Group, masked
 from chanaxes_pl.network.tracing import Edit, PartialForward, edited
+from chanaxes_pl.units.groups import Units
+from chanaxes_pl.units.removal import Group, masked
 
 #: An item of :data:`OPERATIONS`.
 Operation = Literal["zero", "mean", "peer", "hull"]

@@ -1,1 +1,1 @@
-"""Observation of a model that leaves it unchanged: layers, samples, hooks, dependency groups, MACs."""
+"""Observation of a model that leaves it unchanged: layers, samples, hooks, probes, copies."""

@@ -14,8 +14,8 @@ import numpy as np
 from torch import Tensor
 
 from chanaxes_pl.core.errors import ArgumentError
-from chanaxes_pl.network.removal import Group
 from chanaxes_pl.pruning.costs import Cost
+from chanaxes_pl.units.removal import Group
 
 #: An item of :data:`ALLOCATIONS`.
 Allocation = Literal["uniform", "shared", "own"]

@@ -15,11 +15,11 @@ from chanaxes_pl.core.errors import ArgumentError
 from chanaxes_pl.core.moments import accumulation_device
 from chanaxes_pl.core.targets import check_classes
 from chanaxes_pl.network.batches import Step
-from chanaxes_pl.network.flow import TRANSPOSED
-from chanaxes_pl.network.groups import Units
+from chanaxes_pl.network.cloning import clone
 from chanaxes_pl.network.hooks import calls, observed
 from chanaxes_pl.network.layers import CONVOLUTIONS, channel_count
-from chanaxes_pl.network.removal import clone
+from chanaxes_pl.units.flow import TRANSPOSED
+from chanaxes_pl.units.groups import Units
 
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 

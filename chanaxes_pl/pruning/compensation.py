@@ -26,14 +26,14 @@ from torch.overrides import TorchFunctionMode
 
 from chanaxes_pl.core.errors import ArgumentError, short
 from chanaxes_pl.core.moments import Moments, true_float32
-from chanaxes_pl.network.flow import LAYERS, TRANSPOSED, goes_by_groups
-from chanaxes_pl.network.groups import executed_layers
 from chanaxes_pl.network.hooks import calls, observed, same_outputs
 from chanaxes_pl.network.layers import CONVOLUTIONS, by_position, why_not_affine
-from chanaxes_pl.network.removal import Group, add_bias
 from chanaxes_pl.network.sampling import local_samples, patches, sample_positions
 from chanaxes_pl.network.tracing import Activations, paired_activations
 from chanaxes_pl.pruning.ridge import Ridge, Solution, ridge_bytes, samples_within
+from chanaxes_pl.units.flow import LAYERS, TRANSPOSED, goes_by_groups
+from chanaxes_pl.units.groups import executed_layers
+from chanaxes_pl.units.removal import Group, add_bias
 
 #: A key of :data:`RIDGE`.
 Compensation = Literal["fold", "refit"]

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from chanaxes_pl.network.removal import Group, clone, remove
+from chanaxes_pl.network.cloning import clone
+from chanaxes_pl.units.removal import Group, remove
 
 
 class Cost(Protocol):

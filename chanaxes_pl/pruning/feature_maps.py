@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from chanaxes_pl.core.moments import accumulation_device
 from chanaxes_pl.network.hooks import calls, hooked, observed
-from chanaxes_pl.network.removal import Group
+from chanaxes_pl.units.removal import Group
 
 #: A key of :data:`MAP_SCORES`.
 MapScore = Literal["hrank", "chip"]

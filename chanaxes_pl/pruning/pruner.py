@@ -16,12 +16,9 @@ from torch import Tensor, nn
 from chanaxes_pl.core.errors import ArgumentError, InputError, naming
 from chanaxes_pl.core.moments import true_float32
 from chanaxes_pl.network.batches import Placement, Step, logits_of
-from chanaxes_pl.network.groups import find_units
+from chanaxes_pl.network.cloning import clone
 from chanaxes_pl.network.hooks import observed
-from chanaxes_pl.network.macs import Macs, count_macs
-from chanaxes_pl.network.plain import plain
 from chanaxes_pl.network.probe import ImageBatches, ProbeSource
-from chanaxes_pl.network.removal import clone, disagreement, remove
 from chanaxes_pl.pruning.allocation import (
     Allocation,
     check_allocation,
@@ -45,6 +42,10 @@ from chanaxes_pl.pruning.costs import Cost, Parameters
 from chanaxes_pl.pruning.latency import Latency
 from chanaxes_pl.pruning.scores import channel_scores, unit_ranks, unit_values
 from chanaxes_pl.pruning.slim_file import Plan, save_slim
+from chanaxes_pl.units.groups import find_units
+from chanaxes_pl.units.macs import Macs, count_macs
+from chanaxes_pl.units.plain import plain
+from chanaxes_pl.units.removal import disagreement, remove
 
 #: Reference score of the allocation ``"shared"``.
 REFERENCE = "taylor"

@@ -17,14 +17,14 @@ from chanaxes_pl.analysis.scores import OWN_SCORES, REVERSE, SCORES, base_score,
 from chanaxes_pl.core.errors import ArgumentError, InputError
 from chanaxes_pl.core.moments import Moments
 from chanaxes_pl.network.batches import Placement, Step, default_step, split_batch
-from chanaxes_pl.network.groups import Units
 from chanaxes_pl.network.layers import channel_count
 from chanaxes_pl.network.probe import Probe, ProbeSource
 from chanaxes_pl.network.recording import LayerMoments, Settings, record
-from chanaxes_pl.network.removal import Group
 from chanaxes_pl.pruning.baselines import WEIGHT_SCORES, norms_behind, weight_scores
 from chanaxes_pl.pruning.feature_maps import MAP_IMAGES, MAP_SCORES, MapScore, map_scores
 from chanaxes_pl.tables import measure
+from chanaxes_pl.units.groups import Units
+from chanaxes_pl.units.removal import Group
 
 #: Scores that need recorded activations on the probe.
 _RECORDED = {*OWN_SCORES, "activation_rms"}

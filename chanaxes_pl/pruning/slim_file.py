@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from chanaxes_pl.core.errors import InputError, naming, nearest, short
 from chanaxes_pl.core.files import replacing
-from chanaxes_pl.network.flow import LAYERS, NORMS, width
-from chanaxes_pl.network.plain import plain
-from chanaxes_pl.network.removal import Group, avoid_crash, resize
+from chanaxes_pl.units.flow import LAYERS, NORMS, width
+from chanaxes_pl.units.plain import plain
+from chanaxes_pl.units.removal import Group, avoid_crash, resize
 
 #: Version of the plan; a reader refuses any other.
 VERSION = 2

@@ -23,13 +23,13 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from chanaxes_pl.models import build_backbone
-from chanaxes_pl.network.groups import find_units
-from chanaxes_pl.network.macs import Macs, count_macs
-from chanaxes_pl.network.removal import Group, remove
 from chanaxes_pl.pruning import compensation
 from chanaxes_pl.pruning.allocation import GRID, fit_budget, keep_best, uniform_order
 from chanaxes_pl.pruning.baselines import weight_score
 from chanaxes_pl.pruning.compensation import RIDGE, compensate
+from chanaxes_pl.units.groups import find_units
+from chanaxes_pl.units.macs import Macs, count_macs
+from chanaxes_pl.units.removal import Group, remove
 
 EXAMPLE = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 #: name: backbone, budget of a grid in seconds

@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from chanaxes_pl.network.batches import Placement
-from chanaxes_pl.network.groups import find_units
-from chanaxes_pl.network.macs import Cost
+from chanaxes_pl.network.cloning import clone
 from chanaxes_pl.network.probe import ImageBatches
-from chanaxes_pl.network.removal import clone, remove
 from chanaxes_pl.pruning.allocation import fit_budget, keep_best, uniform_order
 from chanaxes_pl.pruning.compensation import RIDGE, compensate
+from chanaxes_pl.units.groups import find_units
+from chanaxes_pl.units.macs import Cost
+from chanaxes_pl.units.removal import remove
 from tests.benchmarks.pruning import scores_of
 
 SIDE, BATCH, TESTED = 224, 64, 16

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torchvision.models.convnext import CNBlock
 
 from chanaxes_pl.models import BACKBONES, build_backbone
-from chanaxes_pl.network.removal import Group
+from chanaxes_pl.units.removal import Group
 
 CLASSES = 7
 IMAGES = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(4))

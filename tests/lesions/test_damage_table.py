@@ -17,9 +17,9 @@ from chanaxes_pl.lesions.damage_table import join_shares, lesion_table
 from chanaxes_pl.lesions.interventions import OPERATIONS, lesion
 from chanaxes_pl.models import BACKBONES
 from chanaxes_pl.network.batches import Placement, default_step
-from chanaxes_pl.network.groups import find_units
 from chanaxes_pl.network.hooks import observed
-from chanaxes_pl.network.removal import remove
+from chanaxes_pl.units.groups import find_units
+from chanaxes_pl.units.removal import remove
 from tests.helpers import cases as zoo
 from tests.helpers import reference
 from tests.helpers import training as small

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from chanaxes_pl import LesionExperiment, PruningExperiment, find_units, lesion_table, prune, pruning_grid
-from chanaxes_pl.network.removal import clone
+from chanaxes_pl.network.cloning import clone
 from chanaxes_pl.network.tracing import PartialForward
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # torch's old spectral norm

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from chanaxes_pl.models import BACKBONES, Classifier, build_backbone
 from chanaxes_pl.network import tracing as home
-from chanaxes_pl.network.groups import executed_layers, find_units
 from chanaxes_pl.network.hooks import observed
-from chanaxes_pl.network.removal import remove
 from chanaxes_pl.network.tracing import PartialForward, edited, paired_activations
+from chanaxes_pl.units.groups import executed_layers, find_units
+from chanaxes_pl.units.removal import remove
 from tests.helpers import networks as pruned
 from tests.helpers import training as small
 from tests.helpers.networks import IMAGES, ONE, Net, halves, head, pooled

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torchvision.models import resnet18 as torchvision_resnet18
 
 from chanaxes_pl.models import BACKBONES
-from chanaxes_pl.network.groups import find_units
-from chanaxes_pl.network.macs import Macs, count_macs
-from chanaxes_pl.network.removal import Group, remove
 from chanaxes_pl.pruning.allocation import GRID, check_budget, fit_budget, keep_best, threshold_order, uniform_order
+from chanaxes_pl.units.groups import find_units
+from chanaxes_pl.units.macs import Macs, count_macs
+from chanaxes_pl.units.removal import Group, remove
 from tests.helpers.networks import IMAGES, NETS, ONE, build, halves
 
 ORDERS = ("uniform", "threshold")

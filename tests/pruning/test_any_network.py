@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 
 from chanaxes_pl import load_slim, prune
 from tests.helpers.networks import Net, head, pooled
-from tests.network.test_plain import Standardised
+from tests.units.test_plain import Standardised
 
 IMAGES = torch.randn(48, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 

@@ -15,11 +15,11 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as torch_prune
 
 from chanaxes_pl.network import tracing
-from chanaxes_pl.network.groups import executed_layers, find_units
-from chanaxes_pl.network.removal import Group, remove
 from chanaxes_pl.network.tracing import paired_activations
 from chanaxes_pl.pruning import compensation as home
 from chanaxes_pl.pruning.compensation import RIDGE, compensate, kept_channels, reestimate_norms
+from chanaxes_pl.units.groups import executed_layers, find_units
+from chanaxes_pl.units.removal import Group, remove
 from tests.helpers.networks import NETS, ONE, Net, build, halves, head, pooled
 
 BATCHES = torch.randn(96, 3, 32, 32, generator=torch.Generator().manual_seed(6)).split(40)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from chanaxes_pl.network.groups import find_units
 from chanaxes_pl.pruning.feature_maps import MAP_IMAGES, channel_independence, map_ranks, map_scores
+from chanaxes_pl.units.groups import find_units
 from tests.helpers import cases as zoo
 from tests.pruning.test_scores import grouped, residual, scored
 

@@ -16,13 +16,13 @@ from chanaxes_pl.analysis.grids import area_under_curve, paired_difference
 from chanaxes_pl.analysis.text import describe_pruning
 from chanaxes_pl.lesions.damage_table import join_shares
 from chanaxes_pl.network.batches import Placement
-from chanaxes_pl.network.macs import count_macs
 from chanaxes_pl.plots import plot_lesions, plot_pruning
 from chanaxes_pl.pruning import grid as protocol
 from chanaxes_pl.pruning.grid import PruningExperiment, evaluate, pruning_grid
 from chanaxes_pl.pruning.latency import milliseconds
 from chanaxes_pl.pruning.pruner import prune
 from chanaxes_pl.tables import VARIANT
+from chanaxes_pl.units.macs import count_macs
 from tests.helpers.training import CLASSES, images
 
 PROBE, TEST = images(32, 1), DataLoader(images(24, 3), batch_size=10)

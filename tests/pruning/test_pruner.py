@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from chanaxes_pl.models import BACKBONES, Classifier
-from chanaxes_pl.network.macs import count_macs
 from chanaxes_pl.pruning.pruner import prune
 from chanaxes_pl.pruning.slim_file import fill, load_slim
+from chanaxes_pl.units.macs import count_macs
 from tests.helpers.networks import build
 from tests.helpers.training import QUIET, trainer
 

@@ -14,10 +14,10 @@ from chanaxes_pl import compute_axes
 from chanaxes_pl.analysis.scores import SCORES, own_scores, score_family
 from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.models.backbones import BACKBONES, build_backbone
-from chanaxes_pl.network.groups import Units, find_units
-from chanaxes_pl.network.removal import Group
 from chanaxes_pl.pruning.baselines import weight_score
 from chanaxes_pl.pruning.scores import channel_scores, unit_ranks, unit_values
+from chanaxes_pl.units.groups import Units, find_units
+from chanaxes_pl.units.removal import Group
 from tests.helpers import cases as zoo
 from tests.helpers import training as small
 from tests.test_axes import assert_untouched, snapshot

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from chanaxes_pl.models import BACKBONES, Classifier, build_backbone
-from chanaxes_pl.network.groups import find_units
-from chanaxes_pl.network.macs import count_macs
-from chanaxes_pl.network.removal import add_bias, remove
 from chanaxes_pl.pruning.slim_file import Plan, fill, load_slim, save_slim
+from chanaxes_pl.units.groups import find_units
+from chanaxes_pl.units.macs import count_macs
+from chanaxes_pl.units.removal import add_bias, remove
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(8))
 SETTINGS = {"num_classes": 7, "width": 0.25, "image_size": 32}

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 from torch.overrides import TorchFunctionMode
 
+from chanaxes_pl.network.cloning import clone
 from chanaxes_pl.network.layers import CONVOLUTIONS
-from chanaxes_pl.network.removal import FAILURES, clone
+from chanaxes_pl.units.removal import FAILURES
 
 # The hooks by which torch.nn.utils computed a weight before there were parametrizations: class → how to write it out.
 _HOOKS = {

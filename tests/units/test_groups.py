@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from torchvision.models import convnext_tiny
 
 from chanaxes_pl.models import BACKBONES, Classifier
-from chanaxes_pl.network.groups import find_units
-from chanaxes_pl.network.removal import masked, remove
+from chanaxes_pl.units.groups import find_units
+from chanaxes_pl.units.removal import masked, remove
 from tests.helpers.networks import IMAGES, NETS, ONE, Net, build, halves, head, pooled, relative_error, unsettled
 
 OUTPUT = "its channels are the network's output"

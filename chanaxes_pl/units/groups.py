@@ -22,10 +22,11 @@ from torch.utils._pytree import tree_leaves
 from chanaxes_pl.core.errors import ArgumentError, InputError, naming, nearest
 from chanaxes_pl.core.moments import accumulation_device
 from chanaxes_pl.network.batches import logits_of
-from chanaxes_pl.network.flow import LAYERS, TRANSPOSED, Flow, goes_by_groups
+from chanaxes_pl.network.cloning import clone
 from chanaxes_pl.network.hooks import calls, entered
 from chanaxes_pl.network.layers import CONVOLUTIONS
-from chanaxes_pl.network.removal import FAILURES, Cut, Group, clone, disagreement, remove
+from chanaxes_pl.units.flow import LAYERS, TRANSPOSED, Flow, goes_by_groups
+from chanaxes_pl.units.removal import FAILURES, Cut, Group, disagreement, remove
 
 # A trial removal keeps these shares of each group's units, because some errors show only if few units stay.
 _KEPT = (1 / 2, 1 / 12)
@@ -296,8 +297,7 @@ def _why_fixed(
 def _tried(model: nn.Module, example: Tensor, groups: dict[str, Group]) -> tuple[dict[str, Group], dict[str, str]]:
     """Return the groups that can be removed without error, and why the layers of the others are fixed.
 
-    torch-pruning follows shapes. Only a trial shows whether a plain function reorders or mixes channels, or depends on
-    their number.
+    Labels follow values. Only a trial shows whether the code around the operations depends on the number of channels.
 
     Args:
         model: copy of the model; its weights are overwritten.
@@ -353,9 +353,10 @@ def _shuffle_weights(model: nn.Module, generator: torch.Generator) -> None:
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
             module.reset_running_stats()
     for parameter in model.parameters():
-        noise = torch.rand(parameter.shape, generator=generator, dtype=torch.float64)
         fan = parameter[0].numel() if parameter.ndim > 1 else 0
-        parameter.copy_((noise - 0.5) * math.sqrt(24 / fan) if fan else 0.5 + noise)  # He et al. (2015), uniform
+        side = math.sqrt(6 / fan) if fan else 0.5  # He et al. (2015), uniform
+        noise = torch.empty(parameter.shape, dtype=torch.float64).uniform_(-side, side, generator=generator)
+        parameter.copy_(noise if fan else noise.add_(1.0))
 
 
 class _Narrowing(TorchDispatchMode):
@@ -415,7 +416,7 @@ def _misfit(model: nn.Module, images: list[Tensor], groups: list[Group], exact: 
             # without the last.
             order = torch.randperm(group.size, generator=generator)
             kept[group.name] = order[order != (group.size - 1) * trial][: int(group.size * share) | 1]
-        slim = clone(model)
+        slim = clone(model, tensors=False)  # removal makes new ones
         try:
             remove(slim, groups, kept)
         except FAILURES as error:

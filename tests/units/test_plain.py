@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
-from chanaxes_pl.network.plain import PlainAttention, plain
+from chanaxes_pl.units.plain import PlainAttention, plain
 from tests.helpers.networks import ONE, Net, build, head, pooled
 
 ATTENTION = {"embed_dim": 12, "num_heads": 3}

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from chanaxes_pl.network.hooks import calls, observed
 from chanaxes_pl.network.layers import CONVOLUTIONS, channel_count
-from chanaxes_pl.network.removal import Group
+from chanaxes_pl.units.removal import Group
 
 
 def count_macs(model: nn.Module, example: Tensor) -> int:

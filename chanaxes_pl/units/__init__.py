@@ -1,0 +1,1 @@
+"""Which channels go together, their removal, and what it saves."""
