@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import resource
 import tempfile
 import time
@@ -251,9 +252,9 @@ def _counted(reasons: Any) -> str:
 
 
 def _general(reason: str) -> str:
-    """Return a reason without the numbers of one layer, so that like reasons are counted together."""
+    """Return a reason without the numbers and names of one layer, so that like reasons are counted together."""
     text = reason.split(" (")[0] if reason.startswith(("some of its", "the network does not")) else reason
-    return " ".join("…" if any(c.isdigit() for c in word) and not word[0].isalpha() else word for word in text.split())
+    return re.sub(r"\b\w+(\.\w+)+\b|\b\d[\d.e+-]*\b", "…", text)
 
 
 def _since(begin: float) -> float:
