@@ -155,6 +155,7 @@ def _of_units(units: Units, shares: dict[str, float]) -> dict[str, Any]:
     groups = units.groups.values()
     touched = {name for group in groups for name in (*group.producers, *group.consumers)}
     lost = Counter[str]()  # reason → share of the MACs in layers that no unit is part of
+    lost["neither a convolution nor a Linear layer"] = 1 - sum(shares.values())
     for name, share in shares.items():
         if name not in touched:
             lost[_general(units.fixed.get(name, "not listed"))] += share
