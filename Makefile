@@ -4,7 +4,7 @@ BIN := .venv/bin
 # One thread a process: with two processes on two cores, two threads each can be 20 times slower.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint bench figures clean
+.PHONY: demo test lint bench zoo figures clean
 
 demo: .venv/.ready
 	$(BIN)/chanaxes demo
@@ -24,6 +24,10 @@ bench: .venv/.ready
 	$(BIN)/python -m tests.benchmarks.pruning
 	$(BIN)/python -m tests.benchmarks.speedup
 
+# A hundred networks of torchvision and timm pruned, saved, exported and tracked; it goes on where it was interrupted.
+zoo: .venv/.zoo
+	$(BIN)/python -m tests.benchmarks.zoo run --jobs $(JOBS)
+
 # The pictures of the README, from the tables in notebooks/results.
 figures: .venv/.ready
 	$(BIN)/python notebooks/figures/make.py
@@ -34,6 +38,10 @@ clean:
 .venv/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+.venv/.zoo: .venv/.ready
+	$(BIN)/python -m pip install --quiet --editable ".[zoo]"
 	touch $@
 
 include configs/study/study.mk

@@ -3,10 +3,12 @@
 import random
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from numpy.testing import assert_allclose
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
 
 from chanaxes_pl import Axes, compute_axes
@@ -293,6 +295,111 @@ def test_a_layer_that_is_never_reached_is_nan_with_the_reason():
     rows = axes.correlations.set_index("layer")
     assert rows.loc["spare", "rho"].isna().all()
     assert np.isfinite(rows.loc["network", "rho"]).all()
+
+
+class Plain(nn.Module):
+    """A layer whose weight a function of a module reads, one that nothing uses, and one that runs."""
+
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.mix.weight, self.mix.bias)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.mixer, self.spare = nn.Conv2d(3, 6, 3), Plain.Mixer(), nn.Linear(6, 6)
+        self.head = nn.Linear(6, zoo.CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.spare.weight.shape  # noqa: B018  # a look is not a use
+        return self.head(self.mixer(self.stem(x).relu().mean((2, 3))))
+
+
+@pytest.mark.parametrize("wrap", [nn.Identity, nn.DataParallel])
+def test_a_layer_that_a_plain_function_uses_is_said_to_be(wrap):
+    model = Plain()
+    model.mixer = model.mixer if wrap is nn.Identity else wrap(model.mixer)
+    before = snapshot(model)
+    table = compute_axes(model, loader(), layers="conv+linear").table
+    assert_untouched(model, before)
+    assert table.groupby("layer")["reason"].first().to_dict() == {
+        "stem": "",
+        "mixer.mix": "its weight is used by a plain function (linear) in mixer",
+        "spare": "the forward pass did not reach this layer",
+        "head": "",
+    }
+    pd.testing.assert_frame_equal(
+        table[table.layer.isin(["stem", "head"])].reset_index(drop=True),
+        compute_axes(model, loader(), layers=["stem", "head"]).table,
+    )
+
+
+def test_attention_of_ones_own_is_said_to_use_its_layers():
+    class Own(nn.MultiheadAttention):
+        def forward(self, x):
+            return super().forward(x, x, x, need_weights=False)[0]
+
+    class Fused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(6, 18)
+
+        def forward(self, x):
+            return nn.functional.linear(x, weight=self.qkv.weight)[..., :6]
+
+    model = nn.Sequential(
+        nn.Flatten(2), nn.Linear(36, 6), Own(6, 2, batch_first=True), Fused(), nn.Flatten(), nn.Linear(18, zoo.CLASSES)
+    )
+    reasons = compute_axes(model, loader()).table.groupby("layer")["reason"].first()
+    assert reasons["2.out_proj"] == "its weight is used by a plain function (multi_head_attention_forward) in 2"
+    used = "its weight is used by a plain function (linear) in 3"
+    assert (reasons[["3.qkv.q", "3.qkv.k", "3.qkv.v"]] == used).all()
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("kind", ["no_grad", "checkpoint"])
+def test_layers_without_gradients_are_measured_like_others(kind):
+    class Wrapped(nn.Module):
+        def __init__(self, plain: bool) -> None:
+            super().__init__()
+            torch.manual_seed(3)
+            self.plain, self.stem, self.head = plain, nn.Conv2d(3, 5, 3), nn.Linear(5, zoo.CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.plain:
+                x = self.stem(x)
+            elif kind == "no_grad":
+                with torch.no_grad():
+                    x = self.stem(x)
+            else:
+                x = checkpoint(self.stem, x, use_reentrant=True)
+            return self.head(x.relu().mean((2, 3)))
+
+    found, wanted = (compute_axes(Wrapped(plain), loader(), alignment=True).table for plain in (False, True))
+    pd.testing.assert_frame_equal(found, wanted)
+
+
+def test_a_network_that_normalises_its_images_in_place_leaves_the_probe_as_it_is():
+    class Normalising(nn.Module):
+        def __init__(self, in_place: bool) -> None:
+            super().__init__()
+            torch.manual_seed(3)
+            self.in_place, self.layer, self.head = in_place, nn.Conv2d(3, 5, 3), nn.Linear(5, zoo.CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.sub_(0.4).div_(0.3) if self.in_place else (x - 0.4) / 0.3
+            return self.head(self.layer(x).relu().mean((2, 3)) + self.layer(x[..., 1:]).relu().mean((2, 3)))
+
+    probe = [tuple(batch) for batch in loader()]
+    kept = [(images.clone(), labels.clone()) for images, labels in probe]
+    # The layer runs twice, so that the first batch is run again.
+    found = [compute_axes(Normalising(in_place), probe).table for in_place in (True, True, False)]
+    assert all(a.equal(b) for batch, old in zip(probe, kept, strict=True) for a, b in zip(batch, old, strict=True))
+    pd.testing.assert_frame_equal(found[0], found[1])
+    pd.testing.assert_frame_equal(found[0], found[2])
 
 
 def test_options_reach_the_table():

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 
@@ -96,24 +97,26 @@ def _shape(value: Any) -> tuple[int, ...]:
 def observed(model: nn.Module) -> Iterator[None]:
     """Put ``model`` in eval mode without gradients inside the block, then restore its flags and the RNG streams.
 
-    A compiled model runs uncompiled in the block, because hooks added after its first call would not fire. It gets a
-    copy of its inputs, because some networks normalise images in place.
+    A compiled model runs uncompiled in the block, because hooks added after its first call would not fire. It is given
+    copies of its inputs, because some networks normalise their images in place.
     """
     training = {module: module.training for module in model.modules()}
+    copies = model.register_forward_pre_hook(_copied, with_kwargs=True)
     streams = isolate_rng()
     streams.__enter__()
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), hooked([(model, _copied)], before=True):
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             model.eval()
             yield
     finally:
         for module, flag in training.items():
             module.training = flag
+        copies.remove()
         streams.__exit__(None, None, None)  # given an exception, isolate_rng would restore nothing
 
 
-def _copied(_model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(value.clone() if isinstance(value, Tensor) else value for value in inputs)
+def _copied(_model: nn.Module, args: Any, kwargs: Any) -> Any:
+    return tree_map_only(Tensor, Tensor.clone, (args, kwargs))
 
 
 def same_outputs(found: object, wanted: Tensor, share: float) -> bool:

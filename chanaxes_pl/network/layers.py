@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from math import prod
@@ -11,9 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from chanaxes_pl.core.errors import ArgumentError, nearest
+from chanaxes_pl.network.hooks import hooked
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _KINDS = {"conv": CONVOLUTIONS, "conv+linear": (*CONVOLUTIONS, nn.Linear)}
@@ -230,6 +233,52 @@ def _heard(
         hook(layer, args[0] if args else kwargs.get("input"), output)
 
 
+class _WeightUses(TorchFunctionMode):
+    """Recorder of the first function that reads each of some parameters, and of the module that was running then."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__()
+        self.running: list[str] = []
+        self.found: dict[int, tuple[str, str]] = {}
+        self._watched = {id(parameter) for parameter in parameters}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        for value in tree_leaves((args, kwargs)):
+            if id(value) in self._watched and name != "__get__":  # a look at its shape or type
+                self.found.setdefault(id(value), (name, self.running[-1] if self.running else ""))
+        return func(*args, **(kwargs or {}))
+
+
+def used_elsewhere(model: nn.Module, layers: Mapping[str, nn.Module], forward: Callable[[], Any]) -> dict[str, str]:
+    """Which layers are not run but have their weights read by a function, such as ``F.linear``, by name: by which.
+
+    Args:
+        model: any module.
+        layers: layers of it that do not run.
+        forward: runs the model on any batch.
+    """
+    owners = {name: layer.owner if isinstance(layer, Projection) else layer for name, layer in layers.items()}
+    uses = _WeightUses(parameter for owner in owners.values() for parameter in owner.parameters())
+    shown = {module: name for name, module in _named_modules(model)}
+
+    def enter(module: nn.Module, _inputs: Any) -> None:
+        uses.running.append(shown[module])
+
+    def leave(_module: nn.Module, _inputs: Any, _output: Any) -> None:
+        uses.running.pop()
+
+    with hooked(((m, enter) for m in shown), before=True), hooked((m, leave) for m in shown), uses:
+        forward()
+    found = {}
+    for name, owner in owners.items():
+        told = [uses.found[id(parameter)] for parameter in owner.parameters() if id(parameter) in uses.found]
+        if told:
+            function, home = told[0]
+            found[name] = f"its weight is used by a plain function ({function}) in {home or type(model).__name__}"
+    return found
+
+
 def channel_count(layer: nn.Module) -> int:
     """Output features of a tracked layer."""
     return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels  # type: ignore[return-value]
@@ -275,15 +324,20 @@ def misfit(layer: nn.Module, tensor: Any, images: int, what: str = "an output") 
     return ""
 
 
+def has_own_forward(layer: nn.Module) -> bool:
+    """Whether a convolution or Linear layer runs anything else than the forward of its class in torch."""
+    kind = next(kind for kind in (nn.Linear, *CONVOLUTIONS) if isinstance(layer, kind))
+    steps = [name for name in ("forward", "_conv_forward") if hasattr(kind, name)]
+    return any(name in vars(layer) or getattr(type(layer), name) is not getattr(kind, name) for name in steps)
+
+
 def why_not_affine(layer: nn.Module) -> str:
     """Why a convolution or Linear layer may give something else than its weight times its input plus its bias.
 
     Returns:
         Empty where the class' own forward runs on plain parameters with no hooks but this package's, which only look.
     """
-    kind = next(kind for kind in (nn.Linear, *CONVOLUTIONS) if isinstance(layer, kind))
-    steps = [name for name in ("forward", "_conv_forward") if hasattr(kind, name)]
-    if any(name in vars(layer) or getattr(type(layer), name) is not getattr(kind, name) for name in steps):
+    if has_own_forward(layer):
         return f"{type(layer).__name__} has a forward of its own, which need not be affine in its input"
     own = dict(layer.named_parameters(recurse=False))
     if own.get("weight") is not layer.weight or own.get("bias") is not layer.bias:

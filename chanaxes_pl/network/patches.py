@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from chanaxes_pl.core.moments import CrossMoments, accumulation_device
-from chanaxes_pl.network.layers import CONVOLUTIONS, by_position
+from chanaxes_pl.network.layers import CONVOLUTIONS, by_position, has_own_forward
 from chanaxes_pl.network.moments_metric import MomentsMetric
-from chanaxes_pl.network.sampling import image_means, local_samples, patch_means, patches
+from chanaxes_pl.network.sampling import Window, convolved, image_means, local_samples, patch_means, patches
 
 # Largest number of patch values at a time, so that the patches of a map, kernel size times the map, need not all fit.
 _NUMBERS = 1 << 22
@@ -36,9 +36,27 @@ class PatchRecorder:
     def __init__(self, layer: nn.Module) -> None:
         self._layer = layer
         self._blocks = layer.groups if isinstance(layer, CONVOLUTIONS) else 1
+        # Of a convolution; where it has a forward of its own, this tells what is convolved.
+        self._window: Window | None = None
+        self._pads_itself = isinstance(layer, CONVOLUTIONS) and has_own_forward(layer)
+        if isinstance(layer, CONVOLUTIONS) and not self._pads_itself:
+            self._window = Window.of(layer)
         self._outputs: MomentsMetric[CrossMoments] | None = None
         self._target: MomentsMetric[CrossMoments] | None = None
         self._means = torch.empty(0)
+
+    def misread(self, inputs: Tensor, output: Tensor) -> str:
+        """Why it is not known what a convolution with a forward of its own reads at each position; empty if it is."""
+        if not self._pads_itself:
+            return ""
+        layer, found = self._layer, convolved(self._layer, inputs)  # type: ignore[arg-type]
+        if found is None:
+            size = "×".join(map(str, layer.kernel_size))  # type: ignore[arg-type]
+            return f"the forward of {type(layer).__name__} does not run one {size} convolution of its own shape"
+        positions = found[1].outputs(found[0].shape[2:])
+        if len(found[0]) != len(inputs) or positions != tuple(output.shape[2:]):
+            return f"the forward of {type(layer).__name__} gives another map than its convolution"
+        return ""
 
     def read(self, inputs: Tensor, output: Tensor, seen: Tensor, places: Tensor | None, name: str) -> None:
         """Add the inputs and outputs of a batch.
@@ -50,6 +68,7 @@ class PatchRecorder:
             places: ``[B, p]`` positions sampled in each image, or ``None`` for all.
             name: the layer's name, for errors.
         """
+        inputs = self._as_read(inputs)
         self._means = self._means_of(inputs, output, name)
         images = torch.arange(len(seen), device=seen.device)
         if places is None:
@@ -71,6 +90,7 @@ class PatchRecorder:
         means, start = [], 0
         for inputs, output, seen in runs:
             stop = start + seen.shape[2]
+            inputs = self._as_read(inputs)
             self._means = self._means_of(inputs, output, name)
             means.append(self._means * (seen.shape[2] / max(1, total)))
             rows, columns = ((places >= start) & (places < stop)).nonzero(as_tuple=True)
@@ -93,22 +113,29 @@ class PatchRecorder:
         outputs, target = self._outputs.merged.covariance, self._target.merged.covariance
         return PatchMoments(outputs.mT.flatten(0, 1), target.mT.repeat_interleave(outputs.shape[2], 0).flatten(0, 1))
 
+    def _as_read(self, inputs: Tensor) -> Tensor:
+        if not self._pads_itself:
+            return inputs
+        found = convolved(self._layer, inputs)  # type: ignore[arg-type]
+        assert found is not None
+        inputs, self._window = found
+        return inputs
+
     def _means_of(self, inputs: Tensor, output: Tensor, name: str) -> Tensor:
         """``[B, G, F]``: what each block reads on average over all positions."""
-        layer = self._layer
-        if isinstance(layer, CONVOLUTIONS):
-            return self._by_block(patch_means(layer, inputs, output.shape[2:]).flatten(1))
-        return self._by_block(image_means(by_position(layer, inputs, len(output), name)))
+        if self._window is not None:
+            return self._by_block(patch_means(self._window, inputs, output.shape[2:]).flatten(1))
+        return self._by_block(image_means(by_position(self._layer, inputs, len(output), name)))
 
     def _cover(self, inputs: Tensor, output: Tensor, seen: Tensor, images: Tensor, places: Tensor, name: str) -> None:
         """Take in the patches at positions ``[n, p]`` of the images ``[n]``."""
-        layer, width = self._layer, self._means[0].numel()
-        if not isinstance(layer, CONVOLUTIONS):
-            inputs = by_position(layer, inputs, len(seen), name)
+        window, width = self._window, self._means[0].numel()
+        if window is None:
+            inputs = by_position(self._layer, inputs, len(seen), name)
         rows_at_once = max(1, _NUMBERS // (width * places.shape[1]))
         for rows, at in zip(images.split(rows_at_once), places.split(rows_at_once), strict=True):
-            if isinstance(layer, CONVOLUTIONS):
-                read = patches(layer, inputs, rows, at, output.shape[2:]).flatten(1)
+            if window is not None:
+                read = patches(window, inputs, rows, at, output.shape[2:]).flatten(1)
             else:
                 read = local_samples(inputs, rows, at)
             gave = local_samples(seen, rows, at)

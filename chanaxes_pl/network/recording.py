@@ -28,6 +28,7 @@ from chanaxes_pl.network.layers import (
     listen,
     misfit,
     select_layers,
+    used_elsewhere,
     widens_pointwise,
 )
 from chanaxes_pl.network.moments_metric import MomentsMetric
@@ -227,6 +228,15 @@ class Recorder:
                 reasons[name] = "it could not be measured in the same way in all processes"
         return reasons
 
+    def find_unreached(self, model: nn.Module, forward: Callable[[], Any]) -> None:
+        """Tell layers whose weights a plain function uses from those that take no part, by one more forward pass.
+
+        A collective call; the model runs in all processes or in none, but for one that had no images.
+        """
+        unreached = {name: self.layers[name] for name, why in self.left_out().items() if why == UNREACHED}
+        if unreached and self.images:
+            self._unfit |= used_elsewhere(model, unreached, forward)
+
     def without_alignment(self) -> dict[str, str]:
         """Why layers that may have moments have no patches where they were asked for, by name."""
         missing = self.layers.keys() - self._new_patches().keys() if self._alignment else ()
@@ -288,8 +298,11 @@ class Recorder:
         channels = gave.shape[1 if isinstance(layer, CONVOLUTIONS) else -1]
         if channels != width:
             return f"it gave {channels} channels, expected {width}"
-        why = misfit(layer, read, images, "an input") if name in self._patches else ""
-        return f"it read {why}" if why else ""
+        if name not in self._patches:
+            return ""
+        if why := misfit(layer, read, images, "an input"):
+            return f"it read {why}"
+        return self._patches[name].misread(read, gave)
 
     def _drop(self, name: str, why: str) -> None:
         self._unfit[name] = why
@@ -464,18 +477,21 @@ def record(
     step = settings.step or default_step
     target = Target(settings.target)
     recorder = Recorder(layers, target, settings.positions, settings.reliability, settings.alignment)
-    with observed(model), recorder.attached():
-        for indices, batch in probe.batches(place.rank, place.world):
-            moved = place.to_device(batch)
+    moved: Any = None
 
-            def forward(moved: Any = moved) -> Any:
-                with place.forward_context():
-                    outputs, labels = step(model, moved)
-                if target.name == "auto":
-                    target.settle(_agreed(infer_target(outputs, labels), place.world))
-                return outputs, labels
+    def forward() -> Any:
+        with place.forward_context():
+            outputs, labels = step(model, moved)
+        if target.name == "auto":
+            target.settle(_agreed(infer_target(outputs, labels), place.world))
+        return outputs, labels
 
-            recorder.record(indices, forward)
+    with observed(model):
+        with recorder.attached():
+            for indices, batch in probe.batches(place.rank, place.world):
+                moved = place.to_device(batch)
+                recorder.record(indices, forward)
+        recorder.find_unreached(model, forward)
     if place.world == 1 and recorder.images < MIN_IMAGES:
         raise InputError(too_small(recorder.images))
     return recorder

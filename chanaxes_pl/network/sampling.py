@@ -6,17 +6,104 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import product
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from chanaxes_pl.core.moments import true_float32
 from chanaxes_pl.core.targets import scrambled
 
 # Numbers summed in double at a time on a CPU.
 _CACHED = 1 << 17
+
+_CONVOLVE = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+
+
+class Window(NamedTuple):
+    """Which places of its input a convolution reads at each position of its output; all in their order of dimensions.
+
+    Attributes:
+        kernel_size: places of the kernel.
+        stride: steps between positions.
+        dilation: steps between the kernel's places.
+        padding: before and after each dimension, the last one first, as ``F.pad`` takes it.
+        padding_mode: as a convolution has it.
+    """
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: tuple[int, ...]
+    padding_mode: str = "zeros"
+
+    @classmethod
+    def of(cls, layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Window:
+        """The window of a convolution whose forward is that of its class in torch; handles ``padding="same"`` too."""
+        padding = tuple(layer._reversed_padding_repeated_twice)
+        return cls(layer.kernel_size, layer.stride, layer.dilation, padding, layer.padding_mode)
+
+    def outputs(self, size: Sequence[int]) -> tuple[int, ...]:
+        """How many positions an input of this size has, by dimension."""
+        padded = (s + b + a for s, b, a in zip(size, self.padding[-2::-2], self.padding[::-2], strict=True))
+        steps = zip(padded, self.kernel_size, self.stride, self.dilation, strict=True)
+        return tuple((whole - reach * (extent - 1) - 1) // step + 1 for whole, extent, step, reach in steps)
+
+
+def convolved(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor) -> tuple[Tensor, Window] | None:
+    """What a layer convolves that has a forward of its own, which may pad or change its input first: it runs again.
+
+    Args:
+        layer: the layer.
+        inputs: what it is given.
+
+    Returns:
+        The tensor ``[B, C, *spatial]`` that reaches the one convolution in the forward, and the window over it;
+        ``None`` if there is none, or several, or one of another shape than the layer's.
+    """
+    with _Convolutions() as seen, torch.no_grad():
+        layer.forward(inputs)
+    if len(seen.calls) != 1:
+        return None
+    dimensions, call = seen.calls[0]
+    read, weight = call["input"], call["weight"]
+    stride, dilation = (_each(call.get(name, 1), dimensions) for name in ("stride", "dilation"))
+    kernel = tuple(weight.shape[2:])
+    if (kernel, weight.shape[1], call.get("groups", 1)) != (
+        layer.kernel_size,
+        layer.in_channels // layer.groups,
+        layer.groups,
+    ):
+        return None
+    padding = call.get("padding", 0)
+    if isinstance(padding, str):
+        total = [reach * (extent - 1) * (padding == "same") for extent, reach in zip(kernel, dilation, strict=True)]
+        sides = [(whole // 2, whole - whole // 2) for whole in total]
+    else:
+        sides = [(side, side) for side in _each(padding, dimensions)]
+    return read, Window(kernel, stride, dilation, tuple(side for pair in reversed(sides) for side in pair))
+
+
+class _Convolutions(TorchFunctionMode):
+    """Recorder of the arguments of convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[int, dict[str, Any]]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _CONVOLVE:
+            self.calls.append((_CONVOLVE[func], dict(zip(_ARGUMENTS, args, strict=False)) | (kwargs or {})))
+        return func(*args, **(kwargs or {}))
+
+
+def _each(value: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * dimensions if len(values) == 1 else values
 
 
 def image_means(output: Tensor) -> Tensor:
@@ -47,7 +134,7 @@ def local_samples(output: Tensor, images: Tensor, positions: Tensor | None) -> T
 
 
 def patches(
-    layer: nn.Conv1d | nn.Conv2d | nn.Conv3d,
+    layer: nn.Conv1d | nn.Conv2d | nn.Conv3d | Window,
     inputs: Tensor,
     images: Tensor,
     places: Tensor,
@@ -56,7 +143,7 @@ def patches(
     """What a convolution reads at some positions of its output.
 
     Args:
-        layer: the convolution.
+        layer: the convolution, or its window where it pads in a forward of its own.
         inputs: ``[B, C, *spatial]``.
         images: ``[b]``, rows of the batch.
         places: ``[b, p]``, positions of the flattened output map of each.
@@ -65,10 +152,11 @@ def patches(
     Returns:
         ``[b·p, C, k]``, in the order of the flattened kernel.
     """
-    padded = _padded(layer, inputs)
+    window = layer if isinstance(layer, Window) else Window.of(layer)
+    padded = F.pad(inputs, window.padding, "constant" if window.padding_mode == "zeros" else window.padding_mode)
     size = padded.shape[2:]
-    corner = np.stack(np.unravel_index(places.cpu().numpy(), tuple(output_size)), -1) * np.array(layer.stride)
-    steps = zip(layer.kernel_size, layer.dilation, strict=True)
+    corner = np.stack(np.unravel_index(places.cpu().numpy(), tuple(output_size)), -1) * np.array(window.stride)
+    steps = zip(window.kernel_size, window.dilation, strict=True)
     kernel = np.array(list(product(*(range(0, extent * step, step) for extent, step in steps))))
     reached = np.moveaxis(corner[:, :, None] + kernel, -1, 0)
     at = torch.from_numpy(np.ravel_multi_index(tuple(reached), tuple(size))).to(inputs.device)
@@ -76,7 +164,7 @@ def patches(
     return rows.reshape(-1, len(kernel), inputs.shape[1]).transpose(1, 2)
 
 
-def patch_means(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor, output_size: Sequence[int]) -> Tensor:
+def patch_means(window: Window, inputs: Tensor, output_size: Sequence[int]) -> Tensor:
     """What a convolution reads on average over all positions of its output.
 
     Args:
@@ -90,10 +178,10 @@ def patch_means(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor, output
     means, precision = inputs, torch.float32 if inputs.device.type == "mps" else torch.float64
     # One dimension at a time: after the first, what is left to read is a line instead of a map, and may be float64.
     for dimension in reversed(range(len(output_size))):
-        before, after = layer._reversed_padding_repeated_twice[::-1][2 * dimension : 2 * dimension + 2][::-1]
-        kernel = layer.kernel_size[dimension], layer.stride[dimension], layer.dilation[dimension]
+        before, after = window.padding[::-1][2 * dimension : 2 * dimension + 2][::-1]
+        kernel = window.kernel_size[dimension], window.stride[dimension], window.dilation[dimension]
         sizes = inputs.shape[2 + dimension], output_size[dimension]
-        weights = _reads(*kernel, before, after, layer.padding_mode, *sizes)
+        weights = _reads(*kernel, before, after, window.padding_mode, *sizes)
         kind = torch.promote_types(means.dtype, torch.float32)
         with true_float32(inputs.device):
             # The dimension's places in the kernel come last, in front of those that are done.
@@ -111,11 +199,6 @@ def _reads(
     padded = F.pad(places, (before, after), "constant" if mode == "zeros" else mode)
     read = padded[0, 0, stride * torch.arange(count)[:, None] + dilation * torch.arange(extent)].long()
     return F.one_hot(read, size + 1)[..., 1:].double().mean(0).T
-
-
-def _padded(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor) -> Tensor:
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    return F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)  # handles padding="same" too
 
 
 def sample_positions(indices: np.ndarray, total: int, count: int) -> Tensor | None:

@@ -7,12 +7,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from chanaxes_pl.network.hooks import calls, observed
 from chanaxes_pl.network.layers import CONVOLUTIONS, channel_count
 from chanaxes_pl.units.removal import Group
+
+# PyTorch's flop counter knows attention on other devices only.
+_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def count_macs(model: nn.Module, example: Tensor) -> int:
@@ -30,9 +34,17 @@ def count_macs(model: nn.Module, example: Tensor) -> int:
         >>> count_macs(nn.Conv2d(3, 8, 3, padding=1), torch.zeros(1, 3, 32, 32))
         221184
     """
-    with observed(model), FlopCounterMode(display=False) as counter:
+    # With gradients: without them the counter trips over parameters that modules are given as inputs, and
+    # nn.MultiheadAttention runs as one operation that it does not know.
+    counter = FlopCounterMode(display=False, custom_mapping={_CPU_ATTENTION: _attention})
+    with observed(model), torch.enable_grad(), counter:
         model(example)
     return counter.get_total_flops() // (2 * len(example))
+
+
+def _attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: object, **__: object) -> int:
+    """Return the operations of attention from the shapes of its inputs."""
+    return sdpa_flop_count(query, key, value)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models.convnext import CNBlock
 
 from chanaxes_pl.models import BACKBONES, build_backbone
@@ -25,6 +26,19 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(self, x)
+
+
+class SameConv(nn.Conv2d):
+    """Convolution that pads in its forward so that only its stride makes the map smaller, as TensorFlow does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding: list[int] = []
+        for size, kernel, stride, dilation in zip(
+            x.shape[2:], self.kernel_size, self.stride, self.dilation, strict=True
+        ):
+            total = max(0, (-(-size // stride) - 1) * stride + dilation * (kernel - 1) + 1 - size)
+            padding = [total // 2, total - total // 2, *padding]
+        return self._conv_forward(F.pad(x, padding), self.weight, self.bias)
 
 
 def block(inputs: int, outputs: int, kernel: int = 3, **options) -> nn.Sequential:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from chanaxes_pl.network.hooks import calls, hooked, same_outputs
+from chanaxes_pl.network.hooks import calls, hooked, observed, same_outputs
 
 
 def hooks_of(model: nn.Module) -> int:
@@ -51,3 +51,21 @@ def test_same_outputs():
     assert not same_outputs(wanted.nan_to_num(0.0), wanted, 0.01)
     assert not same_outputs(wanted[:1], wanted, 0.01)
     assert same_outputs(wanted[:0], wanted[:0], 0.01)
+
+
+def test_a_network_that_writes_into_its_images_is_given_copies():
+    class Normalising(nn.Module):
+        def forward(self, x, more):
+            return x.sub_(1) + more["bias"].mul_(2)
+
+    model, images, bias = Normalising(), torch.ones(2, 3), torch.ones(3)
+    with observed(model):
+        assert model(images, more={"bias": bias}).eq(2).all()
+        assert model(images, more={"bias": bias}).eq(2).all()
+    assert images.eq(1).all()
+    assert bias.eq(1).all()
+    with pytest.raises(KeyError), observed(model):
+        raise KeyError
+    assert hooks_of(model) == 0
+    model(images, {"bias": bias})
+    assert images.eq(0).all()

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
+from pandas.testing import assert_frame_equal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,6 +15,7 @@ from chanaxes_pl.network.moments_metric import MomentsMetric
 from chanaxes_pl.network.patches import PatchRecorder
 from chanaxes_pl.tables import ALIGNMENT
 from tests.helpers import cases as zoo
+from tests.helpers.networks import SameConv
 
 CASES = [name for name in zoo.ZOO if name not in ("Conv3d",)]
 RTOL = 1e-7
@@ -194,3 +196,57 @@ def test_a_target_of_several_numbers_has_no_one_gradient(target, message):
     model, loader = zoo.case("plain")
     with pytest.raises(ValueError, match=message):
         compute_axes(model, loader, target=target, alignment=True)
+
+
+def same_padded(own: bool) -> nn.Module:
+    """Two convolutions, of maps 6 and 3 wide, with padding before and after in their forward, or in layers before."""
+    torch.manual_seed(5)
+    pads = [nn.ZeroPad2d((0, 1, 0, 1)), nn.ZeroPad2d((1, 1, 1, 1))]
+    convolutions = [(SameConv if own else nn.Conv2d)(*widths, 3, stride=2) for widths in ((3, 4), (4, 5))]
+    pads = [nn.Identity() if own else pad for pad in pads]
+    parts = [part for pair in zip(pads, convolutions, strict=True) for part in pair]
+    return nn.Sequential(*parts, *zoo.head(5)).double().eval()
+
+
+@pytest.mark.parametrize("positions", ["all", 2])
+def test_padding_in_a_layer_of_its_own_and_in_the_forward_are_the_same(positions):
+    loader = zoo.loader_of(zoo.images_2d().double())
+    options = {"layers": "conv", "positions": positions, "alignment": True}
+    found, wanted = (compute_axes(same_padded(own), loader, **options).table for own in (True, False))
+    assert_frame_equal(found, wanted, rtol=1e-9)
+    assert found[list(ALIGNMENT)].notna().all(axis=None)
+
+
+def test_padding_in_the_forward_of_a_layer_that_runs_twice():
+    class Twice(nn.Module):
+        def __init__(self, own: bool) -> None:
+            super().__init__()
+            torch.manual_seed(5)
+            self.layer = SameConv(3, 3, 3) if own else nn.Conv2d(3, 3, 3, padding=1)
+            self.head = nn.Sequential(*zoo.head(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.layer(self.layer(x).relu()))
+
+    loader = zoo.loader_of(zoo.images_2d().double())
+    options = {"layers": "conv", "positions": 3, "alignment": True}
+    found, wanted = (compute_axes(Twice(own).double().eval(), loader, **options).table for own in (True, False))
+    assert_frame_equal(found, wanted, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [
+        (lambda layer, x: F.conv2d(F.conv2d(x, layer.weight, padding=1), layer.weight), "does not run one 3×3 conv"),
+        (lambda layer, x: F.conv2d(x, layer.weight).roll(1, 2)[..., :-1], "gives another map than its convolution"),
+    ],
+)
+def test_a_layer_that_reads_otherwise_is_left_out_by_name_and_the_others_stay(forward, reason):
+    odd = type("Odd", (nn.Conv2d,), {"forward": forward})
+    model = nn.Sequential(odd(3, 3, 3), nn.ReLU(), nn.Conv2d(3, 4, 1), *zoo.head(4)).double().eval()
+    loader = zoo.loader_of(zoo.images_2d().double())
+    table = compute_axes(model, loader, layers="conv", alignment=True).table.set_index("layer")
+    assert table.loc["0", "reason"].str.contains(f"the forward of Odd .*{reason}").all()
+    assert table.loc["0", "input_capture"].isna().all()
+    assert table.loc["2", [*ALIGNMENT, "input_capture"]].notna().all(axis=None)
+    assert (compute_axes(model, loader, layers="conv").table["reason"] == "").all()
