@@ -16,7 +16,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from chanaxes_pl.models.backbones import Backbone, build_backbone
-from chanaxes_pl.units.removal import crashes_channels_last
+from chanaxes_pl.network.layers import crashes_channels_last
 
 
 def cosine_factor(step: int, total: int, warmup: int = 0) -> float:

@@ -375,3 +375,15 @@ def affine(layer: nn.Module) -> tuple[Tensor, Tensor]:
     weight = layer.weight.detach().flatten(1)  # type: ignore[operator]
     bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach()  # type: ignore[operator]
     return weight, bias
+
+
+def crashes_channels_last(network: nn.Module) -> str:
+    """Return the name of a layer that corrupts the heap in PyTorch's CPU kernels (seen in 2.15) with NHWC maps, or "".
+
+    Such layers are strided 1×1 convolutions with fewer than 8 inputs; they give wrong outputs, or crash later.
+    """
+    for name, layer in network.named_modules():
+        narrow = isinstance(layer, nn.Conv2d) and layer.in_channels < 8 and layer.groups == 1
+        if narrow and layer.kernel_size == (1, 1) and layer.stride != (1, 1):
+            return name
+    return ""

@@ -718,7 +718,12 @@ _RULES = {
         "bernoulli native_dropout fill zero dropout",
         _same,
     ),
-    **_rules("_prelu_kernel", _pointwise),
+    # These lack PyTorch's tag of pointwise operations in some release.
+    **_rules(
+        "_prelu_kernel hardswish hardsigmoid hardtanh silu elu celu selu leaky_relu softplus softshrink mish threshold "
+        "log_sigmoid_forward rrelu_with_noise gelu relu relu6 clamp",
+        _pointwise,
+    ),
     **_rules("copy", _copy),
     **_rules("as_strided", _stride),
     **_rules(

@@ -7,6 +7,7 @@ sum couples to it, with the inputs that read it. A :class:`Group` holds all unit
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
@@ -313,19 +314,25 @@ def _tried(model: nn.Module, example: Tensor, groups: dict[str, Group]) -> tuple
     sound: list[Group] = []
     fixed: dict[str, str] = {}
     # Try all groups at once. If that fails, try those that touch the module that failed, or a half, and the rest.
-    waiting = [list(groups.values())] if groups else []
+    # What is like a group that failed, such as another block's, is tried and refused as a whole: the time is bounded.
+    waiting = [(list(groups.values()), False)] if groups else []
     while waiting:
-        part = waiting.pop()
+        part, alike = waiting.pop()
+        if not part:
+            continue
         reason, place = _misfit(model, images, [*sound, *part], exact)
         if not reason:
             sound += part
-        elif len(part) == 1:
-            fixed |= dict.fromkeys(part[0].producers, reason)
+        elif len(part) == 1 or alike:
+            fixed |= {name: reason for group in part for name in group.producers}
+            like = [group for others, _ in waiting for group in others if _shape(group) == _shape(part[0])]
+            waiting = [([group for group in others if group not in like], kind) for others, kind in waiting]
+            waiting.append((like, True))
         else:
             suspects = [group for group in part if place and _touches(group, place)]
             if not 0 < len(suspects) < len(part):
                 suspects = part[: len(part) // 2]
-            waiting += [suspects, [group for group in part if group not in suspects]]
+            waiting += [(suspects, False), ([group for group in part if group not in suspects], False)]
     return {group.name: group for group in sound}, fixed
 
 
@@ -422,9 +429,17 @@ def _misfit(model: nn.Module, images: list[Tensor], groups: list[Group], exact: 
         except FAILURES as error:
             return f"some of its channels cannot be removed ({error})", ""
         with entered(slim) as within:
-            if reason := disagreement(model, slim, groups, kept, batch, exact):
-                return reason, within[-1] if within else ""
+            reason = disagreement(model, slim, groups, kept, batch, exact)
+        if reason:
+            place = within[-1] if within else ""
+            where = f"{place} ({type(slim.get_submodule(place)).__name__})"
+            return reason.replace("the network does not run", f"{where} does not run") if place else reason, place
     return "", ""
+
+
+def _shape(group: Group) -> frozenset[tuple[str, int | None]]:
+    """Return the names of what a group cuts without their numbers, which blocks of one kind share."""
+    return frozenset((re.sub(r"\d+", "", cut.path), cut.dimension) for cut in group.cuts)
 
 
 def _touches(group: Group, place: str) -> bool:

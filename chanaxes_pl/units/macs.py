@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from chanaxes_pl.network.hooks import calls, observed
 from chanaxes_pl.network.layers import CONVOLUTIONS, channel_count
+from chanaxes_pl.units.flow import LAYERS, TRANSPOSED
 from chanaxes_pl.units.removal import Group
 
 # PyTorch's flop counter knows attention on other devices only.
@@ -61,8 +62,6 @@ class _Layer:
 
     def macs(self, removed: np.ndarray) -> float:
         outputs = self.outputs - sum(k * removed[g] for g, k in self.per_output.items())
-        if self.groups == self.inputs:  # depthwise: an output always reads one input
-            return self.scale * outputs
         inputs = self.inputs - sum(k * removed[g] for g, k in self.per_input.items())
         return self.scale * outputs * inputs / self.groups
 
@@ -100,10 +99,13 @@ class Macs:
 
 
 def _runs(model: nn.Module, example: Tensor) -> tuple[int, dict[str, tuple[nn.Module, int]]]:
-    """Return the MACs, and each convolution and Linear layer that runs with its number of output positions."""
+    """Return the MACs, and each convolution and Linear layer that runs with the number of positions of its kernel."""
     runs: dict[str, tuple[nn.Module, int]] = {}
     for call in calls(model, lambda: model(example)):
-        if isinstance(call.module, (*CONVOLUTIONS, nn.Linear)):
+        if isinstance(call.module, TRANSPOSED):
+            positions = math.prod(call.input_shape) // (len(example) * call.module.in_channels)
+            runs[call.name] = (call.module, runs.get(call.name, (call.module, 0))[1] + positions)
+        elif isinstance(call.module, LAYERS):
             positions = math.prod(call.output_shape) // (len(example) * channel_count(call.module))
             runs[call.name] = (call.module, runs.get(call.name, (call.module, 0))[1] + positions)
     return count_macs(model, example), runs
@@ -114,6 +116,6 @@ def _cost(name: str, layer: nn.Module, positions: int, groups: Sequence[Group]) 
     per_input = {g: group.consumers[name].shape[1] for g, group in enumerate(groups) if name in group.consumers}
     if isinstance(layer, nn.Linear):
         return _Layer(positions, layer.out_features, layer.in_features, 1, per_output, per_input)
-    assert isinstance(layer, CONVOLUTIONS)
+    assert isinstance(layer, CONVOLUTIONS + TRANSPOSED)
     kernel = int(np.prod(layer.kernel_size))
     return _Layer(positions * kernel, layer.out_channels, layer.in_channels, layer.groups, per_output, per_input)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from chanaxes_pl.network.batches import logits_of
 from chanaxes_pl.network.hooks import hooked, observed, same_outputs
-from chanaxes_pl.network.layers import CONVOLUTIONS, channel_count
+from chanaxes_pl.network.layers import CONVOLUTIONS, channel_count, crashes_channels_last
 from chanaxes_pl.units.flow import TRANSPOSED, goes_by_groups, width
 
 #: Errors that a network may raise on other images, or with fewer channels, than it was written for.
@@ -268,15 +268,3 @@ def _norm_rest(gone: Tensor, norm: nn.Module, inputs: tuple[Tensor, ...], output
         part = F.layer_norm(features[..., mask], (int(mask.sum()),), weight, bias, norm.eps)
     whole[..., mask] = part
     return whole.movedim(-1, channel)
-
-
-def crashes_channels_last(network: nn.Module) -> str:
-    """Return the name of a layer that corrupts the heap in PyTorch's CPU kernels (seen in 2.15) with NHWC maps, or "".
-
-    Such layers are strided 1×1 convolutions with fewer than 8 inputs; they give wrong outputs, or crash later.
-    """
-    for name, layer in network.named_modules():
-        narrow = isinstance(layer, nn.Conv2d) and layer.in_channels < 8 and layer.groups == 1
-        if narrow and layer.kernel_size == (1, 1) and layer.stride != (1, 1):
-            return name
-    return ""

@@ -184,6 +184,10 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+#: Networks of few, wide units → how far from a half one unit may be.
+COARSE = {"GroupNorm": 0.1, "channel shuffle": 0.15, "grouped": 0.1, "fused attention": 0.1, "torch's attention": 0.1}
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_half_of_any_network(name, tmp_path):
     with torch.random.fork_rng():
@@ -192,7 +196,7 @@ def test_half_of_any_network(name, tmp_path):
     images = IMAGES.bfloat16() if name == "bfloat16" else IMAGES
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     slim = prune(model, TensorDataset(images.clone()), budget=0.5)  # checks that slim and masked networks agree
-    assert slim.macs / slim.dense_macs == pytest.approx(0.5, abs=0.1)
+    assert slim.macs / slim.dense_macs == pytest.approx(0.5, abs=COARSE.get(name, 0.03))
     assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
 
     def logits(network: nn.Module) -> Tensor:
