@@ -53,7 +53,7 @@ class Intervention:
         if self.group is None:
             return forward.rerun(edits=self.edits)
         with self.applied(model):
-            return forward.rerun((*self.group.consumers, *self.group.layer_norms))
+            return forward.rerun(self.group.masks)
 
 
 @contextmanager

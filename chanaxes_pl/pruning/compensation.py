@@ -33,7 +33,7 @@ from chanaxes_pl.network.tracing import Activations, paired_activations
 from chanaxes_pl.pruning.ridge import Ridge, Solution, ridge_bytes, samples_within
 from chanaxes_pl.units.flow import LAYERS, TRANSPOSED, goes_by_groups
 from chanaxes_pl.units.groups import executed_layers
-from chanaxes_pl.units.removal import Group, add_bias
+from chanaxes_pl.units.removal import Group, add_bias, row_scales
 
 #: A key of :data:`RIDGE`.
 Compensation = Literal["fold", "refit"]
@@ -99,16 +99,22 @@ def compensate(
     image, limit = next(iter(batches))[:1], _GIGABYTE * memory
     refused = _refusals(dense, slim, image)
     sizes = [(len(images), images.nbytes) for images in batches]
+    groups = list(groups)
     channels = kept_channels(dense, groups, kept)
     places = _positions(dense, image, "input" if compensation == "fold" else "output")
-    tasks = {}
+    tasks, scales = {}, row_scales(groups, kept)
     for name in (name for name, why in refused.items() if not why):
         layer, original = slim.get_submodule(name), dense.get_submodule(name)
         shape = _shape(layer, original, compensation)
         possible = sum(count for count, _ in sizes) * min(positions, places[name])
         samples = _samples(name, shape, possible, memory)
         strength = RIDGE[compensation] if ridge is None else ridge
-        tasks[name] = _Task(name, layer, original, *channels[name], positions, strength, shape, samples, possible)
+        inputs, outputs = channels[name]
+        factors = scales.get(f"{name}.weight", {})
+        scale = torch.tensor([factors.get(output, 1.0) for output in outputs.tolist()]) if factors else None
+        tasks[name] = _Task(
+            name, layer, original, inputs, outputs, scale, positions, strength, shape, samples, possible
+        )
     equations = max((ridge_bytes(task.shape, task.samples) for task in tasks.values()), default=0)
     listed = sum(size for _, size in sizes) if isinstance(batches, Sequence) else 0
     fit = _fold if compensation == "fold" else _refit
@@ -190,6 +196,7 @@ class _Task:
         original: dense layer.
         inputs: inputs that stay.
         outputs: outputs that stay.
+        scale: ``[outputs]``, factors that go with outputs which removal rescales; ``None`` if there are none.
         positions: number of local samples per image, at most.
         ridge: λ.
         shape: number of blocks, of inputs and of errors in each, as for :class:`Ridge`.
@@ -202,6 +209,7 @@ class _Task:
     original: nn.Module
     inputs: Tensor
     outputs: Tensor
+    scale: Tensor | None
     positions: int
     ridge: float
     shape: tuple[int, int, int]
@@ -333,6 +341,7 @@ def _refit(task: _Task, activations: Iterable[Activations]) -> tuple[float, floa
         else:
             seen = local_samples(by_position(layer, batch.slim_input, len(wanted), task.name), images, places)
         given = local_samples(wanted, images, places).to(kind)
+        given = given if task.scale is None else given * task.scale.to(given)
         seen = seen.to(kind).reshape(len(given), blocks, features)
         made = torch.baddbmm(bias[:, None], seen.transpose(0, 1), weight.mT).transpose(0, 1)
         return seen, given.reshape(made.shape) - made, given
@@ -376,10 +385,12 @@ def _fold(task: _Task, activations: Iterable[Activations]) -> tuple[float, float
     fitted = kept.reshape(len(kept), len(task.inputs), -1)  # type: ignore[operator,arg-type]
     bias = solution.offset.new_zeros(len(fitted)) if original.bias is None else original.bias[task.outputs]  # type: ignore[index]
     bias = bias.to(solution.offset)
+    scale = bias.new_ones(len(bias)) if task.scale is None else task.scale.to(bias)
+    bias *= scale
     step = max(1, _WIDENED // whole[0].numel())  # type: ignore[index,operator]
     for rows in torch.arange(len(fitted)).split(step):
         dense = whole[task.outputs[rows]].to(solution.offset).flatten(2 if whole.ndim > 2 else 1)  # type: ignore[index]
-        dense = dense.reshape(len(rows), whole.shape[1], -1)  # type: ignore[index]
+        dense = dense.reshape(len(rows), whole.shape[1], -1) * scale[rows, None, None]  # type: ignore[index]
         bias[rows] += torch.einsum("ock,c->o", dense, solution.offset[0])
         for columns, change in solution.changes(dense.mT.reshape(1, -1, whole.shape[1])):  # type: ignore[index]
             change = change.reshape(len(rows), dense.shape[2], -1).mT

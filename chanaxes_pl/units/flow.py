@@ -24,7 +24,9 @@ import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -59,15 +61,17 @@ class Side:
 
 @dataclass(frozen=True, eq=False)
 class Heads:
-    """A product of two activations that runs for each of several heads.
+    """One side of a product of two activations over their channels, as of queries and keys.
 
     Attributes:
         module: name of the module that computes it.
         labels: ``[heads, width]``, the labels of the channels of each head.
+        rescaled: whether it is the left side, and PyTorch scales the product by the width.
     """
 
     module: str
     labels: np.ndarray
+    rescaled: bool
 
 
 def goes_by_groups(layer: nn.Module) -> bool:
@@ -86,19 +90,23 @@ class Flow(TorchDispatchMode):
 
     Args:
         model: model whose parameters and buffers get labels.
+        widths: whether heads of attention go in part, the same channels of each head, rather than as a whole.
 
     Attributes:
         sides: every labelled dimension.
-        heads: products of activations that run for each of several heads.
+        heads: products of activations over their channels.
         reads: labels of the columns of weights that products used.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, widths: bool = False) -> None:
         super().__init__()
+        self.widths = widths
         self.sides: list[Side] = []
         self.heads: list[Heads] = []
         self.reads: list[Tensor] = []
         self._labels: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._weights: WeakIdKeyDictionary = WeakIdKeyDictionary()  # what is computed from parameters alone
+        self._scales = False
         self._norms: dict[str, Tensor] = {}
         self._modules = dict(model.named_modules())
         self._owners = {id(module.weight) for module in self._modules.values() if isinstance(module, LAYERS)}
@@ -120,6 +128,7 @@ class Flow(TorchDispatchMode):
                 field = self._side(path, dimension, size)
                 fields.append(field.reshape([-1 if d == dimension else 1 for d in range(tensor.ndim)]))
             self._put(tensor, fields)
+            self._weights[tensor] = True
         for name, module in self._modules.items():
             if isinstance(module, NORMS):
                 self._norms[name] = self._side(name, None, width(module))
@@ -135,6 +144,7 @@ class Flow(TorchDispatchMode):
                 torch.no_grad(),
                 torch.compiler.set_stance("force_eager"),
                 sdpa_kernel(SDPBackend.MATH),
+                _Scaling(self),
                 self,
             ):
                 yield
@@ -165,6 +175,8 @@ class Flow(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        if inputs and all(value in self._weights for value in inputs):
+            self._weights.update({value: True for value in tree_leaves(result) if isinstance(value, Tensor)})
         if any(value in self._labels for value in inputs):
             name = func._overloadpacket.__name__
             rule = _RULES.get(name.removesuffix("_") if name.endswith("_") else name)
@@ -247,10 +259,11 @@ class Flow(TorchDispatchMode):
         kept = []
         for labels, _, numbers in merged:
             alone = [shape for number, shape in enumerate(shapes) if number not in numbers]
-            if any(shape[axis] > 1 for shape in alone for axis in _axes(labels)):
+            stays = {axis for shape in alone for axis in _axes(labels) if shape[axis] > 1}
+            if stays == _axes(labels):
                 self._fixed.append((labels, f"{self._where} {action}"))
             else:
-                kept.append(labels)
+                kept.append(self._join_along(labels, stays))
         return kept
 
     # How labels come together in the end.
@@ -304,6 +317,24 @@ class Flow(TorchDispatchMode):
             return False
         self._join(small, one)
         return True
+
+
+class _Scaling(TorchFunctionMode):
+    """Tells a flow when attention scales its product by the width of its heads."""
+
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()
+        self._flow = flow
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        self._flow._scales = kwargs.get("scale") is None
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self._flow._scales = False
 
 
 _ALONE = "it is combined with values that no layer gives"
@@ -588,17 +619,32 @@ def _product(flow: Flow, left: Tensor, right: Tensor) -> list[Tensor]:
     for fields, axis in ((of_left, k), (of_right, k - 1)):
         if len(fields) > 1:
             flow.reads += [labels for labels in fields if axis in _axes(labels)]
-    note = f"a product in {flow._where} mixes them"
-    first = [flow._join_along(labels, [k], note) for labels in of_left if _axes(labels) != {k}]
-    second = [flow._join_along(labels, [k - 1], note) for labels in of_right if _axes(labels) != {k - 1}]
-    for labels in of_left:
-        batch = {axis for axis in _axes(labels) if axis < k - 1}
-        if k in _axes(labels) and batch and k - 1 not in _axes(labels):
-            heads = labels.squeeze(k - 1).flatten(0, -2)
-            flow.heads.append(Heads(flow._current, _whole(heads)))
+    first = _summed(flow, of_left, k, left not in flow._weights and right not in flow._weights)
+    second = _summed(flow, of_right, k - 1, left not in flow._weights and right not in flow._weights)
     shapes = [(*left.shape[:-1], 1), (*right.shape[:-2], 1, right.shape[-1])]
     action = "multiplies it with values that no layer gives"
     return flow._merge([(first, shapes[0]), (second, shapes[1])], action, gates=False)
+
+
+def _summed(flow: Flow, fields: list[Tensor], axis: int, attends: bool) -> list[Tensor]:
+    """Return the labels of one side of a product that are left after the sum over a dimension.
+
+    Where both sides are activations, the channels of a head go as a whole, or (``widths``) those of all heads alike.
+    """
+    left = []
+    for labels in fields:
+        others = _axes(labels) - {axis}
+        batch = {other for other in others if other < labels.ndim - 2}
+        if attends and axis in _axes(labels) and others == batch:
+            last = labels.movedim(axis, -1).flatten(0, -2)
+            is_left = axis == labels.ndim - 1
+            flow.heads.append(Heads(flow._current, _whole(last), is_left and flow._scales))
+            if flow.widths:
+                flow._join_along(labels, batch)
+                continue
+        if others:
+            left.append(flow._join_along(labels, [axis], f"a product in {flow._where} mixes them"))
+    return left
 
 
 def _mm(flow: Flow, func: Any, args: Any, kwargs: Any, result: Any) -> None:

@@ -79,22 +79,53 @@ def find_units(model: nn.Module, example: Tensor) -> Units:
     """
     with naming("find_units"):
         copied = clone(model).eval()
-        flow = Flow(copied)
-        with flow.following():
-            output = logits_of(_run(copied, example))
-        if not isinstance(output, Tensor):
-            raise InputError(f"{type(model).__name__}(images) gave {type(output).__name__}: expected logits")
-        flow.fix([output], "its channels are the network's output")
+        flow = _followed(copied, example)
         order = {name: place for place, name in enumerate(executed_layers(copied, example))}
-        if any(isinstance(module, LAYERS) and name not in order for name, module in copied.named_modules()):
-            _follow_training(flow, copied, example)
         groups, fixed = _groups(flow, copied, order)
+        if any(len(heads.labels) > 1 for heads in flow.heads):
+            found, _ = _groups(_followed(copied, example, widths=True), copied, order)
+            seen = {unit for group in groups.values() for unit in _members(group)}
+            for group in found.values():
+                if not seen.issuperset(_members(group)):
+                    name = _unused(group.layer, groups)
+                    groups[name] = replace(group, name=name)
+            fixed = {name: why for name, why in fixed.items() if not any(name in g.producers for g in groups.values())}
+        groups = {group.name: group for group in sorted(groups.values(), key=lambda group: order[group.layer])}
         groups, refused = _tried(copied, example, groups)
         fixed |= refused
         if not groups:
             why = "; ".join(f"{name}: {reason}" for name, reason in list(fixed.items())[:3])
             raise InputError(f"{type(model).__name__} has no channels that can be removed ({why or 'no layers'})")
         return Units(groups, fixed)
+
+
+def _followed(model: nn.Module, example: Tensor, widths: bool = False) -> Flow:
+    """Return the flow of a forward pass, and of training where that runs other layers."""
+    flow = Flow(model, widths)
+    with flow.following():
+        output = logits_of(_run(model, example))
+    if not isinstance(output, Tensor):
+        raise InputError(f"{type(model).__name__}(images) gave {type(output).__name__}: expected logits")
+    flow.fix([output], "its channels are the network's output")
+    ran = {*executed_layers(model, example)}
+    if any(isinstance(module, LAYERS) and name not in ran for name, module in model.named_modules()):
+        _follow_training(flow, model, example)
+    return flow
+
+
+def _members(group: Group) -> list[tuple[str, int | None, tuple[int, ...]]]:
+    """Return what each unit of a group takes of the first tensor that it cuts."""
+    cut = group.cuts[0]
+    return [(cut.path, cut.dimension, tuple(sorted(held))) for held in cut.indices.tolist()]
+
+
+def _unused(layer: str, groups: Container[str]) -> str:
+    """Return the name of the next group of a layer."""
+    name, count = layer, 1
+    while name in groups:
+        count += 1
+        name = f"{layer}#{count}"
+    return name
 
 
 def _run(model: nn.Module, example: Tensor) -> Any:
@@ -139,6 +170,7 @@ def _groups(flow: Flow, model: nn.Module, order: dict[str, int]) -> tuple[dict[s
     parameters = dict(model.named_parameters())
     layers = {path: names[id(value)] for path, value in parameters.items() if id(value) in names}
     reads = {int(label) for labels in flow.reads for label in labels.unique()}
+    summed = {label for heads in flow.heads for label in heads.labels.ravel().tolist()}
     # Unit → number of a side → the indices there.
     members: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
     for number, side in enumerate(flow.sides):
@@ -152,17 +184,16 @@ def _groups(flow: Flow, model: nn.Module, order: dict[str, int]) -> tuple[dict[s
     for key, units in alike.items():
         if len(units) < 2:
             continue
-        group = _group(flow, model, layers, reads, [number for number, _ in key], units, order)
+        numbers = [number for number, _ in key]
+        sums = any(flow.sides[number].start + units[0][number][0] in summed for number in numbers)
+        group = _group(flow, model, layers, reads, numbers, units, order, sums)
         if group is not None:
             found.append(group)
     found.sort(key=lambda group: (order[group.name], group.producers[group.name].min().item()))
     groups: dict[str, Group] = {}
     for group in found:
-        name, count = group.name, 1
-        while name in groups:
-            count += 1
-            name = f"{group.name}#{count}"
-        groups[name] = replace(group, name=name, attributes=_head_counts(flow, model, unit, group))
+        name = _unused(group.name, groups)
+        groups[name] = replace(_with_heads(flow, model, unit, group), name=name)
     known = {name for group in groups.values() for name in group.producers}
     fixed = {
         name: _why_fixed(flow, unit, kept, notes, members, path, model.get_submodule(name))
@@ -185,8 +216,9 @@ def _group(
     numbers: list[int],
     units: list[dict[int, list[int]]],
     order: dict[str, int],
+    summed: bool,
 ) -> Group | None:
-    """Make a group of units that have the same sides; ``None`` if no layer gives them, or none reads them."""
+    """Make a group of units that have the same sides; ``None`` if no layer gives them, or nothing reads them."""
     producers: dict[str, Tensor] = {}
     consumers: dict[str, Tensor] = {}
     layer_norms: dict[str, Tensor] = {}
@@ -210,7 +242,7 @@ def _group(
             assert isinstance(module, nn.Module)
             layer_norms[side.path] = indices
         cuts.append(Cut(side.path, side.dimension, indices, read))
-    if not producers or not consumers:
+    if not producers or not (consumers or summed):
         return None
     first = min(producers, key=order.__getitem__)
     by_place = producers[first][:, 0].argsort()
@@ -250,26 +282,44 @@ def _normalises_together(norm: nn.Module) -> bool:
     return isinstance(norm, nn.LayerNorm) or (isinstance(norm, nn.GroupNorm) and norm.num_groups == 1)
 
 
-def _head_counts(flow: Flow, model: nn.Module, unit: np.ndarray, group: Group) -> dict[str, int]:
-    """Return the attributes that count heads, or channels of all heads, and how much each unit takes of them."""
-    cut = next(cut for cut in group.cuts if cut.path == f"{group.name}.weight")
-    side = next(side for side in flow.sides if (side.path, side.dimension) == (cut.path, cut.dimension))
-    own = set(unit[side.start + cut.indices.flatten().numpy()].tolist())
-    counts = {}
+def _with_heads(flow: Flow, model: nn.Module, unit: np.ndarray, group: Group) -> Group:
+    """Return a group with what changes where its units are heads of attention, or channels of all heads alike."""
+    sides = {(side.path, side.dimension): side for side in flow.sides}
+    labels = {cut: sides[cut.path, cut.dimension].start + cut.indices.numpy() for cut in group.cuts}
+    own = set(unit[labels[group.cuts[0]].ravel()].tolist())
+    attributes: dict[str, None] = {}
+    summed: set[int] = set()
+    scaled: set[int] = set()
     for heads in flow.heads:
         found = unit[heads.labels]
-        if not own.issuperset(found.flat) or (found != found[:, :1]).any():
+        whole = bool((found == found[:, :1]).all())
+        if not own.issuperset(found.flat) or not (whole or (found == found[:1]).all()):
             continue
-        number = len(np.unique(found))  # windows repeat them
-        widths = {number * heads.labels.shape[1], *(indices.numel() for indices in group.consumers.values())}
+        number = len(np.unique(found))
+        channels = {indices.numel() for indices in group.consumers.values()}
         for name, value in vars(model.get_submodule(heads.module)).items():
-            if type(value) is not int or value % group.size:
-                continue
-            of_heads = "head" in name and "dim" not in name and "size" not in name and value == number
-            of_channels = value in widths and any(word in name for word in ("attn", "inner", "all_head", "head_size"))
-            if of_heads or of_channels:
-                counts[f"{heads.module}.{name}" if heads.module else name] = value // group.size
-    return counts
+            of_width = "dim" in name or "size" in name
+            counted = "head" in name and of_width != whole and value == number
+            together = any(word in name for word in ("attn", "inner", "all_head")) and value in channels
+            if type(value) is int and (counted or together):
+                attributes[f"{heads.module}.{name}" if heads.module else name] = None
+        if not whole:
+            summed |= {*heads.labels.ravel().tolist()}
+            scaled |= {*heads.labels.ravel().tolist()} if heads.rescaled else set()
+    # A bias has labels of its own, which go with those of its weight's rows.
+    rows = {
+        cut.path.rpartition(".")[0]: held
+        for cut, held in labels.items()
+        if cut.path.endswith(".weight") and cut.dimension == 0
+    }
+    cuts = []
+    for cut, held in labels.items():
+        home, _, leaf = cut.path.rpartition(".")
+        held = rows[home] if leaf == "bias" and home in rows else held
+        pairs = zip(cut.indices.flatten().tolist(), held.ravel().tolist(), strict=True)
+        found = tuple(index for index, label in pairs if label in scaled)
+        cuts.append(replace(cut, reads=cut.reads or not summed.isdisjoint(held.ravel().tolist()), scaled=found))
+    return replace(group, cuts=tuple(cuts), attributes=tuple(attributes))
 
 
 def _why_fixed(
@@ -437,9 +487,9 @@ def _misfit(model: nn.Module, images: list[Tensor], groups: list[Group], exact: 
     return "", ""
 
 
-def _shape(group: Group) -> frozenset[tuple[str, int | None]]:
-    """Return the names of what a group cuts without their numbers, which blocks of one kind share."""
-    return frozenset((re.sub(r"\d+", "", cut.path), cut.dimension) for cut in group.cuts)
+def _shape(group: Group) -> frozenset[tuple[str, int | None, int]]:
+    """Return what a unit takes, with names without their numbers, which blocks of one kind share."""
+    return frozenset((re.sub(r"\d+", "", cut.path), cut.dimension, cut.indices.shape[1]) for cut in group.cuts)
 
 
 def _touches(group: Group, place: str) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +49,23 @@ def _attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *
     return sdpa_flop_count(query, key, value)
 
 
+#: Sets of channels, each with its size and the groups that take from it, with the share that a unit takes.
+_Sets = list[tuple[int, dict[int, float]]]
+
+
+def _sets(members: Mapping[int, Tensor]) -> _Sets:
+    """Collect the channels ``[U, k]`` of groups; those of two groups are the same, as of heads and of their widths."""
+    found: dict[tuple[int, ...], dict[int, float]] = defaultdict(dict)
+    for number, indices in members.items():
+        found[tuple(sorted(indices.flatten().tolist()))][number] = 1 / len(indices)
+    return [(len(channels), shares) for channels, shares in found.items()]
+
+
+def _lost(sets: _Sets, removed: np.ndarray) -> float:
+    """Return how many channels of some sets go: of a set that two groups share, each leaves its share."""
+    return sum(size * (1 - math.prod(1 - removed[g] * share for g, share in shares.items())) for size, shares in sets)
+
+
 @dataclass(frozen=True, eq=False)
 class _Layer:
     """MACs of one layer: ``scale`` × outputs × inputs per output."""
@@ -56,13 +74,12 @@ class _Layer:
     outputs: int
     inputs: int
     groups: int
-    # Number of the group → outputs, or inputs, that go with each of its units.
-    per_output: dict[int, int]
-    per_input: dict[int, int]
+    outputs_of: _Sets
+    inputs_of: _Sets
 
     def macs(self, removed: np.ndarray) -> float:
-        outputs = self.outputs - sum(k * removed[g] for g, k in self.per_output.items())
-        inputs = self.inputs - sum(k * removed[g] for g, k in self.per_input.items())
+        outputs = self.outputs - _lost(self.outputs_of, removed)
+        inputs = self.inputs - _lost(self.inputs_of, removed)
         return self.scale * outputs * inputs / self.groups
 
 
@@ -112,10 +129,10 @@ def _runs(model: nn.Module, example: Tensor) -> tuple[int, dict[str, tuple[nn.Mo
 
 
 def _cost(name: str, layer: nn.Module, positions: int, groups: Sequence[Group]) -> _Layer:
-    per_output = {g: group.producers[name].shape[1] for g, group in enumerate(groups) if name in group.producers}
-    per_input = {g: group.consumers[name].shape[1] for g, group in enumerate(groups) if name in group.consumers}
+    outputs_of = _sets({g: group.producers[name] for g, group in enumerate(groups) if name in group.producers})
+    inputs_of = _sets({g: group.consumers[name] for g, group in enumerate(groups) if name in group.consumers})
     if isinstance(layer, nn.Linear):
-        return _Layer(positions, layer.out_features, layer.in_features, 1, per_output, per_input)
+        return _Layer(positions, layer.out_features, layer.in_features, 1, outputs_of, inputs_of)
     assert isinstance(layer, CONVOLUTIONS + TRANSPOSED)
     kernel = int(np.prod(layer.kernel_size))
-    return _Layer(positions * kernel, layer.out_channels, layer.in_channels, layer.groups, per_output, per_input)
+    return _Layer(positions * kernel, layer.out_channels, layer.in_channels, layer.groups, outputs_of, inputs_of)

@@ -163,6 +163,7 @@ class PlainAttention(nn.Module):
         in_proj: layer from the stream to queries, keys and values.
         out_proj: layer from the heads' outputs to the stream.
         head_dim: channels of a head's queries, keys and values.
+        scale: factor of the logits, which stays if heads get narrower.
     """
 
     #: None, which makes torch's Transformer layers call this module rather than a kernel for the usual sizes.
@@ -180,6 +181,7 @@ class PlainAttention(nn.Module):
         self.out_proj = nn.Linear(out.in_features, out.out_features, out.bias is not None, **like)
         self.out_proj.weight, self.out_proj.bias = out.weight, out.bias
         self.head_dim = attention.head_dim
+        self.scale = 1 / math.sqrt(attention.head_dim)
         self.batch_first = attention.batch_first
         self.dropout = attention.dropout
         self.train(attention.training)
@@ -212,11 +214,11 @@ class PlainAttention(nn.Module):
         mask = _mask(attn_mask, key_padding_mask, q)
         dropout = self.dropout if self.training else 0.0
         if need_weights:
-            logits = q @ k.mT / math.sqrt(q.shape[-1])
+            logits = q @ k.mT * self.scale
             shares = F.dropout((logits if mask is None else logits + mask).softmax(-1), dropout)
             heads, shown = shares @ v, shares.mean(1) if average_attn_weights else shares
         else:
-            heads, shown = F.scaled_dot_product_attention(q, k, v, mask, dropout), None
+            heads, shown = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=self.scale), None
         output = self.out_proj(heads.transpose(1, 2).flatten(2))
         if not batched:
             return output[0], None if shown is None else shown[0]

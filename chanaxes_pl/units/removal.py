@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -29,13 +30,16 @@ class Cut:
         path: name of the parameter, buffer or norm in the model.
         dimension: dimension of the tensor; ``None`` for the features of a norm.
         indices: ``[U, k]``, indices that go with each unit.
-        reads: whether these are the columns of a weight that read the units.
+        reads: whether these are the columns of a weight that read the units, or the rows of a weight, or of its bias,
+            whose outputs a product sums over.
+        scaled: indices that are multiplied by √(share of the units that stays), because the code divides by its root.
     """
 
     path: str
     dimension: int | None
     indices: Tensor
     reads: bool
+    scaled: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +53,7 @@ class Group:
         consumers: layer name → ``[U, k]``, inputs that read each unit; k > 1 also behind a flattened map.
         layer_norms: name of a norm over the units → ``[U, k]``, normalised features of each unit.
         cuts: removal of units from every tensor and norm that they touch.
-        attributes: name of an integer attribute, such as a number of heads → how much each unit takes of it.
+        attributes: names of integer attributes that shrink alike, such as a number of heads.
     """
 
     name: str
@@ -58,12 +62,18 @@ class Group:
     consumers: dict[str, Tensor]
     layer_norms: dict[str, Tensor]
     cuts: tuple[Cut, ...]
-    attributes: dict[str, int] = field(default_factory=dict)
+    attributes: tuple[str, ...] = ()
 
     @property
     def layer(self) -> str:
         """Name of the first layer that produces the channels."""
         return self.name.partition("#")[0]
+
+    @property
+    def masks(self) -> tuple[str, ...]:
+        """Names of the layers and norms that compute something else if units are masked."""
+        read = {cut.path.rpartition(".")[0] for cut in self.cuts if cut.reads}
+        return (*self.consumers, *self.layer_norms, *(name for name in self.producers if name in read))
 
 
 def remove(model: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor]) -> None:
@@ -76,18 +86,20 @@ def remove(model: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor]
     """
     tensors: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
     norms: dict[str, int] = Counter()
-    counts: dict[str, int] = Counter()
+    groups = list(groups)
+    attributes: list[tuple[str, int, int]] = []
     for group, gone in _gone(groups, kept):
         for cut in group.cuts:
             if cut.dimension is None:
                 norms[cut.path] += cut.indices[gone].numel()
             else:
                 tensors[cut.path, cut.dimension].append(cut.indices[gone].flatten())
-        for path, amount in group.attributes.items():
-            counts[path] += amount * len(gone)
-    holders = _holders(model)
+        attributes += [(path, group.size - len(gone), group.size) for path in group.attributes]
+    holders, scales = _holders(model), row_scales(groups, kept)
     for (path, dimension), parts in tensors.items():
         old = holders[path][0]
+        if dimension == 0:
+            old = _scaled(old, scales.get(path))
         slim = old.detach().index_select(dimension, _rest(old.shape[dimension], torch.cat(parts)).to(old.device))
         slim = nn.Parameter(slim, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else slim
         for module, leaf in holders[path][1]:
@@ -95,11 +107,31 @@ def remove(model: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor]
         holders[path] = slim, holders[path][1]
     for name, module in model.named_modules():
         resize(module, width(module) - norms[name] if name in norms else None)
-    for path, count in counts.items():
+    for path, left, size in attributes:
         home, _, leaf = path.rpartition(".")
         module = model.get_submodule(home)
-        setattr(module, leaf, getattr(module, leaf) - count)
+        setattr(module, leaf, getattr(module, leaf) * left // size)
     avoid_crash(model)
+
+
+def row_scales(groups: Iterable[Group], kept: Mapping[str, Tensor]) -> dict[str, dict[int, float]]:
+    """Return the factors of rows that :func:`remove` multiplies: name of the tensor → row → factor."""
+    scales: dict[str, dict[int, float]] = {}
+    for group, gone in _gone(groups, kept):
+        for cut in group.cuts:
+            if cut.scaled:
+                scales[cut.path] = dict.fromkeys(cut.scaled, math.sqrt(1 - len(gone) / group.size))
+    return scales
+
+
+def _scaled(tensor: Tensor, scales: Mapping[int, float] | None) -> Tensor:
+    """Return a tensor with some of its rows multiplied by factors."""
+    if not scales:
+        return tensor
+    scaled = tensor.detach().clone()
+    for row, factor in scales.items():
+        scaled[row] *= factor
+    return nn.Parameter(scaled, requires_grad=tensor.requires_grad)
 
 
 def _holders(model: nn.Module) -> dict[str, tuple[Tensor, list[tuple[nn.Module, str]]]]:

@@ -9,7 +9,10 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.utils.data import TensorDataset
 
-from chanaxes_pl import load_slim, prune
+from chanaxes_pl import find_units, load_slim, prune
+from chanaxes_pl.network.cloning import clone
+from chanaxes_pl.pruning.compensation import compensate
+from chanaxes_pl.units.removal import remove
 from tests.helpers.networks import Net, head, pooled
 from tests.units.test_plain import Standardised
 
@@ -224,13 +227,37 @@ def test_an_auxiliary_head_can_still_be_trained():
     assert slim.auxiliary[0].weight.grad is not None
 
 
-def test_heads_are_removed_whole():
+@pytest.mark.parametrize("fused", [True, False])
+def test_heads_go_as_a_whole_or_get_narrower(fused):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Transformer(lambda: FusedAttention(24, 6) if fused else nn.MultiheadAttention(24, 6, batch_first=True))
+    slim = prune(model.eval(), TensorDataset(IMAGES), budget=0.4).model
+    attention = slim.blocks[0].attention
+    into, out = (attention.qkv, attention.proj) if fused else (attention.in_proj, attention.out_proj)
+    assert 0 < attention.head_dim < 4
+    heads, rest = divmod(out.in_features, attention.head_dim)
+    assert rest == 0
+    assert 0 < heads < 6
+    assert into.out_features == 3 * out.in_features
+    if fused:
+        assert (attention.num_heads, attention.attn_dim) == (heads, out.in_features)
+
+
+@pytest.mark.parametrize("compensation", ["fold", "refit"])
+def test_narrower_heads_keep_their_scale_when_they_are_fitted(compensation):
+    """PyTorch divides the logits by the root of the width, so that queries shrink with it, fitted or not."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Transformer(lambda: FusedAttention(24, 6)).eval()
-    slim = prune(model, TensorDataset(IMAGES), budget=0.5).model
-    attention = slim.blocks[0].attention
-    assert 0 < attention.num_heads < 6
-    assert attention.head_dim == 4
-    assert attention.attn_dim == attention.proj.in_features == 4 * attention.num_heads
-    assert attention.qkv.out_features == 3 * attention.attn_dim
+    groups = {name: group for name, group in find_units(model, IMAGES[:1]).groups.items() if name.endswith("qkv#2")}
+    kept = {name: torch.tensor([0, 1]) for name in groups}
+    slim = clone(model)
+    remove(slim, groups.values(), kept)
+    report = compensate(slim, model, groups.values(), kept, [IMAGES], compensation).set_index("layer")
+    name = "blocks.1.attention.qkv"  # its input has changed in the first block
+    assert 0 < report.after[name] < 0.5
+    fitted, dense = (net.get_submodule(name).weight.view(3, 6, -1, 24) for net in (slim, model))
+    ratio = fitted.flatten(1).norm(dim=1) / dense[:, :, :2].flatten(1).norm(dim=1)
+    assert ratio[0] == pytest.approx(float(ratio[1]) * 0.5**0.5, rel=0.1)
+    assert ratio[1] == pytest.approx(float(ratio[2]), rel=0.1)

@@ -236,7 +236,6 @@ FIXED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         SINGLE + "mean in n (RMSNorm) mixes them)",
     ),
     "attention": (Attention, RUNS),
-    "attention by hand": (own_attention, READERS),
     "softmax over channels": (lambda: between(lambda n, x: x.softmax(1)), MIXES),
     "mean over channels": (
         lambda: between(lambda n, x: x * x.mean(1, keepdim=True)),
@@ -308,6 +307,22 @@ REMOVED: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "resized maps": (lambda: between(lambda n, x: F.interpolate(x, scale_factor=2, mode="bilinear")), 8, 1),
     "written in place": (lambda: between(lambda n, x: x.clone().relu_().add_(1)), 8, 1),
 }
+
+
+def test_queries_and_keys_of_one_head_go_together():
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = own_attention().eval()
+    units = find_units(model, ONE)
+    assert list(units.groups["a"].producers) == ["a", "k"]
+    assert list(units.groups["v"].consumers) == ["o"]
+    assert units.groups["a"].consumers == {}
+    assert units.groups["a"].masks == ("a", "k")
+    groups = units.groups.values()
+    for seed in range(3):
+        hidden, slim = both(model, halves(groups, seed), groups)
+        assert relative_error(slim, hidden) < 1e-5
+        assert relative_error(hidden, model(IMAGES).detach()) > 1e-2
 
 
 @pytest.mark.parametrize("name", REMOVED)
