@@ -38,7 +38,7 @@ _PANEL = 256
 # Columns of units that are gone are dropped when less than this share of them remains.
 _KEPT = 0.75
 # Samples that are enough, for each input of a consumer, and at least.
-_PER_INPUT, _ENOUGH = 4, 10_000
+_PER_INPUT, _ENOUGH = 3, 10_000
 # Costs rise by at least this share from one unit to the next, so that they order the units without ties.
 _RISE = 1e-9
 _LEAST = 1e-12
@@ -74,7 +74,7 @@ def reconstruction_costs(
         ridge: λ, as a share of the mean variance of a consumer's inputs.
         positions: number of local samples per image, or ``"all"``.
         images: number of images in the batches, if it is known. Then no more positions are taken than give a consumer
-            10,000 samples, and 4 for each of its inputs.
+            10,000 samples, and 3 for each of its inputs.
         memory: gigabytes (10⁹ bytes) to take beside the network.
 
     Returns:
@@ -238,7 +238,7 @@ class _Sampling(NamedTuple):
     positions: float
     images: int | None
 
-    def count(self, total: int, inputs: int) -> int:
+    def taken(self, total: int, inputs: int) -> int:
         """Return how many of ``total`` positions a layer of some inputs takes."""
         count = min(total, self.positions)
         if self.images:
@@ -296,7 +296,7 @@ class _Reader:
         inputs = args[0].detach()
         seen = output if self.whole or isinstance(layer, nn.Linear) else inputs
         total = math.prod(seen.shape[1:-1] if isinstance(layer, nn.Linear) else seen.shape[2:])
-        count = self._sampling.count(total, self.inputs)
+        count = self._sampling.taken(total, self.inputs)
         numbers = np.arange(self._images, self._images + len(inputs))
         self._images += len(inputs)
         for images in torch.arange(len(inputs)).split(max(1, self._room // count)):

@@ -10,13 +10,14 @@ from torch.nn import functional as F
 
 from chanaxes_pl import PruningExperiment, prune, pruning_grid
 from chanaxes_pl.network.groups import find_units
+from chanaxes_pl.network.plain import plain
 from chanaxes_pl.network.removal import Group
 from chanaxes_pl.pruning.reconstruction import Elimination, eliminate, reconstruction_costs
 from chanaxes_pl.pruning.scores import channel_scores, unit_ranks, unit_values
 from tests.helpers import cases as zoo
 from tests.helpers.networks import build
 from tests.pruning.test_any_network import IMAGES as PICTURES
-from tests.pruning.test_any_network import FusedAttention, SamePadding, Transformer
+from tests.pruning.test_any_network import NETWORKS, FusedAttention, SamePadding, Transformer
 from tests.pruning.test_scores import residual
 
 RIDGE = 1e-2
@@ -342,6 +343,18 @@ def test_values_that_are_not_finite_are_an_error_that_names_the_consumer():
     nn.init.constant_(model[0].bias, torch.inf)
     with pytest.raises(ValueError, match=r"layer '2' reads NaN or infinity on this probe: expected finite values"):
         reconstruction_costs(model, groups.values(), lambda: iter([zoo.images_2d(8)]), model)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_patterns_of_real_networks(name):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = plain(NETWORKS[name]().eval())
+    groups, found = costs_of(model, PICTURES.to(next(model.parameters()).dtype), 48, positions=8)
+    for group, costs in found.items():
+        assert costs.isfinite().all()
+        assert len(costs.unique()) == groups[group].size
+    assert found.keys() == groups.keys()
 
 
 # ---------------------------------------------------------------- as a score
