@@ -11,7 +11,7 @@ from scipy.stats import rankdata
 from chanaxes_pl.analysis.correlations import AXES, NETWORK, layer_columns
 from chanaxes_pl.analysis.damage import join_axes, score_damage_correlation
 from chanaxes_pl.analysis.runs import Run
-from chanaxes_pl.analysis.scores import REVERSE, SCORE_COLUMN, own_scores, score_family
+from chanaxes_pl.analysis.scores import OWN_SCORES, REVERSE, SCORE_COLUMN, base_score, own_scores, score_family
 from chanaxes_pl.core.errors import naming
 from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.tables import KEYS, read_parquet
@@ -130,8 +130,8 @@ def _wide(run: pd.DataFrame) -> pd.DataFrame:
 def _order(last: pd.DataFrame, lesions: pd.DataFrame | None, score: str) -> pd.DataFrame:
     """Return ``layer, channel, order``: the rank in its layer at which a channel goes; dead channels go first."""
     with naming("early_prediction"):
-        family = score_family(score)
-    if family == "baseline":
+        score_family(score)
+    if base_score(score) not in OWN_SCORES:
         column = SCORE_COLUMN + score
         if lesions is None or column not in lesions:
             raise ValueError(

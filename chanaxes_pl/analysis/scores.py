@@ -5,7 +5,8 @@ A score has the same name in a pruning grid, a table of lesions, a plot, and ``e
 - The name of a metric, such as ``input_capture``, means that metric.
 - ``minus_<metric>`` is the layer's maximum minus the metric, for metrics that are high if a channel is redundant.
 - ``keep_local``, ``keep_target`` and ``keep_both`` are means of signed z-scores, see :data:`COMPOSITES`.
-- ``reverse_<score>`` is a control: the opposite order of one of the above.
+- ``reconstruction`` is joint: it judges a channel by what is left of its peers when it goes, and where they are read.
+- ``reverse_<score>`` is a control: the opposite order of a score of an axis.
 - Any other name is a baseline.
 
 A table of lesions holds metrics and scores of the same channels, so there the columns of scores have a prefix
@@ -25,8 +26,8 @@ from torch import Tensor
 from chanaxes_pl.core.errors import ArgumentError, nearest
 from chanaxes_pl.core.statistics import composite
 
-#: Family of a score: the axis that it represents, or ``"baseline"``.
-Family = Literal["local", "target", "both", "baseline"]
+#: Family of a score: the axis that it represents, ``"joint"`` where it judges units together, or ``"baseline"``.
+Family = Literal["local", "target", "both", "joint", "baseline"]
 #: Score → its family.
 SCORES: dict[str, Family] = {
     "input_capture": "local",
@@ -37,6 +38,7 @@ SCORES: dict[str, Family] = {
     "target_excess": "target",
     "keep_target": "target",
     "keep_both": "both",
+    "reconstruction": "joint",
     "random": "baseline",
     "l1": "baseline",
     "l2": "baseline",
@@ -50,8 +52,8 @@ SCORES: dict[str, Family] = {
 }
 #: Prefix of a control, which orders channels opposite to one of our own scores.
 REVERSE = "reverse_"
-#: Scores from our own metrics: all but the baselines.
-OWN_SCORES = tuple(name for name, family in SCORES.items() if family != "baseline")
+#: Scores of an axis, which come from our own metrics in the table of channels.
+OWN_SCORES = tuple(name for name, family in SCORES.items() if family in ("local", "target", "both"))
 #: Prefix of a score that is high if its metric is low.
 MINUS = "minus_"
 #: Prefix of the columns of scores in a table of lesions, which holds columns of metrics too.
@@ -70,10 +72,10 @@ _RENAMED = {
 
 
 def score_family(score: str) -> Family:
-    """Return the axis that a score represents (``"local"``, ``"target"`` or ``"both"``), or ``"baseline"``.
+    """Return the axis that a score represents (``"local"``, ``"target"`` or ``"both"``), ``"joint"`` or ``"baseline"``.
 
     Args:
-        score: a key of :data:`SCORES`; ``"reverse_"`` and the name of a score that is no baseline; or ``"random_1"``,
+        score: a key of :data:`SCORES`; ``"reverse_"`` and the name of a score of an axis; or ``"random_1"``,
             ``"random_2"``, … for further random draws.
 
     Raises:

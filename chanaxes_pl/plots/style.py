@@ -38,6 +38,7 @@ COLOURS = {
     "local": BLUE,
     "target": ORANGE,
     "both": GREEN,
+    "joint": RED,
     "baseline": GREY,
 }
 #: Colours from the first layer to the last; without the yellow end, which is invisible on white.

@@ -10,10 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from chanaxes_pl.core.errors import InputError
 from chanaxes_pl.core.moments import accumulation_device
 from chanaxes_pl.network.hooks import calls, hooked, observed
-from chanaxes_pl.units.removal import Group
+from chanaxes_pl.units.removal import Group, check_read
 
 #: A key of :data:`MAP_SCORES`.
 MapScore = Literal["hrank", "chip"]
@@ -166,12 +165,7 @@ def _readers(model: nn.Module, groups: Iterable[Group], forward: Callable[[], An
         if call.name in consumers:
             features = call.input_shape[-1 if isinstance(call.module, nn.Linear) else 1]
             positions[call.name] = math.prod(call.input_shape) // (call.input_shape[0] * features)
-    unread = [group.layer for group in groups if not group.consumers]
-    if unread:
-        raise InputError(
-            f"the channels of {unread[0]!r} are read by attention itself, not by a layer, so they have no maps there: "
-            "protect= that layer, or take another score than hrank and chip"
-        )
+    check_read(groups)
     return {
         group.name: max(group.consumers, key=lambda name, group=group: positions[name] * _flattened(group, name))
         for group in groups

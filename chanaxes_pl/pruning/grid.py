@@ -65,7 +65,8 @@ class PruningExperiment:
         finetune_epochs: epochs of fine-tuning, after which each network is evaluated again; 0 for none.
         latency: whether to time the slim networks.
         probe_size: maximum number of probe images for scores and compensation.
-        memory: gigabytes (10⁹ bytes) that compensation takes, whatever the number of images; less takes longer.
+        memory: gigabytes (10⁹ bytes) that compensation and the score "reconstruction" take, whatever the number of
+            images; less takes longer.
         evaluation_size: number of test images for the accuracies, a fixed random choice; default all.
         seed: random seed of random scores and of fine-tuning.
 
@@ -154,7 +155,15 @@ def pruning_grid(
         needed = [*scores, REFERENCE] if "shared" in experiment.allocations else scores
         alone = replace(place, rank=0, world=1)  # every process scores all channels
         values = channel_scores(
-            pruner.model, probe, pruner.units, needed, step=step, probe_size=size, seed=seed, place=alone
+            pruner.model,
+            probe,
+            pruner.units,
+            needed,
+            step=step,
+            probe_size=size,
+            memory=experiment.memory,
+            seed=seed,
+            place=alone,
         )
         kinds = [compensation_of(choice) for choice in experiment.compensate]
         variants = list(product(scores, experiment.allocations, kinds, experiment.budgets))

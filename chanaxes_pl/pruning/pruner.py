@@ -273,7 +273,8 @@ def prune(
         example_input: images ``[B, …]`` as the model takes them; default the first ones of the probe.
         protect: glob, or several, over the names of layers that keep all their channels.
         probe_size: maximum number of probe images for scores and compensation.
-        memory: gigabytes (10⁹ bytes) that compensation takes, whatever the number of images; less takes longer.
+        memory: gigabytes (10⁹ bytes) that compensation and the score ``reconstruction`` take, whatever the number of
+            images; less takes longer.
         reestimate: whether to re-estimate BatchNorm statistics at the end.
         seed: random seed of random scores.
         step: ``(model, batch) → (logits, labels)`` for batches that :func:`split_batch` does not know; what it passes
@@ -310,7 +311,15 @@ def prune(
         pruner = Pruner(model, example, protect, budget_of=budget_of, round_to=round_to, timed=timed)
         needed = [score, REFERENCE] if allocation == "shared" else [score]
         scores = channel_scores(
-            pruner.model, probe, pruner.units, needed, step=step, probe_size=probe_size, seed=seed, place=place
+            pruner.model,
+            probe,
+            pruner.units,
+            needed,
+            step=step,
+            probe_size=probe_size,
+            memory=memory,
+            seed=seed,
+            place=place,
         )
         kept = pruner.choose(scores, score, allocation, budget)
         slim = pruner.cut(kept)

@@ -21,7 +21,9 @@ from chanaxes_pl.network.layers import channel_count
 from chanaxes_pl.network.probe import Probe, ProbeSource
 from chanaxes_pl.network.recording import LayerMoments, Settings, record
 from chanaxes_pl.pruning.baselines import WEIGHT_SCORES, norms_behind, weight_scores
+from chanaxes_pl.pruning.compensation import MEMORY
 from chanaxes_pl.pruning.feature_maps import MAP_IMAGES, MAP_SCORES, MapScore, map_scores
+from chanaxes_pl.pruning.reconstruction import reconstruction_costs
 from chanaxes_pl.tables import measure
 from chanaxes_pl.units.groups import Units
 from chanaxes_pl.units.removal import Group
@@ -52,6 +54,7 @@ def channel_scores(
     step: Step | None = None,
     probe_size: int = 5000,
     positions: int | Literal["all"] = 16,
+    memory: float = MEMORY,
     seed: int = 0,
     place: Placement | None = None,
 ) -> dict[str, dict[str, Tensor]]:
@@ -59,7 +62,7 @@ def channel_scores(
 
     A score ``minus_<metric>`` is the layer's maximum minus the metric; a reversed score is the maximum minus the score.
     Composites are means of signed within-layer z-scores, shifted to a layer minimum of 0. Dead channels come first in
-    all of these, reversed or not.
+    all of these, reversed or not. ``reconstruction``, ``hrank`` and ``chip`` give all channels of a unit one value.
 
     Args:
         model: model that the units were found in.
@@ -69,6 +72,7 @@ def channel_scores(
         step: ``(model, batch) → (logits, labels)`` for batches or outputs other than ``(images, labels)`` and logits.
         probe_size: maximum number of probe images.
         positions: number of local samples per image, or ``"all"``.
+        memory: gigabytes (10⁹ bytes) that ``reconstruction`` takes; less takes more passes over the probe.
         seed: random seed of random scores.
         place: device and processes; default one process, on the device of the model's first parameter. Several
             processes share the pass for our own metrics; each computes the other scores by itself.
@@ -77,8 +81,8 @@ def channel_scores(
         Score → layer → ``[C]`` float64 on the host; low = remove; −inf if not finite.
 
     Raises:
-        ValueError: if a score is unknown, the probe does not fit, the target does not vary, or ``bn_scale`` is asked
-            for and a removable layer has no BatchNorm behind it.
+        ValueError: if a score is unknown, the probe does not fit, the target does not vary, ``bn_scale`` is asked
+            for and a removable layer has no BatchNorm behind it, or ``memory`` has no room for ``reconstruction``.
     """
     for score in scores:
         score_family(score)
@@ -120,6 +124,17 @@ def channel_scores(
         images: dict[MapScore, int] = {score: MAP_IMAGES[score] for score in MAP_SCORES if score in asked}
         of_units = map_scores(model, units.groups.values(), batches, lambda batch: run(model, batch), images)
         found |= {score: _of_channels(values, units, layers) for score, values in of_units.items()}
+    if "reconstruction" in asked:
+        costs = reconstruction_costs(
+            model,
+            units.groups.values(),
+            batches,
+            lambda batch: run(model, batch),
+            positions=positions,
+            images=Probe(probe, probe_size).images,
+            memory=memory,
+        )
+        found["reconstruction"] = _of_channels(costs, units, layers)
     return {score: {name: _directed(score, found, name) for name in layers} for score in scores}
 
 

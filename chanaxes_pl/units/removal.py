@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from chanaxes_pl.core.errors import InputError
 from chanaxes_pl.network.batches import logits_of
 from chanaxes_pl.network.hooks import hooked, observed, same_outputs
 from chanaxes_pl.network.layers import CONVOLUTIONS, channel_count, crashes_channels_last
@@ -74,6 +75,16 @@ class Group:
         """Names of the layers and norms that compute something else if units are masked."""
         read = {cut.path.rpartition(".")[0] for cut in self.cuts if cut.reads}
         return (*self.consumers, *self.layer_norms, *(name for name in self.producers if name in read))
+
+
+def check_read(groups: Iterable[Group]) -> None:
+    """Raise ValueError if the channels of a group are read by no layer, which scores of what a layer reads need."""
+    for group in groups:
+        if not group.consumers:
+            raise InputError(
+                f"the channels of {group.layer!r} are summed over by attention itself and read by no layer, so hrank, "
+                "chip and reconstruction do not know what they are for: protect= that layer, or take another score"
+            )
 
 
 def remove(model: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor]) -> None:

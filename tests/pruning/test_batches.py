@@ -96,7 +96,7 @@ def equal(a: nn.Module, b: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize(("batches", "wrap"), KINDS)
-@pytest.mark.parametrize("score", ["l1", "taylor", "keep_both", "chip"])
+@pytest.mark.parametrize("score", ["l1", "taylor", "keep_both", "chip", "reconstruction"])
 def test_pruned_as_with_pairs_and_tensors(batches, wrap, score):
     wanted = prune(network(), PAIRS, budget=0.7, score=score)
     found = prune(network(wrap), batches(), budget=0.7, score=score)
@@ -137,13 +137,15 @@ def lesioned() -> Tensor:
     return net(IMAGES)
 
 
-@pytest.mark.parametrize("score", ["l1", "taylor", "keep_both", "chip"])
+@pytest.mark.parametrize("score", ["l1", "taylor", "keep_both", "chip", "reconstruction"])
 def test_a_step_shows_where_images_and_labels_are(score):
     wanted = prune(network(), PAIRS, budget=0.7, score=score)
     assert equal(prune(network(), unknown(), budget=0.7, score=score, step=step).model, wanted.model)
 
 
-@pytest.mark.parametrize("score", [*(name for name, kind in SCORES.items() if kind == "local"), "activation_rms", "l2"])
+@pytest.mark.parametrize(
+    "score", [*(name for name, kind in SCORES.items() if kind in ("local", "joint")), "activation_rms", "l2"]
+)
 def test_images_alone_do_for_scores_of_weights_and_activations(score):
     assert equal(
         prune(network(), [IMAGES[:8], IMAGES[8:]], budget=0.7, score=score).model,

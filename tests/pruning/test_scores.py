@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from chanaxes_pl import compute_axes
-from chanaxes_pl.analysis.scores import SCORES, own_scores, score_family
+from chanaxes_pl.analysis.scores import OWN_SCORES, SCORES, own_scores, score_family
 from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.models.backbones import BACKBONES, build_backbone
 from chanaxes_pl.pruning.baselines import weight_score
@@ -21,8 +21,6 @@ from chanaxes_pl.units.removal import Group
 from tests.helpers import cases as zoo
 from tests.helpers import training as small
 from tests.test_axes import assert_untouched, snapshot
-
-OWN = [name for name, family in SCORES.items() if family != "baseline"]
 
 
 class Residual(nn.Module):
@@ -163,7 +161,7 @@ def test_all_scores_leave_the_model_and_the_random_streams_as_they_were():
 
 def test_metrics_are_the_columns_of_the_table_with_their_direction():
     case = model, loader, _ = residual()
-    values = scored(case, *OWN, "activation_rms")
+    values = scored(case, *OWN_SCORES, "activation_rms")
     table = compute_axes(model, loader, layers="conv+linear", reliability=False, resamples=0).table
     outputs, *_ = zoo.captured(model, loader)
     for layer in ("stem", "inner", "outer", "depthwise"):
@@ -186,7 +184,7 @@ def test_metrics_are_the_columns_of_the_table_with_their_direction():
         np.testing.assert_allclose(values_of_layer, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", OWN_SCORES)
 def test_the_reverse_is_the_opposite_order(name):
     values = scored(residual(), name, f"reverse_{name}")
     for layer, forth in values[name].items():
@@ -199,7 +197,7 @@ def test_dead_channels_go_first_in_our_own_scores_and_their_reverses():
     case = model, *_ = residual()
     with torch.no_grad():
         model.inner.weight[[1, 3]] = 0.0
-    names = [*OWN, *(f"reverse_{name}" for name in OWN)]
+    names = [*OWN_SCORES, *(f"reverse_{name}" for name in OWN_SCORES)]
     for values in scored(case, *names).values():
         assert values["inner"].isinf().tolist() == [False, True, False, True, False]
         assert (values["inner"][[1, 3]] < 0).all()
@@ -259,6 +257,7 @@ def test_scores_of_weights_read_no_probe(name):
         ("local_axis", "did you mean 'keep_local'?"),
         ("reverse_peer_r2", "did you mean 'reverse_minus_peer_r2'?"),
         ("reverse_l1", ""),
+        ("reverse_reconstruction", ""),
         ("reverse_random_2", ""),
         ("reverse_reverse_input_capture", "'reverse_input_capture'"),
         ("random_x", "'random'"),
