@@ -83,7 +83,8 @@ def reconstruction_costs(
         units removed before have left little to lose, counts as equal to the one before it.
 
     Raises:
-        ValueError: if no layer reads a group, a consumer's inputs are not finite, or ``memory`` has no room for the moments of one group.
+        ValueError: if no layer reads a group, a consumer's inputs are not finite, or ``memory`` has no room for the
+            moments of one group.
     """
     groups = list(groups)
     check_read(groups)
