@@ -318,9 +318,7 @@ def test_queries_and_keys_of_one_head_go_together():
     assert list(units.groups["v"].consumers) == ["o"]
     assert units.groups["a"].consumers == {}
     assert units.groups["a"].masks == ("a", "k")
-    with pytest.raises(
-        ValueError, match=r"the channels of 'a' are summed over by attention itself .* protect="
-    ):
+    with pytest.raises(ValueError, match=r"the channels of 'a' are summed over by attention itself .* protect="):
         check_read(units.groups.values())
     groups = units.groups.values()
     for seed in range(3):
