@@ -198,31 +198,30 @@ class PlainAttention(nn.Module):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend; see :class:`torch.nn.MultiheadAttention`."""
-        alone = query is key and key is value
-        batched = query.ndim == 3
-        if alone:
-            parts = self.in_proj(query).chunk(3, -1)
+        # Without branches that depend on a shape, so that torch.fx can trace what comes with the batch first.
+        swaps = not self.batch_first and query.ndim == 3
+        if query is key and key is value:
+            q, k, v = self.in_proj(query).chunk(3, -1)
         else:
             weights = self.in_proj.weight.chunk(3)
             biases = (None, None, None) if self.in_proj.bias is None else self.in_proj.bias.chunk(3)
-            parts = tuple(F.linear(*each) for each in zip((query, key, value), weights, biases, strict=True))
-        if not batched:
-            parts = tuple(part[None] for part in parts)
-        elif not self.batch_first:
-            parts = tuple(part.transpose(0, 1) for part in parts)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in parts)
+            q, k, v = (F.linear(*each) for each in zip((query, key, value), weights, biases, strict=True))
+        q, k, v = self._by_head(q, swaps), self._by_head(k, swaps), self._by_head(v, swaps)
         mask = _mask(attn_mask, key_padding_mask, q)
         dropout = self.dropout if self.training else 0.0
         if need_weights:
             logits = q @ k.mT * self.scale
             shares = F.dropout((logits if mask is None else logits + mask).softmax(-1), dropout)
-            heads, shown = shares @ v, shares.mean(1) if average_attn_weights else shares
+            heads, shown = shares @ v, shares.mean(-3) if average_attn_weights else shares
         else:
             heads, shown = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=self.scale), None
-        output = self.out_proj(heads.transpose(1, 2).flatten(2))
-        if not batched:
-            return output[0], None if shown is None else shown[0]
-        return output if self.batch_first else output.transpose(0, 1), shown
+        output = self.out_proj(heads.transpose(-2, -3).flatten(-2))
+        return output.transpose(0, 1) if swaps else output, shown
+
+    def _by_head(self, part: Tensor, swaps: bool) -> Tensor:
+        """Return queries, keys or values as ``[B, heads, tokens, head_dim]``."""
+        part = part.transpose(0, 1) if swaps else part
+        return part.unflatten(-1, (-1, self.head_dim)).transpose(-2, -3)
 
 
 def _mask(attend: Tensor | None, padding: Tensor | None, like: Tensor) -> Tensor | None:
