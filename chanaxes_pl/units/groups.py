@@ -89,10 +89,10 @@ def find_units(model: nn.Module, example: Tensor) -> Units:
                 if not seen.issuperset(_members(group)):
                     name = _unused(group.layer, groups)
                     groups[name] = replace(group, name=name)
-            fixed = {name: why for name, why in fixed.items() if not any(name in g.producers for g in groups.values())}
         groups = {group.name: group for group in sorted(groups.values(), key=lambda group: order[group.layer])}
         groups, refused = _tried(copied, example, groups)
-        fixed |= refused
+        removable = {name for group in groups.values() for name in group.producers}
+        fixed = {name: why for name, why in (fixed | refused).items() if name not in removable}
         if not groups:
             why = "; ".join(f"{name}: {reason}" for name, reason in list(fixed.items())[:3])
             raise InputError(f"{type(model).__name__} has no channels that can be removed ({why or 'no layers'})")

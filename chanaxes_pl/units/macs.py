@@ -49,21 +49,27 @@ def _attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *
     return sdpa_flop_count(query, key, value)
 
 
-#: Sets of channels, each with its size and the groups that take from it, with the share that a unit takes.
-_Sets = list[tuple[int, dict[int, float]]]
+#: Sets of channels, each with its size and the groups that take from it, with their numbers of units.
+_Sets = list[tuple[int, dict[int, int]]]
 
 
 def _sets(members: Mapping[int, Tensor]) -> _Sets:
     """Collect the channels ``[U, k]`` of groups; those of two groups are the same, as of heads and of their widths."""
-    found: dict[tuple[int, ...], dict[int, float]] = defaultdict(dict)
+    found: dict[tuple[int, ...], dict[int, int]] = defaultdict(dict)
     for number, indices in members.items():
-        found[tuple(sorted(indices.flatten().tolist()))][number] = 1 / len(indices)
-    return [(len(channels), shares) for channels, shares in found.items()]
+        found[tuple(sorted(indices.flatten().tolist()))][number] = len(indices)
+    return [(len(channels), units) for channels, units in found.items()]
 
 
 def _lost(sets: _Sets, removed: np.ndarray) -> float:
     """Return how many channels of some sets go: of a set that two groups share, each leaves its share."""
-    return sum(size * (1 - math.prod(1 - removed[g] * share for g, share in shares.items())) for size, shares in sets)
+    lost = 0.0
+    for size, units in sets:
+        left = size
+        for group, count in units.items():
+            left = left * (count - removed[group]) / count
+        lost += size - left
+    return lost
 
 
 @dataclass(frozen=True, eq=False)

@@ -114,7 +114,7 @@ def test_fits_see_the_errors_upstream():
         for _, signals in paired_activations(model, alone, BATCHES, [name]):
             layer, original = alone.get_submodule(name), model.get_submodule(name)
             shape, many = home._shape(layer, original, "refit"), 16 * len(images)
-            task = home._Task(name, layer, original, *channels[name], 16, RIDGE["refit"], shape, many, many)
+            task = home._Task(name, layer, original, *channels[name], None, 16, RIDGE["refit"], shape, many, many)
             home._refit(task, signals)
         fitted, layer = alone.get_submodule(name), pieces.get_submodule(name)
         layer.weight, layer.bias = fitted.weight, fitted.bias
