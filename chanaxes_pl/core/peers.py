@@ -69,7 +69,9 @@ def peer_reconstruction(local: Moments, ridge: float = RIDGE) -> PeerReconstruct
 
 def peer_r2(local: Moments, ridge: float = RIDGE) -> Tensor:
     """Compute only ``r2`` of :func:`peer_reconstruction`, ``[C]``."""
-    explained = _all_peers(local.select(local.live), ridge)[1]
+    channels = local.select(local.live)
+    root = channels.root  # where there is one, the whole correlation matrix is never made
+    explained = _all_peers(channels, ridge)[1] if root is None else _low_rank_r2(root, ridge)
     return torch.full_like(local.mean, torch.nan).masked_scatter(local.live, explained)
 
 
@@ -111,19 +113,25 @@ def _inverted(rho: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
 def _all_peers(channels: Moments, ridge: float) -> tuple[Tensor, Tensor]:
     """Return ρ, ``[C, C]``, and R² of every channel on all its peers, ``[C]``, all of which vary.
 
-    With K = (ρ + λI)⁻¹ and β_i as in :func:`peer_coefficients`, R²_i = 1 + λ − 1/K_ii + λ‖β_i‖². Where ρ = A Aᵀ has
-    a low rank, M = (AᵀA + λI)⁻¹ is smaller and gives K = (I − A M Aᵀ) / λ, so that with u_i = 1 − a_iᵀ M a_i it is
-    R²_i = 1 − λ²‖M a_i‖² / u_i².
+    With K = (ρ + λI)⁻¹ and β_i as in :func:`peer_coefficients`, R²_i = 1 + λ − 1/K_ii + λ‖β_i‖².
     """
-    root = channels.root
-    if root is not None:
-        solved = root @ ridge_inverse(symmetric_product(root.T, root), ridge)[0]
-        own = 1 - (solved * root).sum(1)
-        return channels.correlation, (1 - (ridge * torch.linalg.vector_norm(solved, dim=1) / own).square()).clamp_(0, 1)
+    if channels.root is not None:
+        return channels.correlation, _low_rank_r2(channels.root, ridge)
     rho, precision = _inverted(channels.correlation, ridge)
     own = precision.diagonal()
     weight = (torch.linalg.vector_norm(precision, dim=0) / own).square() - 1  # ‖β_i‖², without β
     return rho, (1 + ridge - 1 / own + ridge * weight).clamp_(0.0, 1.0)
+
+
+def _low_rank_r2(root: Tensor, ridge: float) -> Tensor:
+    """Return the R² of :func:`_all_peers` where ρ = A Aᵀ has a low rank, from A, ``[C, r]``.
+
+    M = (AᵀA + λI)⁻¹ is smaller and gives K = (I − A M Aᵀ) / λ, so that with u_i = 1 − a_iᵀ M a_i it is
+    R²_i = 1 − λ²‖M a_i‖² / u_i².
+    """
+    solved = root @ ridge_inverse(symmetric_product(root.T, root), ridge)[0]
+    own = 1 - (solved * root).sum(1)
+    return (1 - (ridge * torch.linalg.vector_norm(solved, dim=1) / own).square()).clamp_(0, 1)
 
 
 def hull_coefficients(local: Moments, ridge: float = RIDGE) -> Tensor:
