@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -18,7 +19,7 @@ MAX_CORRELATION = 0.999
 CEILING = -0.5 * math.log1p(-(MAX_CORRELATION**2))
 # Numbers that are handled at a time.
 _CACHED = 1 << 16
-# Halvings of a row of factors before a logarithm: (1 − 0.999²) to the power 2⁶ is far from 0 still.
+# Halvings of a row of factors before a logarithm: (1 − 0.999²) to the power of 2⁶ + 6 is far from 0 still.
 _LOGS_SHARED = 6
 # A direction of the target has at least this share of the largest one's variance, in units of standard deviations.
 _INDEPENDENT = 1e-10
@@ -41,31 +42,45 @@ def information(squared_correlation: Tensor) -> Tensor:
     return squared_correlation.clamp(0.0, MAX_CORRELATION**2).neg_().log1p_().mul_(-0.5)
 
 
-def total_information(correlation: Tensor) -> Tensor:
+def total_information(upper: Iterable[Tensor]) -> Tensor:
     """Sum the information between each variable and all others, Σ_{j≠i} −½ ln(1 − ρ_ij²).
 
     Args:
-        correlation: ``[C, C]``, unitless.
+        upper: the correlation of C variables, unitless: blocks of rows, each from its diagonal on.
 
     Returns:
         ``[C]``, nats.
 
     Example:
         >>> import torch
-        >>> total_information(torch.tensor([[1.0, 0.6, 0.8], [0.6, 1.0, 0.0], [0.8, 0.0, 1.0]], dtype=torch.float64))
+        >>> rho = torch.tensor([[1.0, 0.6, 0.8], [0.6, 1.0, 0.0], [0.8, 0.0, 1.0]], dtype=torch.float64)
+        >>> total_information([rho[:2], rho[2:, 2:]])
         tensor([0.7340, 0.2231, 0.5108], dtype=torch.float64)
     """
-    totals, start, one = [], 0, correlation.new_ones(())
-    for rows in row_blocks(correlation):
-        left = torch.addcmul(one, rows, rows, value=-1.0).clamp_(min=1 - MAX_CORRELATION**2)
-        left.diagonal(start).fill_(1.0)
-        for _ in range(_LOGS_SHARED):  # logarithms take longest: one for the product of up to 2⁶ factors
-            half = left.shape[1] // 2
-            odd = left[:, 2 * half :]
-            left = torch.cat([left[:, :half] * left[:, half : 2 * half], odd], 1)
-        totals.append(left.log_().sum(1).mul_(-0.5))
-        start += len(rows)
-    return torch.cat(totals)
+    mine, theirs = [], []
+    for rows in upper:
+        count = len(rows)
+        left = torch.addcmul(rows.new_ones(()), rows, rows, value=-1.0).clamp_(min=1 - MAX_CORRELATION**2)
+        left.diagonal().fill_(1.0)
+        theirs.append(_sum_of_logs(left[:, count:].T))
+        mine.append(_sum_of_logs(left))
+    total = torch.cat(mine)
+    for others in theirs:
+        total[len(total) - len(others) :] += others
+    return total.mul_(-0.5)
+
+
+def _sum_of_logs(factors: Tensor) -> Tensor:
+    """Sum the logarithms of ``[n, m]`` along a row, ``[n]``; logarithms take longest: one for some 2⁶ factors."""
+    for _ in range(_LOGS_SHARED):
+        half, odd = divmod(factors.shape[1], 2)
+        if not half:
+            break
+        paired = factors[:, :half] * factors[:, half : 2 * half]
+        if odd:
+            paired[:, 0].mul_(factors[:, -1])
+        factors = paired
+    return factors.log().sum(1)
 
 
 def row_blocks(matrix: Tensor) -> tuple[Tensor, ...]:

@@ -22,8 +22,10 @@ _NEAR = 64
 _BLOCKED_WIDTH = 256
 _BLOCK = 64
 _MOST_BLOCKS = 8
+# Rows of a correlation that are handled at a time.
+_UPPER = 128
 # Columns that lie a multiple of this apart share the lines of a cache: LAPACK then takes up to three times as long for
-# a Cholesky factor. Some more columns cure it.
+# a Cholesky factor, and a transpose twice. Some more columns cure it.
 _ALIASED, _PADDING = 256, 8
 # A channel whose variance is below this share of its layer's median holds only rounding error.
 DEAD_SHARE = 1e-12
@@ -142,7 +144,12 @@ class Moments:
     def correlation(self) -> Tensor:
         """Pearson correlation, ``[F, F]``, not clipped; NaN where a variance is 0 or not finite."""
         scale = self.scatter.diagonal().rsqrt()
-        return (self.scatter * scale).mul_(scale[:, None])
+        return torch.mul(self.scatter, scale, out=_room(self.scatter, *self.scatter.shape)).mul_(scale[:, None])
+
+    @property
+    def upper(self) -> Iterator[Tensor]:
+        """Blocks of rows of ``correlation``, each from its diagonal on: ``[k, F]``, ``[l, F - k]``, …"""
+        yield from (self.correlation[start:stop, start:] for start, stop in _blocks(len(self.mean), _UPPER))
 
     @cached_property
     def live(self) -> Tensor:
@@ -210,6 +217,15 @@ class MappedMoments(Moments):
     def correlation(self) -> Tensor:
         """Pearson correlation, ``[G, G]``, not clipped; NaN where a variance is 0 or not finite."""
         return super().correlation if self.root is None else symmetric_product(self.root, self.root.T)
+
+    @property
+    def upper(self) -> Iterator[Tensor]:
+        """As that of :class:`Moments`; it does not hold the whole matrix if nothing else has asked for it."""
+        root = self.root
+        if root is None or "correlation" in vars(self):
+            yield from super().upper
+        else:
+            yield from (root[start:stop] @ root[start:].T for start, stop in _blocks(len(root), _UPPER))
 
     @cached_property
     def root(self) -> Tensor | None:  # type: ignore[override]
@@ -350,24 +366,51 @@ def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
     width = len(left)
     if width < _BLOCKED_WIDTH:
         return left @ right
-    product = left.new_empty(width, width)
-    blocks = min(width // _BLOCK, _MOST_BLOCKS)
-    edges = [width * k // blocks for k in range(blocks + 1)]
-    for start, stop in pairwise(edges):
-        product[start:stop, start:] = left[start:stop] @ right[:, start:]
+    product = _room(left, width, width)
+    for start, stop in _blocks(width, max(_BLOCK, width // _MOST_BLOCKS)):
+        torch.mm(left[start:stop], right[:, start:], out=product[start:stop, start:])
         product[stop:, start:stop] = product[start:stop, stop:].T
     return product
 
 
 def cholesky(matrix: Tensor) -> tuple[Tensor, bool]:
     """Return the lower Cholesky factor of ``[n, n]``, and whether there is none."""
+    factor, failed = _padded_factor(matrix, 0.0)
+    return factor[: len(matrix), : len(matrix)], failed
+
+
+def ridge_inverse(matrix: Tensor, ridge: float) -> tuple[Tensor, bool]:
+    """Return ``(matrix + ridge I)⁻¹`` of a symmetric ``[n, n]``, and whether the sum has no Cholesky factor."""
+    factor, failed = _padded_factor(matrix, ridge)
+    if not failed:
+        torch.cholesky_inverse(factor, out=factor)
+    return factor[: len(matrix), : len(matrix)], failed
+
+
+def _padded_factor(matrix: Tensor, ridge: float) -> tuple[Tensor, bool]:
+    """Return the lower Cholesky factor of ``matrix + ridge I``, perhaps with more ones on its diagonal, or True."""
     width = len(matrix)
-    if width % _ALIASED == 0:
-        padded = torch.eye(width + _PADDING, dtype=matrix.dtype, device=matrix.device)
-        padded[:width, :width] = matrix
-        matrix = padded
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    return factor[:width, :width], bool(failed)
+    size = width + (_PADDING if width % _ALIASED == 0 else 0)
+    padded = _room(matrix, size, size)
+    padded[:width, :width] = matrix
+    padded[width:], padded[:, width:] = 0.0, 0.0
+    padded.diagonal()[:width].add_(ridge)
+    padded.diagonal()[width:].fill_(1.0)
+    factor, failed = _room(matrix, size, size).mT, torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(padded, out=(factor, failed))
+    return factor, bool(failed)
+
+
+def _room(like: Tensor, rows: int, columns: int) -> Tensor:
+    """Return an uninitialised ``[rows, columns]`` like ``like``, a part of a matrix whose columns are not aliased."""
+    padding = _PADDING if columns % _ALIASED == 0 else 0
+    return like.new_empty(rows, columns + padding)[:, :columns]
+
+
+def _blocks(width: int, size: int) -> Iterable[tuple[int, int]]:
+    """Split a width into blocks of about the same size, the first and the last index of each."""
+    count = max(1, width // size)
+    return pairwise(width * k // count for k in range(count + 1))
 
 
 @contextmanager

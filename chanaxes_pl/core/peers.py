@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from chanaxes_pl.core.gaussian import nearest_peers, total_information
-from chanaxes_pl.core.moments import Moments, cholesky, symmetric_product
+from chanaxes_pl.core.moments import Moments, ridge_inverse, symmetric_product
 
 #: Default ridge λ, in units of a channel's variance.
 RIDGE = 1e-3
@@ -24,7 +24,7 @@ def peer_overlap(local: Moments) -> Tensor:
         ``[C]``, nats; NaN for dead channels, and for all channels if fewer than two are live.
     """
     live = local.live
-    total = total_information(local.select(live).correlation)
+    total = total_information(local.select(live).upper)
     return torch.full_like(local.mean, torch.nan).masked_scatter(live, total / (len(total) - 1))
 
 
@@ -69,7 +69,9 @@ def peer_reconstruction(local: Moments, ridge: float = RIDGE) -> PeerReconstruct
 
 def peer_r2(local: Moments, ridge: float = RIDGE) -> Tensor:
     """Compute only ``r2`` of :func:`peer_reconstruction`, ``[C]``."""
-    explained = _all_peers(local.select(local.live), ridge)[1]
+    channels = local.select(local.live)
+    root = channels.root  # where there is one, the whole correlation matrix is never made
+    explained = _all_peers(channels, ridge)[1] if root is None else _low_rank_r2(root, ridge)
     return torch.full_like(local.mean, torch.nan).masked_scatter(local.live, explained)
 
 
@@ -87,50 +89,49 @@ def peer_coefficients(local: Moments, ridge: float = RIDGE) -> Tensor:
         and for dead channels.
     """
     live = local.live
-    precision = torch.cholesky_inverse(_factored(local.select(live).correlation, ridge)[1])
+    _, precision = _inverted(local.select(live).correlation, ridge)
     beta = (-precision / precision.diagonal()[:, None]).fill_diagonal_(0.0)
     return beta.new_zeros(len(live), len(live)).masked_scatter_(torch.outer(live, live), beta)
 
 
-def _factored(rho: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Return ρ and the Cholesky factor of ρ + λI.
+def _inverted(rho: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Return ρ and K = (ρ + λI)⁻¹.
 
     Channels that hardly vary have correlations that are mostly rounding, and ρ may then have eigenvalues below −λ. The
     negative ones become 0, and the diagonal 1 again.
     """
-    factor, failed = cholesky(_plus(rho, ridge))
+    precision, failed = ridge_inverse(rho, ridge)
     if failed:
         values, vectors = torch.linalg.eigh(rho)
         rho = vectors * values.clamp(min=0.0) @ vectors.mT
         scale = rho.diagonal().rsqrt()
         rho = rho * scale * scale[:, None]
-        factor, _ = cholesky(_plus(rho, ridge))
-    return rho, factor
-
-
-def _plus(rho: Tensor, ridge: float) -> Tensor:
-    shifted = rho.clone()
-    shifted.diagonal(dim1=-2, dim2=-1).add_(ridge)
-    return shifted
+        precision, _ = ridge_inverse(rho, ridge)
+    return rho, precision
 
 
 def _all_peers(channels: Moments, ridge: float) -> tuple[Tensor, Tensor]:
     """Return ρ, ``[C, C]``, and R² of every channel on all its peers, ``[C]``, all of which vary.
 
-    With K = (ρ + λI)⁻¹ and β_i as in :func:`peer_coefficients`, R²_i = 1 + λ − 1/K_ii + λ‖β_i‖². Where ρ = A Aᵀ has
-    a low rank, M = (AᵀA + λI)⁻¹ is smaller and gives K = (I − A M Aᵀ) / λ, so that with u_i = 1 − a_iᵀ M a_i it is
-    R²_i = 1 − λ²‖M a_i‖² / u_i².
+    With K = (ρ + λI)⁻¹ and β_i as in :func:`peer_coefficients`, R²_i = 1 + λ − 1/K_ii + λ‖β_i‖².
     """
-    root = channels.root
-    if root is not None:
-        solved = root @ torch.cholesky_inverse(cholesky(_plus(symmetric_product(root.T, root), ridge))[0])
-        own = 1 - (solved * root).sum(1)
-        return channels.correlation, (1 - (ridge * torch.linalg.vector_norm(solved, dim=1) / own).square()).clamp_(0, 1)
-    rho, factor = _factored(channels.correlation, ridge)
-    precision = torch.cholesky_inverse(factor)
+    if channels.root is not None:
+        return channels.correlation, _low_rank_r2(channels.root, ridge)
+    rho, precision = _inverted(channels.correlation, ridge)
     own = precision.diagonal()
     weight = (torch.linalg.vector_norm(precision, dim=0) / own).square() - 1  # ‖β_i‖², without β
     return rho, (1 + ridge - 1 / own + ridge * weight).clamp_(0.0, 1.0)
+
+
+def _low_rank_r2(root: Tensor, ridge: float) -> Tensor:
+    """Return the R² of :func:`_all_peers` where ρ = A Aᵀ has a low rank, from A, ``[C, r]``.
+
+    M = (AᵀA + λI)⁻¹ is smaller and gives K = (I − A M Aᵀ) / λ, so that with u_i = 1 − a_iᵀ M a_i it is
+    R²_i = 1 − λ²‖M a_i‖² / u_i².
+    """
+    solved = root @ ridge_inverse(symmetric_product(root.T, root), ridge)[0]
+    own = 1 - (solved * root).sum(1)
+    return (1 - (ridge * torch.linalg.vector_norm(solved, dim=1) / own).square()).clamp_(0, 1)
 
 
 def hull_coefficients(local: Moments, ridge: float = RIDGE) -> Tensor:
@@ -173,12 +174,11 @@ def _nested(rho: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
     nearest = nearest.gather(1, rho.gather(1, nearest).abs().argsort(1, descending=True))
     toward = rho.gather(1, nearest)
     among = rho[nearest[:, :, None], nearest[:, None, :]]
-    factor = torch.linalg.cholesky(_plus(among, ridge))
-    # The first k rows of the factor are the factor of the first k peers: one factor serves all k.
-    half = torch.linalg.solve_triangular(factor, toward[:, :, None], upper=False)
-    coefficients, reached = rho.new_zeros(len(rho), cap, cap), []
-    for k in range(1, cap + 1):
-        beta = torch.linalg.solve_triangular(factor[:, :k, :k].mT, half[:, :k], upper=True)
-        coefficients[:, k - 1, :k] = beta[:, :, 0]
-        reached.append((half[:, :k].square() + ridge * beta.square()).sum((1, 2)))
-    return nearest, coefficients, torch.stack(reached, 1)
+    among.diagonal(dim1=1, dim2=2).add_(ridge)
+    unit = torch.eye(cap).to(among)
+    # The first k rows of the factor L, and of T = L⁻¹, are those of the first k peers: one factor serves all k. With
+    # h = T ρ, the coefficients of the first k are the sum over j ≤ k of h_j times row j of T.
+    inverse = torch.linalg.solve_triangular(torch.linalg.cholesky(among), unit.expand_as(among), upper=False)
+    half = inverse @ toward[:, :, None]
+    coefficients = (half * inverse).cumsum(1)
+    return nearest, coefficients, half.square().cumsum(1)[:, :, 0] + ridge * coefficients.square().sum(2)

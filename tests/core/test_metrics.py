@@ -15,7 +15,7 @@ from torch import nn
 from chanaxes_pl import compute_axes
 from chanaxes_pl.core.gaussian import CEILING, Association, information, nearest_peers, total_information
 from chanaxes_pl.core.metrics import input_capture, target_excess
-from chanaxes_pl.core.moments import Moments, cholesky
+from chanaxes_pl.core.moments import Moments, cholesky, ridge_inverse
 from chanaxes_pl.core.peers import peer_coefficients, peer_overlap, peer_r2, peer_reconstruction
 from chanaxes_pl.network.layers import select_layers, widens_pointwise
 from chanaxes_pl.network.sampling import sample_positions
@@ -196,7 +196,9 @@ def test_total_information_and_nearest_peers_are_those_of_the_whole_matrix(chann
     correlation = torch.corrcoef(torch.randn(channels, 50, dtype=torch.float64)).reshape(channels, channels)
     correlation[:2, :2] = 1.0  # beyond the ceiling
     slow = information(correlation.square()).fill_diagonal_(0.0).sum(1)
-    assert_allclose(total_information(correlation), slow, 1e-12, 1e-14)
+    middle = channels // 3
+    upper = [correlation[:middle], correlation[middle:, middle:]]
+    assert_allclose(total_information(upper), slow, 1e-12, 1e-14)
     for count in {min(10, channels - 1), channels - 1} - {0}:
         found = nearest_peers(correlation, count)
         nearness = correlation.abs().fill_diagonal_(-1.0)
@@ -210,6 +212,27 @@ def test_a_padded_cholesky_factor_is_the_plain_one(width):
     assert not failed
     assert_allclose(factor, torch.linalg.cholesky(matrix), 0, 1e-12)
     assert cholesky(-matrix)[1]
+    inverse, failed = ridge_inverse(matrix, 0.1)
+    assert not failed
+    unit = torch.eye(width, dtype=torch.float64)
+    assert_allclose(inverse @ (matrix + 0.1 * unit), unit, 0, 1e-12)
+    assert ridge_inverse(matrix, -2.0)[1]
+
+
+@pytest.mark.parametrize("inputs", [40, 400])
+def test_upper_blocks_are_the_rows_of_the_correlation(inputs):
+    """Without the whole matrix where few inputs make the channels, and from it once it is there."""
+    weight = torch.randn(300, inputs, dtype=torch.float64)
+    mapped = Moments.of(torch.randn(900, inputs, dtype=torch.float64)).mapped(weight, weight[:, 0])
+    before = list(mapped.upper)
+    assert ("correlation" in vars(mapped)) == (inputs == 400)
+    start = 0
+    for rows, again in zip(before, mapped.upper, strict=True):
+        expected = mapped.correlation[start : start + len(rows), start:]
+        assert_allclose(rows, expected, 0, 1e-13)
+        assert_allclose(again, expected, 0, 1e-13)
+        start += len(rows)
+    assert start == 300
 
 
 def test_information_keeps_nan_and_takes_rounding_below_zero_for_zero():
