@@ -28,7 +28,7 @@ from chanaxes_pl.network.probe import ImageBatches
 from chanaxes_pl.pruning.allocation import fit_budget, keep_best, uniform_order
 from chanaxes_pl.pruning.compensation import RIDGE, compensate
 from chanaxes_pl.units.groups import find_units
-from chanaxes_pl.units.macs import Cost
+from chanaxes_pl.units.macs import Macs
 from chanaxes_pl.units.removal import remove
 from tests.benchmarks.pruning import scores_of
 
@@ -87,7 +87,7 @@ def main() -> None:
     groups = list(find_units(model, example).groups.values())
     found = time.process_time() - begin
     kept = keep_best(
-        groups, fit_budget(Cost(model, groups, example), uniform_order(groups), args.budget), scores_of(model, groups)
+        groups, fit_budget(Macs(model, groups, example), uniform_order(groups), args.budget), scores_of(model, groups)
     )
     batches = ImageBatches(DataLoader(Noise(args.images), BATCH), args.images, Placement.of(model))
     tested = torch.stack([image for image, _ in (Noise(TESTED, 2 * 10**6)[i] for i in range(TESTED))])
