@@ -168,7 +168,7 @@ class Flow(TorchDispatchMode):
             unit = self._joined() if changed else unit
         fixed = {int(u): reason for labels, reason in reversed(self._fixed) for u in np.unique(unit[_whole(labels)])}
         notes = {int(u): note for labels, note in reversed(self._notes) for u in np.unique(unit[_whole(labels)])}
-        fixed[int(unit[0])] = "it is combined with values that no layer gives"
+        fixed[int(unit[0])] = _ALONE
         return unit, fixed, notes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -79,11 +79,10 @@ def find_units(model: nn.Module, example: Tensor) -> Units:
     """
     with naming("find_units"):
         copied = clone(model).eval()
-        flow = _followed(copied, example)
-        order = {name: place for place, name in enumerate(executed_layers(copied, example))}
+        flow, order = _followed(copied, example)
         groups, fixed = _groups(flow, copied, order)
         if any(len(heads.labels) > 1 for heads in flow.heads):
-            found, _ = _groups(_followed(copied, example, widths=True), copied, order)
+            found, _ = _groups(_followed(copied, example, widths=True)[0], copied, order)
             seen = {unit for group in groups.values() for unit in _members(group)}
             for group in found.values():
                 if not seen.issuperset(_members(group)):
@@ -99,18 +98,18 @@ def find_units(model: nn.Module, example: Tensor) -> Units:
         return Units(groups, fixed)
 
 
-def _followed(model: nn.Module, example: Tensor, widths: bool = False) -> Flow:
-    """Return the flow of a forward pass, and of training where that runs other layers."""
+def _followed(model: nn.Module, example: Tensor, widths: bool = False) -> tuple[Flow, dict[str, int]]:
+    """Return the flow of a forward pass, and of training where that runs other layers; and layer → place of its run."""
     flow = Flow(model, widths)
     with flow.following():
         output = logits_of(_run(model, example))
     if not isinstance(output, Tensor):
         raise InputError(f"{type(model).__name__}(images) gave {type(output).__name__}: expected logits")
     flow.fix([output], "its channels are the network's output")
-    ran = {*executed_layers(model, example)}
-    if any(isinstance(module, LAYERS) and name not in ran for name, module in model.named_modules()):
+    order = {name: place for place, name in enumerate(executed_layers(model, example))}
+    if any(isinstance(module, LAYERS) and name not in order for name, module in model.named_modules()):
         _follow_training(flow, model, example)
-    return flow
+    return flow, order
 
 
 def _members(group: Group) -> list[tuple[str, int | None, tuple[int, ...]]]:
