@@ -81,8 +81,11 @@ def goes_by_groups(layer: nn.Module) -> bool:
     """
     if not isinstance(layer, CONVOLUTIONS + TRANSPOSED) or layer.groups == 1:
         return False
-    inputs, outputs = layer.in_channels // layer.groups, layer.out_channels // layer.groups
-    return inputs == 1 or layer.groups > min(inputs, outputs)
+    return _by_groups(layer.groups, layer.in_channels // layer.groups, layer.out_channels // layer.groups)
+
+
+def _by_groups(groups: int, per_in: int, per_out: int) -> bool:
+    return per_in == 1 or groups > min(per_in, per_out)
 
 
 class Flow(TorchDispatchMode):
@@ -219,9 +222,7 @@ class Flow(TorchDispatchMode):
 
     def _join_along(self, labels: Tensor, axes: Iterable[int], note: str = "") -> Tensor:
         """Join the labels along some dimensions, and return the first ones there."""
-        first = labels
-        for axis in axes:
-            first = first.narrow(axis, 0, 1)
+        first = _first(labels, axes)
         if first.shape != labels.shape:
             self._join(first, labels)
             if note:
@@ -303,13 +304,9 @@ class Flow(TorchDispatchMode):
         found = unit[_whole(big)]
         others = [axis for axis in _axes(big) if axis not in shared]
         if all((found == found.take([0], axis)).all() for axis in others):
-            one = big
-            for axis in others:
-                one = one.narrow(axis, 0, 1)
+            one = _first(big, others)
         else:
-            one = big.narrow(min(shared), 0, 1)
-            for axis in shared:
-                one = one.narrow(axis, 0, 1)
+            one = _first(big, shared)
             self._fixed.append((small, "it is used alike for several units"))
             small, one = big, one
         a, b = (np.broadcast_to(unit[_whole(x)], torch.broadcast_shapes(small.shape, one.shape)) for x in (small, one))
@@ -353,6 +350,13 @@ def _whole(labels: Tensor) -> np.ndarray:
 
 def _axes(labels: Tensor) -> set[int]:
     return {axis for axis, size in enumerate(labels.shape) if size > 1}
+
+
+def _first(labels: Tensor, axes: Iterable[int]) -> Tensor:
+    """Return the first labels along some dimensions, which keep size 1."""
+    for axis in axes:
+        labels = labels.narrow(axis, 0, 1)
+    return labels
 
 
 def _tight(labels: Tensor) -> Tensor:
@@ -704,7 +708,7 @@ def _grouped(
     transposed: bool,
 ) -> list[Tensor]:
     """Join the labels around a grouped convolution; return those of its outputs, ``[outputs, 1]``."""
-    by_groups = per_in == 1 or groups > min(per_in, per_out)
+    by_groups = _by_groups(groups, per_in, per_out)
     held = [labels.movedim(1, 0).reshape(groups, per_in, -1) for labels in inputs]
     if transposed:  # the weight is [inputs, outputs of a group]
         taken = [labels.reshape(groups, per_in, -1) for labels in columns]
