@@ -1,24 +1,19 @@
-"""Networks as torch.fx graphs: run again in part after a change, and two run side by side, layer by layer."""
+"""Networks as torch.fx graphs, which can be run again in part after a change."""
 
 from __future__ import annotations
 
-import math
 import operator
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
-from itertools import chain
-from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from chanaxes_pl.core.errors import InputError
 from chanaxes_pl.network.batches import logits_of
-from chanaxes_pl.network.hooks import calls, same_outputs
+from chanaxes_pl.network.hooks import same_outputs
 from chanaxes_pl.network.layers import CONVOLUTIONS
 
 #: What a module's output is replaced by.
@@ -38,7 +33,6 @@ _OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
 }
 # Logits of the graph and of the model differ by no more than a GPU's choice of algorithm.
 _SHARE = 1e-4
-_MANY = 1 << 30
 
 
 @contextmanager
@@ -235,225 +229,6 @@ class PartialForward:
                     nodes[node] = None
             self._plans[names] = last_reads(nodes)
         return self._plans[names]
-
-
-class Activations(NamedTuple):
-    """A layer's input and output in the dense network, and its input in the slim one, for one batch.
-
-    Attributes:
-        dense_input: what the layer reads in the dense network.
-        dense_output: what it gives there.
-        slim_input: what the layer of the same name reads in the slim one.
-    """
-
-    dense_input: Tensor
-    dense_output: Tensor
-    slim_input: Tensor
-
-
-def paired_activations(
-    dense: nn.Module,
-    slim: nn.Module,
-    batches: Iterable[Tensor],
-    layers: Sequence[str],
-    memory: float = math.inf,
-) -> Iterator[tuple[str, Iterator[Activations]]]:
-    """Run two networks side by side, and give each layer in turn with its activations, batch by batch.
-
-    Later layers see the changes made to earlier ones of the slim network. Where both networks can be traced, batches
-    wait at a layer with the values that the rest of the network needs, as many as ``memory`` has room for; each of
-    these runs once. The others stay where they last had room, at first at the image, and run again from there for every
-    layer. The results are the same. Elsewhere every layer takes a pass of its own, and no batch waits.
-
-    Args:
-        dense: in eval mode.
-        slim: of the same class, with the same layers; in eval mode.
-        batches: images, on the networks' device; iterated again whenever some have to run from the image.
-        layers: names of layers that run once in a forward pass, in the order in which they do.
-        memory: bytes for the values that wait and those of the images that are running. Batches are split so that
-            the latter take no more than an eighth of it, if one image does not, and the same again in passing.
-
-    Raises:
-        ValueError: if the values of one image take more than ``memory``.
-    """
-    image = next(iter(batches))[:1].clone()
-    traces = [_checked_trace(model, layers, image) for model in (dense, slim)]
-    whole, cut = traces
-    if whole is None or cut is None:
-        running = sum(_largest_call(model, image) for model in (dense, slim))
-        batches = _Parts(batches, _images_at_once(dense, running, memory))
-        for name in layers:
-            yield name, (Activations(*_caught(dense, name, b), _caught(slim, name, b)[0]) for b in batches)
-        return
-    running = sum(_most_bytes(trace, image) for trace in (whole, cut))
-    at_once = _images_at_once(dense, running, memory)
-    waiting = _Waiting(whole, cut, _Parts(batches, at_once), memory - 2 * at_once * running)
-    for name in layers:
-        yield name, waiting.activations(dense.get_submodule(name), slim.get_submodule(name))
-
-
-def _checked_trace(model: nn.Module, layers: Sequence[str], image: Tensor) -> Trace | None:
-    """A model's trace; ``None`` where it does not give the model's logits or does not call each layer once."""
-    trace = Trace.of(model)
-    if trace is None:
-        return None
-    calls = Counter(trace.modules.values())
-    if any(calls[model.get_submodule(name)] != 1 for name in layers):  # such as inside a module of torch's
-        return None
-    return None if trace.values(image, logits_of(model(image))) is None else trace
-
-
-class _Place(NamedTuple):
-    """Where a batch is in a network: the next operation, and the values that it and those after it read."""
-
-    operation: int
-    values: dict[fx.Node, Any]
-
-
-class _Waiting:
-    """Batches that go through two traced networks layer by layer, and wait where there is room for their values.
-
-    Args:
-        dense: trace of the dense network.
-        slim: trace of the slim one.
-        parts: images.
-        room: bytes for values that wait.
-    """
-
-    def __init__(self, dense: Trace, slim: Trace, parts: _Parts, room: float) -> None:
-        self._traces, self._parts, self._room = (dense, slim), parts, room
-        self._places: dict[int, tuple[_Place, _Place]] = {}  # number of the part → where it waits
-        self._bytes: dict[int, int] = {}
-        self._used = 0
-
-    def activations(self, dense: nn.Module, slim: nn.Module) -> Iterator[Activations]:
-        """What a layer of both networks reads and gives, part by part."""
-        for number, images in self._started():
-            starts = self._places.get(number) or [_Place(0, trace.inputs(images)) for trace in self._traces]
-            whole, cut = (_run_to(*each) for each in zip(self._traces, starts, (dense, slim), strict=True))
-            node, finished = self._traces[0].operations[whole.operation]
-            read, gave = whole.values[node.all_input_nodes[0]], self._traces[0].compute(node, whole.values)
-            reads = cut.values[self._traces[1].operations[cut.operation][0].all_input_nodes[0]]
-            whole.values[node] = gave
-            for used in finished:
-                del whole.values[used]
-            # The slim layer runs when the batch goes on, because it may change until then.
-            self._wait(number, _Place(whole.operation + 1, whole.values), cut)
-            del starts, whole, cut, images
-            yield Activations(read, gave, reads)
-            del read, gave, reads  # before the next batch runs
-
-    def _started(self) -> Iterator[tuple[int, Tensor]]:
-        """The number of each part, with its images unless all parts wait somewhere."""
-        if len(self._places) == self._parts.count:
-            yield from ((number, torch.empty(0)) for number in range(self._parts.count))
-        else:
-            yield from enumerate(self._parts)
-
-    def _wait(self, number: int, whole: _Place, cut: _Place) -> None:
-        """Let a part wait here instead of where it did, if there is room."""
-        size = _bytes_of((whole.values, cut.values))
-        used = self._used - self._bytes.get(number, 0) + size
-        if used <= self._room:
-            self._places[number], self._bytes[number], self._used = (whole, cut), size, used
-
-
-class _Parts:
-    """Batches of images in parts of a bounded size.
-
-    Attributes:
-        count: number of parts; −1 before the first complete iteration.
-    """
-
-    def __init__(self, batches: Iterable[Tensor], size: int) -> None:
-        self._batches, self._size = batches, size
-        self.count = -1
-
-    def __iter__(self) -> Iterator[Tensor]:
-        count = 0
-        for images in self._batches:
-            parts = images.split(self._size)
-            # A part that waits must not keep its whole batch.
-            for part in parts:
-                yield part if len(parts) == 1 else part.clone()
-            count += len(parts)
-        self.count = count
-
-
-def _run_to(trace: Trace, start: _Place, layer: nn.Module) -> _Place:
-    """Go on until right before a layer; the values at the start stay as they are."""
-    operation, values = start.operation, dict(start.values)
-    while trace.modules.get(trace.operations[operation][0]) is not layer:
-        node, finished = trace.operations[operation]
-        values[node] = trace.compute(node, values)
-        for used in finished:
-            del values[used]
-        operation += 1
-    return _Place(operation, values)
-
-
-def _images_at_once(model: nn.Module, one: float, memory: float) -> int:
-    """How many images run at once, of which one takes ``one`` bytes."""
-    if one > memory:
-        raise InputError(
-            f"{max(memory, 0) / 1e9:.2g} GB are left for activations, and those of one image take {one / 1e9:.2g} GB "
-            f"in {type(model).__name__} and its slim copy; raise memory="
-        )
-    return int(max(1.0, min(memory / 8 / max(one, 1), _MANY)))
-
-
-def _most_bytes(trace: Trace, image: Tensor) -> int:
-    """The most bytes that the values of a batch take on its way through a network."""
-    values, most = trace.inputs(image), 0
-    for node, finished in trace.operations:
-        values[node] = trace.compute(node, values)
-        most = max(most, _bytes_of(values))
-        for used in finished:
-            del values[used]
-    return most
-
-
-def _largest_call(model: nn.Module, image: Tensor) -> int:
-    """About the most bytes that a batch takes on its way: a residual, an input and an output of the largest module."""
-    sizes = (max(prod(call.input_shape), prod(call.output_shape)) for call in calls(model, lambda: model(image)))
-    return 3 * image.element_size() * max(sizes)
-
-
-def _bytes_of(values: Any) -> int:
-    """Bytes of all memory that the tensors in nested containers keep, without the networks' own parameters."""
-    return sum({storage.data_ptr(): storage.nbytes() for storage in _storages(values)}.values())
-
-
-def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
-    if isinstance(values, Tensor) and not isinstance(values, nn.Parameter):
-        yield values.untyped_storage()
-    elif isinstance(values, (tuple, list)):
-        yield from chain.from_iterable(map(_storages, values))
-    elif isinstance(values, Mapping):
-        yield from chain.from_iterable(map(_storages, values.values()))
-
-
-class _Reached(Exception):
-    """Thrown by a hook to end a forward pass early."""
-
-
-def _caught(model: nn.Module, name: str, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Input and output of one layer, by a forward pass that goes no further."""
-    held: list[Any] = []
-
-    def catch(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        held.extend((inputs[0], output))
-        raise _Reached
-
-    handle = model.get_submodule(name).register_forward_hook(catch)
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            model(images)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
-    return held[0], held[1]
 
 
 class _Tracer(fx.Tracer):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from chanaxes_pl.core.errors import ArgumentError, short
-from chanaxes_pl.core.moments import Moments, true_float32
+from chanaxes_pl.core.moments import Moments, accumulation_device, true_float32
 from chanaxes_pl.network.hooks import calls, observed, same_outputs
 from chanaxes_pl.network.layers import CONVOLUTIONS, by_position, why_not_affine
+from chanaxes_pl.network.pairing import paired
 from chanaxes_pl.network.sampling import local_samples, patches, sample_positions
-from chanaxes_pl.network.tracing import Activations, paired_activations
 from chanaxes_pl.pruning.ridge import Ridge, Solution, ridge_bytes, samples_within
 from chanaxes_pl.units.flow import LAYERS, TRANSPOSED, goes_by_groups
 from chanaxes_pl.units.groups import executed_layers
@@ -68,10 +68,9 @@ def compensate(
     """Fit every layer of a pruned network, in place, to its activations in the dense network.
 
     Memory is bounded whatever the number of images. Equations take up to half of ``memory``; the rest is for images in
-    a list, for the activations of the batch that runs, and for those of batches that wait for the next layer. Batches
-    without room there run again from the image for every layer, at the cost of time alone: see
-    :func:`paired_activations`. A layer is fitted to fewer samples only if its equations would not fit otherwise, with
-    a warning.
+    a list, for the activations of the batch that runs, for what layers ahead are fitted to, and for batches that wait
+    for the next layer. What has no room there is computed again, at the cost of time alone: see :func:`paired`. A layer
+    is fitted to fewer samples only if its equations would not fit otherwise, with a warning.
 
     Args:
         slim: pruned copy of ``dense``, after :func:`remove`; its layers gain a bias.
@@ -117,17 +116,24 @@ def compensate(
         )
     equations = max((ridge_bytes(task.shape, task.samples) for task in tasks.values()), default=0)
     listed = sum(size for _, size in sizes) if isinstance(batches, Sequence) else 0
-    fit = _fold if compensation == "fold" else _refit
+    fit, take = (_fold, _dense_inputs) if compensation == "fold" else (_refit, _dense_outputs)
+    layers, room = list(tasks), limit - equations - listed
+    strange = set()
+
+    def taken(name: str, first: int, read: Tensor, gave: Tensor) -> _Goal:
+        if not first and not _is_affine(tasks[name].original, read, gave):
+            strange.add(name)
+        return take(tasks[name], first, read, gave)
+
     rows = [_row(name, reason=why) for name, why in refused.items() if why]
     with observed(dense), observed(slim):
-        for name, activations in paired_activations(dense, slim, batches, list(tasks), limit - equations - listed):
-            batch = next(activations)
-            affine, signals = _is_affine(tasks[name].original, batch), chain([batch], activations)
-            del batch  # it is held no longer than the others
-            if affine:
-                found = fit(tasks[name], signals)
-            else:
+        images = sum(count for count, _ in sizes)
+        for name, goals in paired(dense, slim, batches, layers, taken, images=images, memory=room):
+            goals = chain([next(goals)], goals)  # the first one tells
+            if name in strange:
                 found = math.nan, math.nan, "its output is not its weight times its input plus its bias"
+            else:
+                found = fit(tasks[name], goals)
             rows.append(_row(name, *found))
     return pd.DataFrame(rows)
 
@@ -261,10 +267,45 @@ def _refusals(dense: nn.Module, slim: nn.Module, image: Tensor) -> dict[str, str
     return reasons
 
 
-def _is_affine(layer: nn.Module, batch: Activations) -> bool:
+class _Goal(NamedTuple):
+    """What a layer is to be fitted to, for one batch, and the dense input that belongs to it.
+
+    Attributes:
+        values: ``[n, C]``, samples of the dense outputs that stay, or of the dense inputs.
+        size: spatial size of the dense output.
+        sums: sums of the dense input by channel, by which its like is known.
+    """
+
+    values: Tensor
+    size: torch.Size
+    sums: Tensor
+
+
+def _is_affine(layer: nn.Module, read: Tensor, gave: Tensor) -> bool:
     """Return whether a layer's output on the first images is what its class computes from its input."""
-    few = batch.dense_input[:_CHECKED]
-    return same_outputs(type(layer).forward(layer, few), batch.dense_output[:_CHECKED], _CHECK_SHARE)
+    return same_outputs(type(layer).forward(layer, read[:_CHECKED]), gave[:_CHECKED], _CHECK_SHARE)
+
+
+def _dense_outputs(task: _Task, first: int, read: Tensor, gave: Tensor) -> _Goal:
+    """What :func:`_refit` needs."""
+    values = _sampled(task, first, gave)[:, task.outputs.to(gave.device)]
+    return _Goal(values, gave.shape[2:], _sums(task, read))
+
+
+def _dense_inputs(task: _Task, first: int, read: Tensor, gave: Tensor) -> _Goal:
+    """What :func:`_fold` needs."""
+    return _Goal(_sampled(task, first, read), gave.shape[2:], _sums(task, read))
+
+
+def _sampled(task: _Task, first: int, signal: Tensor) -> Tensor:
+    """Return samples ``[n, C]`` of an input or output of a layer, whose first image has a number in the whole set."""
+    maps = by_position(task.layer, signal, len(signal), task.name)
+    return local_samples(maps, *_places(first, len(maps), maps.shape[2], task.positions))
+
+
+def _sums(task: _Task, read: Tensor) -> Tensor:
+    maps = by_position(task.layer, read, len(read), task.name)
+    return maps.to(accumulation_device(maps.device)).sum((0, 2), dtype=torch.float64)
 
 
 def _shape(layer: nn.Module, original: nn.Module, compensation: Compensation) -> tuple[int, int, int]:
@@ -319,7 +360,7 @@ def _row(layer: str, before: float = math.nan, after: float = math.nan, reason: 
     return {"layer": layer, "before": before, "after": after, "reason": reason}
 
 
-def _refit(task: _Task, activations: Iterable[Activations]) -> tuple[float, float, str]:
+def _refit(task: _Task, goals: Iterable[tuple[_Goal, Tensor]]) -> tuple[float, float, str]:
     """Fit a layer's weights and bias so that its inputs x in the slim network give its dense outputs y.
 
     Minimises E‖y − Wx − b‖² + λ v ‖W − W₀‖² over W and b, separately for each group of a grouped convolution. W₀ are
@@ -333,20 +374,18 @@ def _refit(task: _Task, activations: Iterable[Activations]) -> tuple[float, floa
     weight = layer.weight.to(kind).reshape(blocks, outputs, features)  # type: ignore[operator,union-attr]
     bias = weight.new_zeros(blocks, outputs) if layer.bias is None else layer.bias.to(kind).reshape(blocks, outputs)  # type: ignore[operator,union-attr]
 
-    def sample(batch: Activations, first: int) -> tuple[Tensor, Tensor, Tensor]:
-        wanted = by_position(layer, batch.dense_output, len(batch.dense_output), task.name)[:, task.outputs]
-        images, places = _places(first, len(wanted), wanted.shape[2], task.positions)
+    def sample(goal: _Goal, read: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
         if isinstance(layer, CONVOLUTIONS):
-            seen = patches(layer, batch.slim_input, images, places, batch.dense_output.shape[2:])
+            seen = patches(layer, read, *_places(first, len(read), goal.size.numel(), task.positions), goal.size)
         else:
-            seen = local_samples(by_position(layer, batch.slim_input, len(wanted), task.name), images, places)
-        given = local_samples(wanted, images, places).to(kind)
+            seen = _sampled(task, first, read)
+        given = goal.values.to(kind)
         given = given if task.scale is None else given * task.scale.to(given)
         seen = seen.to(kind).reshape(len(given), blocks, features)
         made = torch.baddbmm(bias[:, None], seen.transpose(0, 1), weight.mT).transpose(0, 1)
         return seen, given.reshape(made.shape) - made, given
 
-    solution, shares = _solve(task, activations, sample)
+    solution, shares = _solve(task, goals, sample)
     if solution is None:
         return 0.0, 0.0, ""
     fitted = layer.weight.reshape(blocks, outputs, features)  # type: ignore[operator,union-attr]
@@ -356,7 +395,7 @@ def _refit(task: _Task, activations: Iterable[Activations]) -> tuple[float, floa
     return *shares, ""
 
 
-def _fold(task: _Task, activations: Iterable[Activations]) -> tuple[float, float, str]:
+def _fold(task: _Task, goals: Iterable[tuple[_Goal, Tensor]]) -> tuple[float, float, str]:
     """Predict a layer's dense inputs z from the remaining ones x, and fold the coefficients into its weights.
 
     Minimises E‖z − Rx − r‖² + λ v ‖R − R₀‖² over R and r, with one R for all positions of the kernel. R₀ passes each
@@ -369,16 +408,13 @@ def _fold(task: _Task, activations: Iterable[Activations]) -> tuple[float, float
     if isinstance(layer, CONVOLUTIONS) and layer.groups > 1:
         return math.nan, math.nan, "its outputs read groups of inputs, which have nothing to fold into"
 
-    def sample(batch: Activations, first: int) -> tuple[Tensor, Tensor, Tensor]:
-        wanted = by_position(layer, batch.dense_input, len(batch.dense_input), task.name)
-        seen = by_position(layer, batch.slim_input, len(wanted), task.name)
-        images, places = _places(first, len(wanted), wanted.shape[2], task.positions)
-        kind = torch.promote_types(seen.dtype, torch.float32)
-        seen, wanted = (local_samples(part, images, places).to(kind) for part in (seen, wanted))
+    def sample(goal: _Goal, read: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
+        kind = torch.promote_types(read.dtype, torch.float32)
+        seen, wanted = _sampled(task, first, read).to(kind), goal.values.to(kind)
         errors = wanted.index_add(1, task.inputs.to(seen.device), seen, alpha=-1)
         return seen[:, None], errors[:, None], wanted
 
-    solution, shares = _solve(task, activations, sample)
+    solution, shares = _solve(task, goals, sample)
     if solution is None:
         return 0.0, 0.0, ""
     kept, whole = layer.weight, original.weight  # type: ignore[union-attr]
@@ -400,34 +436,36 @@ def _fold(task: _Task, activations: Iterable[Activations]) -> tuple[float, float
 
 
 def _solve(
-    task: _Task, activations: Iterable[Activations], sample: Callable[[Activations, int], tuple[Tensor, Tensor, Tensor]]
+    task: _Task,
+    goals: Iterable[tuple[_Goal, Tensor]],
+    sample: Callable[[_Goal, Tensor, int], tuple[Tensor, Tensor, Tensor]],
 ) -> tuple[Solution | None, tuple[float, float]]:
     """Regress the errors of a layer on its inputs, over the batches in which something upstream has changed.
 
     Args:
         task: what to fit.
-        activations: of the layer.
-        sample: ``(batch, number of its first image)`` → inputs ``[n, G, F]``, errors ``[n, G, O]``, and what the errors
-            are errors of ``[n, G·O]``.
+        goals: of the layer, with its slim inputs.
+        sample: ``(goal, slim input, number of the first image)`` → inputs ``[n, G, F]``, errors ``[n, G, O]``, and what
+            the errors are errors of ``[n, G·O]``.
 
     Returns:
         ``None`` where there are no such batches; the errors before and after as shares of the variance of the latter.
     """
     regression, spread, first = Ridge(task.shape, task.samples), None, 0
-    for batch in activations:
-        if not _same(batch):
-            with true_float32(batch.dense_input.device):
-                inputs, errors, wanted = sample(batch, first)
+    for goal, read in goals:
+        if not _same(task, goal, read):
+            with true_float32(read.device):
+                inputs, errors, wanted = sample(goal, read, first)
             if task.samples < task.possible:  # take some of them, evenly spread over the images
-                rows = torch.arange(len(inputs)) + first * (len(inputs) // len(batch.dense_input))
+                rows = torch.arange(len(inputs)) + first * (len(inputs) // len(read))
                 rows = rows * task.samples % task.possible < task.samples
                 inputs, errors, wanted = inputs[rows], errors[rows], wanted[rows]
             if len(inputs):
                 part = Moments.of(wanted.T[..., None])
                 spread = part if spread is None else spread.merge_(part)
                 regression.add(inputs, errors)
-        first += len(batch.dense_input)
-        del batch  # before the next one runs
+        first += len(read)
+        del goal, read  # before the next ones come
     solution = regression.solve(task.ridge)
     if solution is None or spread is None:
         return None, (0.0, 0.0)
@@ -441,9 +479,10 @@ def _places(first: int, count: int, total: int, positions: int) -> tuple[Tensor,
     return torch.arange(count), torch.arange(total).expand(count, -1) if places is None else places
 
 
-def _same(batch: Activations) -> bool:
+def _same(task: _Task, goal: _Goal, read: Tensor) -> bool:
     """Return whether nothing upstream has changed, so that there is nothing to compensate."""
-    return batch.slim_input.shape == batch.dense_input.shape and torch.equal(batch.slim_input, batch.dense_input)
+    sums = _sums(task, read)
+    return sums.shape == goal.sums.shape and torch.equal(sums, goal.sums)
 
 
 def _write(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:

@@ -29,6 +29,7 @@ from chanaxes_pl.pruning.allocation import fit_budget, keep_best, uniform_order
 from chanaxes_pl.pruning.compensation import RIDGE, compensate
 from chanaxes_pl.units.groups import find_units
 from chanaxes_pl.units.macs import Macs
+from chanaxes_pl.units.plain import plain
 from chanaxes_pl.units.removal import remove
 from tests.benchmarks.pruning import scores_of
 
@@ -66,7 +67,7 @@ def build(name: str) -> nn.Module:
     if norms:
         with torch.no_grad():
             model.train()(torch.stack([image for image, _ in (Noise(8, 10**6)[i] for i in range(8))]))
-    return model.eval()
+    return plain(model.eval())
 
 
 def main() -> None:

@@ -3,7 +3,9 @@
 import copy
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,8 +16,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as torch_prune
 
-from chanaxes_pl.network import tracing
-from chanaxes_pl.network.tracing import paired_activations
+from chanaxes_pl.network import pairing
+from chanaxes_pl.network.pairing import paired
 from chanaxes_pl.pruning import compensation as home
 from chanaxes_pl.pruning.compensation import RIDGE, compensate, kept_channels, reestimate_norms
 from chanaxes_pl.units.groups import executed_layers, find_units
@@ -100,6 +102,10 @@ def test_every_fit_helps_and_so_do_all_together(name, compensation):
     assert report.reason[report.reason != ""].str.contains("read groups of inputs, which have nothing to fold").all()
 
 
+def taken_for(task: home._Task, _name: str, first: int, read: Tensor, gave: Tensor) -> home._Goal:
+    return home._dense_outputs(task, first, read, gave)
+
+
 @torch.no_grad()
 def test_fits_see_the_errors_upstream():
     """Fitting each layer to what the uncompensated network gives it, and putting the fits together, is worse."""
@@ -111,11 +117,12 @@ def test_fits_see_the_errors_upstream():
     compensate(slim, model, groups, kept, BATCHES)
     for name in executed_layers(model, ONE):
         alone = cut(model, kept, groups)
-        for _, signals in paired_activations(model, alone, BATCHES, [name]):
-            layer, original = alone.get_submodule(name), model.get_submodule(name)
-            shape, many = home._shape(layer, original, "refit"), 16 * len(images)
-            task = home._Task(name, layer, original, *channels[name], None, 16, RIDGE["refit"], shape, many, many)
-            home._refit(task, signals)
+        layer, original = alone.get_submodule(name), model.get_submodule(name)
+        shape, many = home._shape(layer, original, "refit"), 16 * len(images)
+        task = home._Task(name, layer, original, *channels[name], None, 16, RIDGE["refit"], shape, many, many)
+        take = partial(taken_for, task)
+        for _, goals in paired(model, alone, BATCHES, [name], take, images=len(images)):
+            home._refit(task, goals)
         fitted, layer = alone.get_submodule(name), pieces.get_submodule(name)
         layer.weight, layer.bias = fitted.weight, fitted.bias
     wanted = model(images)
@@ -159,7 +166,7 @@ def test_a_network_that_cannot_be_traced_gets_the_same_weights(name, compensatio
     images = [batch[:12] for batch in BATCHES[:2]]
     traced, whole = cut(model, kept, groups), cut(model, kept, groups)
     first = compensate(traced, model, groups, kept, images, compensation)
-    monkeypatch.setattr(tracing, "_checked_trace", lambda *_: None)
+    monkeypatch.setattr(pairing, "_checked_trace", lambda *_: None)
     second = compensate(whole, model, groups, kept, images, compensation)
     pd.testing.assert_frame_equal(first, second)
     for key, value in traced.state_dict().items():
@@ -425,13 +432,14 @@ def test_a_bound_on_memory_gives_the_same_weights(name, compensation, memory, mo
     groups = find_units(model, ONE).groups.values()
     kept = halves(groups)
     large, small = cut(model, kept, groups), cut(model, kept, groups)
-    wanted, waited, wait = compensate(large, model, groups, kept, BATCHES, compensation), [], tracing._Waiting._wait
+    wanted, waited, plan = compensate(large, model, groups, kept, BATCHES, compensation), [], pairing._Waiting._plan
 
-    def watched(self: tracing._Waiting, number: int, whole: tracing._Place, *others: tracing._Place) -> None:
-        wait(self, number, whole, *others)
-        waited.append(number in self._places and self._places[number][0] is whole)
+    def watched(self: pairing._Waiting, *args: Any) -> tuple[Collection[int], Collection[int]]:
+        moves, stays = plan(self, *args)
+        waited.append(len(moves) / self._parts.count)
+        return moves, stays
 
-    monkeypatch.setattr(tracing._Waiting, "_wait", watched)
+    monkeypatch.setattr(pairing._Waiting, "_plan", watched)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = compensate(small, model, groups, kept, BATCHES, compensation, memory=memory)
