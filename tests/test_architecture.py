@@ -7,11 +7,11 @@ from typing import get_args
 import pytest
 
 from chanaxes_pl.analysis.scores import SCORES, Family
+from chanaxes_pl.compensation.layerwise import RIDGE, Compensation
 from chanaxes_pl.lesions.interventions import OPERATIONS, Operation
 from chanaxes_pl.lesions.replacements import REPLACEMENTS, Rebuilding
 from chanaxes_pl.pruning.allocation import ALLOCATIONS, Allocation
 from chanaxes_pl.pruning.baselines import WEIGHT_SCORES, WeightScore
-from chanaxes_pl.pruning.compensation import RIDGE, Compensation
 from chanaxes_pl.pruning.feature_maps import MAP_IMAGES, MAP_SCORES, MapScore
 from chanaxes_pl.pruning.pruner import COSTS, BudgetOf
 
@@ -30,6 +30,7 @@ CHAPTERS = [
     "plots",
     "tracking",
     "lesions",
+    "compensation",
     "pruning",
     "prune_module",
     "simulation",

@@ -1,1 +1,1 @@
-"""Pruning: scores, allocation to a budget of MACs, compensation, pruned networks on disk, and grids."""
+"""Pruning: scores, allocation to a budget, pruned networks on disk, and grids."""

@@ -13,6 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from chanaxes_pl.analysis.scores import score_family
+from chanaxes_pl.compensation.layerwise import MEMORY, check_memory
 from chanaxes_pl.core.errors import ArgumentError, naming
 from chanaxes_pl.core.targets import check_classes, image_scores
 from chanaxes_pl.network.batches import Placement, Step, default_step
@@ -26,7 +27,6 @@ from chanaxes_pl.pruning.allocation import (
     check_budget,
     check_round_to,
 )
-from chanaxes_pl.pruning.compensation import MEMORY, check_memory
 from chanaxes_pl.pruning.costs import count_parameters
 from chanaxes_pl.pruning.latency import milliseconds
 from chanaxes_pl.pruning.pruner import (

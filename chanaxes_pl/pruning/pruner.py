@@ -13,6 +13,14 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from chanaxes_pl.compensation.layerwise import (
+    MEMORY,
+    RIDGE,
+    Compensation,
+    check_memory,
+    compensate,
+    reestimate_norms,
+)
 from chanaxes_pl.core.errors import ArgumentError, InputError, naming
 from chanaxes_pl.core.moments import true_float32
 from chanaxes_pl.network.batches import Placement, Step, logits_of
@@ -29,14 +37,6 @@ from chanaxes_pl.pruning.allocation import (
     keep_best,
     threshold_order,
     uniform_order,
-)
-from chanaxes_pl.pruning.compensation import (
-    MEMORY,
-    RIDGE,
-    Compensation,
-    check_memory,
-    compensate,
-    reestimate_norms,
 )
 from chanaxes_pl.pruning.costs import Cost, Parameters
 from chanaxes_pl.pruning.latency import Latency

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from chanaxes_pl.compensation.layerwise import MEMORY, POSITIONS, RIDGE
 from chanaxes_pl.core.errors import ArgumentError, InputError
 from chanaxes_pl.core.moments import Moments
 from chanaxes_pl.network.hooks import hooked, observed
 from chanaxes_pl.network.layers import CONVOLUTIONS, by_position, why_not_affine
 from chanaxes_pl.network.sampling import local_samples, patches, sample_positions
-from chanaxes_pl.pruning.compensation import MEMORY, POSITIONS, RIDGE
 from chanaxes_pl.units.flow import TRANSPOSED
 from chanaxes_pl.units.removal import Group, check_read
 

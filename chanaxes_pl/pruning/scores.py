@@ -14,6 +14,7 @@ from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from chanaxes_pl.analysis.scores import OWN_SCORES, REVERSE, SCORES, base_score, from_maximum, own_scores, score_family
+from chanaxes_pl.compensation.layerwise import MEMORY
 from chanaxes_pl.core.errors import ArgumentError, InputError
 from chanaxes_pl.core.moments import Moments
 from chanaxes_pl.network.batches import Placement, Step, default_step, split_batch
@@ -21,7 +22,6 @@ from chanaxes_pl.network.layers import channel_count
 from chanaxes_pl.network.probe import Probe, ProbeSource
 from chanaxes_pl.network.recording import LayerMoments, Settings, record
 from chanaxes_pl.pruning.baselines import WEIGHT_SCORES, norms_behind, weight_scores
-from chanaxes_pl.pruning.compensation import MEMORY
 from chanaxes_pl.pruning.feature_maps import MAP_IMAGES, MAP_SCORES, MapScore, map_scores
 from chanaxes_pl.pruning.reconstruction import reconstruction_costs
 from chanaxes_pl.tables import measure

@@ -22,11 +22,11 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from chanaxes_pl.compensation.layerwise import RIDGE, compensate
+from chanaxes_pl.compensation.ridge import Ridge
 from chanaxes_pl.models import build_backbone
-from chanaxes_pl.pruning import compensation
 from chanaxes_pl.pruning.allocation import GRID, fit_budget, keep_best, uniform_order
 from chanaxes_pl.pruning.baselines import weight_score
-from chanaxes_pl.pruning.compensation import RIDGE, compensate
 from chanaxes_pl.units.groups import find_units
 from chanaxes_pl.units.macs import Macs, count_macs
 from chanaxes_pl.units.removal import Group, remove
@@ -146,7 +146,7 @@ def _one_compensation(
     """Seconds: a dense and a slim pass over the images, the solves, all else."""
     slim = copy.deepcopy(model)
     remove(slim, groups, kept)
-    solving, original = 0.0, compensation._ridge
+    solving, original = 0.0, Ridge.solve
 
     def timed(*args: Any) -> Any:
         nonlocal solving
@@ -156,11 +156,11 @@ def _one_compensation(
 
     with torch.no_grad():
         passes = [seconds(lambda net=net: [net(images) for images in batches])[0] for net in (model, slim)]
-    compensation._ridge = timed  # type: ignore[assignment]
+    Ridge.solve = timed
     try:
         whole, _ = seconds(lambda: compensate(slim, model, groups, kept, batches, strength))
     finally:
-        compensation._ridge = original
+        Ridge.solve = original
     return passes[0], passes[1], solving, whole - solving
 
 

@@ -22,11 +22,11 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from chanaxes_pl.compensation.layerwise import RIDGE, compensate
 from chanaxes_pl.network.batches import Placement
 from chanaxes_pl.network.cloning import clone
 from chanaxes_pl.network.probe import ImageBatches
 from chanaxes_pl.pruning.allocation import fit_budget, keep_best, uniform_order
-from chanaxes_pl.pruning.compensation import RIDGE, compensate
 from chanaxes_pl.units.groups import find_units
 from chanaxes_pl.units.macs import Macs
 from chanaxes_pl.units.plain import plain

@@ -10,8 +10,8 @@ from torch.nn.utils import parametrizations
 from torch.utils.data import TensorDataset
 
 from chanaxes_pl import find_units, load_slim, prune
+from chanaxes_pl.compensation.layerwise import compensate
 from chanaxes_pl.network.cloning import clone
-from chanaxes_pl.pruning.compensation import compensate
 from chanaxes_pl.units.removal import remove
 from tests.helpers.networks import Net, head, pooled
 from tests.units.test_plain import Standardised

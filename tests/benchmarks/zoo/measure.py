@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from chanaxes_pl import compute_axes, find_units, load_slim, prune
+from chanaxes_pl.compensation.layerwise import reestimate_norms
 from chanaxes_pl.network.batches import logits_of
 from chanaxes_pl.network.cloning import clone
 from chanaxes_pl.network.hooks import calls, observed
 from chanaxes_pl.network.layers import CONVOLUTIONS, channel_count
-from chanaxes_pl.pruning.compensation import reestimate_norms
 from chanaxes_pl.units.groups import Units
 from chanaxes_pl.units.macs import Macs, count_macs
 from chanaxes_pl.units.plain import plain

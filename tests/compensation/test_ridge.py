@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from chanaxes_pl.pruning import ridge as home
-from chanaxes_pl.pruning.ridge import Ridge, Solution, ridge_bytes, samples_within
+from chanaxes_pl.compensation import ridge as home
+from chanaxes_pl.compensation.ridge import Ridge, Solution, ridge_bytes, samples_within
 
 
 def slow_ridge(x: np.ndarray, e: np.ndarray, ridge: float) -> tuple[np.ndarray, np.ndarray]:

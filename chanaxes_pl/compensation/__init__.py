@@ -1,0 +1,1 @@
+"""Compensation: weights of a pruned network fitted to the dense network, without labels."""
