@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from chanaxes_pl.pruning.grid import pruning_grid as pruning_grid
     from chanaxes_pl.pruning.pruner import Slim as Slim
     from chanaxes_pl.pruning.pruner import prune as prune
+    from chanaxes_pl.pruning.pruner import sensitivity as sensitivity
     from chanaxes_pl.pruning.slim_file import load_slim as load_slim
     from chanaxes_pl.simulation import simulate as simulate
     from chanaxes_pl.tables import read_run as read_run
@@ -59,6 +60,7 @@ _HOMES = {
     "pruning_grid": "pruning.grid",
     "read_run": "tables",
     "read_runs": "analysis.runs",
+    "sensitivity": "pruning.pruner",
     "simulate": "simulation",
 }
 __version__ = version("chanaxes_pl")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -79,6 +81,7 @@ def paired(
     ahead = _Ahead(dense, list(layers), take, image, parts, images, room / 2)
     waiting = None if trace is None else _Waiting(trace, work, parts, room)
     for name in layers:
+        _give_back()
         ahead.pass_on(name)
         if waiting is None:
             yield name, ((ahead.of(name, part), _caught(slim, name, part)[0]) for part in parts)
@@ -325,6 +328,14 @@ def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
         yield from chain.from_iterable(map(_storages, values))
     elif isinstance(values, Mapping):
         yield from chain.from_iterable(map(_storages, values.values()))
+
+
+def _give_back() -> None:
+    """Give freed memory back to the system, as far as the C library can: it keeps what lies between blocks in use."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+        if trim is not None:
+            trim(0)
 
 
 class _Reached(Exception):

@@ -18,10 +18,11 @@ from chanaxes_pl.pruning.costs import Cost
 from chanaxes_pl.units.removal import Group
 
 #: An item of :data:`ALLOCATIONS`.
-Allocation = Literal["uniform", "shared", "own"]
+Allocation = Literal["uniform", "shared", "own", "sensitivity"]
 #: Ways to choose how much each group loses: the same share everywhere (``"uniform"``), what one threshold over all
-#: groups removes under a reference score (``"shared"``), or under the score itself (``"own"``).
-ALLOCATIONS: tuple[Allocation, ...] = ("uniform", "shared", "own")
+#: groups removes under a reference score (``"shared"``), or under the score itself (``"own"``), or what moves the
+#: outputs least for the MACs that it frees (``"sensitivity"``).
+ALLOCATIONS: tuple[Allocation, ...] = ("uniform", "shared", "own", "sensitivity")
 #: Default budgets of a pruning grid, as shares of the dense network's MACs, parameters or latency.
 GRID = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 
@@ -61,7 +62,7 @@ def fit_budget(cost: Cost, order: np.ndarray, budget: float, round_to: int = 1) 
 
     Args:
         cost: cost of the network, such as its MACs.
-        order: removal order, from :func:`uniform_order` or :func:`threshold_order`.
+        order: removal order, from :func:`uniform_order`, :func:`threshold_order` or :func:`sensitivity_order`.
         budget: cost that remains, as a share of the dense network's.
         round_to: number of channels, 1 or more.
 

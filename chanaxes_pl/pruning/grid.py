@@ -20,7 +20,6 @@ from chanaxes_pl.network.batches import Placement, Step, default_step
 from chanaxes_pl.network.hooks import observed
 from chanaxes_pl.network.probe import ProbeSource, check_sizes
 from chanaxes_pl.pruning.allocation import (
-    ALLOCATIONS,
     GRID,
     Allocation,
     check_allocation,
@@ -39,6 +38,7 @@ from chanaxes_pl.pruning.pruner import (
     calibration,
     check_budget_of,
     compensation_of,
+    divergence_of,
     fit_back,
     images_of,
 )
@@ -58,8 +58,9 @@ class PruningExperiment:
         budget_of: what the budgets are shares of: "macs", "parameters", or "latency" (of one image, measured).
         round_to: number of channels of which every pruned layer keeps a multiple, such as 8; 1 allows every width.
         scores: names of scores that rank the channels, such as "taylor"; default all that apply to the network.
-        allocations: ways to choose how much each layer loses: "uniform", "shared" and "own". Compare scores under
-            "uniform" and "shared"; "own" mixes score and allocation.
+        allocations: ways to choose how much each layer loses: "uniform", "shared", "own" and "sensitivity". Compare
+            scores under "uniform" and "shared"; "own" mixes score and allocation, and "sensitivity" is measured for
+            each score.
         compensate: kinds of compensation: false, "fold" and "refit".
         protect: glob, or several, over the names of layers that keep all their channels.
         finetune_epochs: epochs of fine-tuning, after which each network is evaluated again; 0 for none.
@@ -78,7 +79,7 @@ class PruningExperiment:
     budget_of: BudgetOf = "macs"
     round_to: int = 1
     scores: Sequence[str] | None = None
-    allocations: Sequence[Allocation] = ALLOCATIONS
+    allocations: Sequence[Allocation] = ("uniform", "shared", "own")
     compensate: Sequence[Compensate] = (False, "refit")
     protect: str | Sequence[str] = ()
     finetune_epochs: int = 0
@@ -165,6 +166,11 @@ def pruning_grid(
             seed=seed,
             place=alone,
         )
+        tables = {}
+        if "sensitivity" in experiment.allocations:
+            divergence = divergence_of(pruner.model, probe, step, alone)
+            for score in scores:
+                tables[score] = pruner.sensitivity(values, score, batches, divergence, memory=experiment.memory)
         kinds = [compensation_of(choice) for choice in experiment.compensate]
         variants = list(product(scores, experiment.allocations, kinds, experiment.budgets))
         share, quiet = [None, *variants][place.rank :: place.world], None if progress else True
@@ -175,7 +181,7 @@ def pruning_grid(
                 row = {"score": DENSE, "family": DENSE, "allocation": "", "compensate": "", "budget": 1.0}
             else:
                 score, allocation, compensation, budget = variant
-                kept = pruner.choose(values, score, allocation, budget)
+                kept = pruner.choose(values, score, allocation, budget, tables.get(score))
                 slim, macs = pruner.cut(kept), pruner.count(kept)
                 fit_back(slim, pruner, kept, batches, compensation, memory=experiment.memory)
                 row = {"score": score, "family": score_family(score), "allocation": allocation}

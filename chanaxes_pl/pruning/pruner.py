@@ -21,12 +21,13 @@ from chanaxes_pl.compensation.layerwise import (
     compensate,
     reestimate_norms,
 )
-from chanaxes_pl.core.errors import ArgumentError, InputError, naming
+from chanaxes_pl.core.errors import ArgumentError, InputError, naming, short
 from chanaxes_pl.core.moments import true_float32
-from chanaxes_pl.network.batches import Placement, Step, logits_of
+from chanaxes_pl.core.targets import infer_target
+from chanaxes_pl.network.batches import Placement, Step, logits_of, split_batch
 from chanaxes_pl.network.cloning import clone
 from chanaxes_pl.network.hooks import observed
-from chanaxes_pl.network.probe import ImageBatches, ProbeSource
+from chanaxes_pl.network.probe import ImageBatches, Probe, ProbeSource
 from chanaxes_pl.pruning.allocation import (
     Allocation,
     check_allocation,
@@ -41,11 +42,12 @@ from chanaxes_pl.pruning.allocation import (
 from chanaxes_pl.pruning.costs import Cost, Parameters
 from chanaxes_pl.pruning.latency import Latency
 from chanaxes_pl.pruning.scores import channel_scores, unit_ranks, unit_values
+from chanaxes_pl.pruning.sensitivity import LEVELS, Divergence, measure_sensitivity, sensitivity_order
 from chanaxes_pl.pruning.slim_file import Plan, save_slim
 from chanaxes_pl.units.groups import find_units
 from chanaxes_pl.units.macs import Macs, count_macs
 from chanaxes_pl.units.plain import plain
-from chanaxes_pl.units.removal import disagreement, remove
+from chanaxes_pl.units.removal import Group, disagreement, remove
 
 #: Reference score of the allocation ``"shared"``.
 REFERENCE = "taylor"
@@ -66,6 +68,12 @@ COSTS: dict[BudgetOf, type[Macs] | type[Parameters] | type[Latency]] = {
     "parameters": Parameters,
     "latency": Latency,
 }
+_DIVERGENCES: dict[str, Divergence] = {
+    "logit_margin": "kl",
+    "signed_logit": "bits",
+    "log_likelihood": "bits",
+    "label": "square",
+}
 #: Score → layer → ``[C]``, as :func:`channel_scores` returns them.
 Scores = Mapping[str, Mapping[str, Tensor]]
 
@@ -78,11 +86,13 @@ class Slim:
         model: slim network in eval mode, a module like the dense one with fewer channels.
         plan: which units it kept, and how they were chosen.
         report: errors of each layer before and after compensation, see :func:`compensate`; ``None`` without.
+        sensitivity: what the allocation went by, see :func:`sensitivity`; ``None`` for allocations without it.
     """
 
     model: nn.Module
     plan: Plan
     report: pd.DataFrame | None = None
+    sensitivity: pd.DataFrame | None = None
 
     @property
     def macs(self) -> int:
@@ -146,7 +156,14 @@ class Pruner:
         self._images = example
         self._exact = _exactness(model, example)
 
-    def choose(self, scores: Scores, score: str, allocation: Allocation, budget: float) -> dict[str, Tensor]:
+    def choose(
+        self,
+        scores: Scores,
+        score: str,
+        allocation: Allocation,
+        budget: float,
+        sensitivity: pd.DataFrame | None = None,
+    ) -> dict[str, Tensor]:
         """Choose the units that stay.
 
         Args:
@@ -154,15 +171,49 @@ class Pruner:
             score: name of the score that ranks the units.
             allocation: one of :data:`ALLOCATIONS`, which decides how much each layer loses.
             budget: share of the dense network's cost that remains.
+            sensitivity: what :meth:`sensitivity` measured, for the allocation of that name.
 
         Raises:
             ValueError: if the allocation is unknown, or the budget cannot be reached.
         """
         self.check_reachable(allocation, budget)
-        by = unit_values if allocation == "own" else unit_ranks
-        values = {group.name: by(group, scores[score]) for group in self.groups}
-        removed = fit_budget(self.cost, self._order(scores, score, allocation), budget, self._round_to)
-        return keep_best(self.groups, removed, values)
+        if allocation == "sensitivity":
+            assert sensitivity is not None
+            order = sensitivity_order(self.macs, sensitivity)
+        else:
+            order = self._order(scores, score, allocation)
+        values = unit_values if allocation == "own" else unit_ranks
+        removed = fit_budget(self.cost, order, budget, self._round_to)
+        return keep_best(self.groups, removed, {group.name: values(group, scores[score]) for group in self.groups})
+
+    def sensitivity(
+        self,
+        scores: Scores,
+        score: str,
+        batches: Iterable[Tensor],
+        divergence: Divergence,
+        *,
+        levels: int = LEVELS,
+        memory: float = MEMORY,
+    ) -> pd.DataFrame:
+        """Measure how far the outputs move as each group alone loses units in a score's order.
+
+        Args:
+            scores: values of ``score``.
+            score: name of the score that ranks the units.
+            batches: unlabelled images, see :func:`calibration`.
+            divergence: what outputs are compared by, see :func:`divergence_of`.
+            levels: number of levels of removal.
+            memory: gigabytes to take.
+
+        Returns:
+            The table of :func:`measure_sensitivity`.
+        """
+        ranks = {group.name: unit_ranks(group, scores[score]) for group in self.groups}
+        images = sum(map(len, batches))
+        return measure_sensitivity(
+            self.model, self.groups, ranks, batches, images, divergence=divergence, levels=levels, memory=memory
+        )
 
     def check_reachable(self, allocation: Allocation, budget: float) -> None:
         """Raise ValueError if the allocation is unknown or the budget cannot be reached."""
@@ -242,6 +293,7 @@ def prune(
     round_to: int = 1,
     score: str = "l1",
     allocation: Allocation = "uniform",
+    sensitivity: pd.DataFrame | None = None,
     compensate: Compensate = True,
     example_input: Tensor | None = None,
     protect: str | Sequence[str] = (),
@@ -267,7 +319,10 @@ def prune(
             of 8 or 16. A budget of MACs or parameters is then a bound, met as closely as such steps allow. Layers with
             fewer channels stay whole, and no other keeps fewer than ``round_to``. 1 allows every width.
         score: score that ranks the channels, see :data:`SCORES`; the lowest go first.
-        allocation: way to choose how much each layer loses: ``"uniform"``, ``"shared"`` (as Taylor would) or ``"own"``.
+        allocation: way to choose how much each layer loses: ``"uniform"``, ``"shared"`` (as Taylor would), ``"own"``,
+            or ``"sensitivity"``: what moves the outputs least, measured by cutting one group of layers at a time.
+        sensitivity: table of :func:`sensitivity` for the same network and score, so that it is measured once for many
+            budgets; only for the allocation of that name.
         compensate: kind of compensation, which fits the remaining weights to the dense network's activations:
             ``"refit"`` (or ``True``), ``"fold"``, or ``False`` for none.
         example_input: images ``[B, …]`` as the model takes them; default the first ones of the probe.
@@ -309,6 +364,7 @@ def prune(
         example = next(iter(batches)) if example_input is None else place.to_device(example_input)
         timed = None if example_input is None else example
         pruner = Pruner(model, example, protect, budget_of=budget_of, round_to=round_to, timed=timed)
+        table = check_sensitivity(sensitivity, allocation, pruner.groups)
         needed = [score, REFERENCE] if allocation == "shared" else [score]
         scores = channel_scores(
             pruner.model,
@@ -321,12 +377,133 @@ def prune(
             seed=seed,
             place=place,
         )
-        kept = pruner.choose(scores, score, allocation, budget)
+        if allocation == "sensitivity" and table is None:
+            pruner.check_reachable(allocation, budget)
+            divergence = divergence_of(pruner.model, probe, step, place)
+            table = pruner.sensitivity(scores, score, batches, divergence, memory=memory)
+        kept = pruner.choose(scores, score, allocation, budget, table)
         slim = pruner.cut(kept)
         report = fit_back(slim, pruner, kept, batches, compensation, reestimate, memory)
         notes = {"budget": budget, "budget_of": budget_of, "round_to": round_to}
         notes |= {"score": score, "allocation": allocation, "compensate": compensation or "none"}
-        return Slim(slim, pruner.plan(slim, kept, notes), report)
+        return Slim(slim, pruner.plan(slim, kept, notes), report, table)
+
+
+def sensitivity(
+    model: nn.Module,
+    probe: ProbeSource,
+    *,
+    score: str = "l1",
+    levels: int = LEVELS,
+    example_input: Tensor | None = None,
+    protect: str | Sequence[str] = (),
+    probe_size: int = IMAGES,
+    memory: float = MEMORY,
+    seed: int = 0,
+    step: Step | None = None,
+) -> pd.DataFrame:
+    """Measure how far a network's outputs move when one group of layers at a time loses channels.
+
+    After each cut, what reads the group is refitted. The table is what ``prune(…, allocation="sensitivity")`` goes by,
+    and serves for every budget: ``prune(…, sensitivity=table)``.
+
+    Args:
+        model: trained network; it does not change.
+        probe: training images under the evaluation transform, as for :func:`prune`; of labels only the kind counts,
+            which tells how outputs are compared. The last quarter of the images, at most 512, is held out for that.
+        score: score that ranks the channels; the lowest go first.
+        levels: number of levels of removal, evenly spaced; the last leaves one unit.
+        example_input: images ``[B, …]`` as the model takes them; default the first ones of the probe.
+        protect: glob, or several, over the names of layers that keep all their channels.
+        probe_size: maximum number of probe images.
+        memory: gigabytes (10⁹ bytes) to take beside the network; less takes longer.
+        seed: random seed of random scores.
+        step: as for :func:`prune`.
+
+    Returns:
+        One row per group and level: ``group``, its name; ``units`` that it has; ``removed`` of them, from 0 on; and
+        ``divergence``. For classes this is the mean Kullback–Leibler divergence from the dense network's
+        probabilities, in nats; for logits of labels that exclude none, the sum of each one's; for real numbers the
+        squared error as a share of their variance.
+
+    Raises:
+        ValueError: as :func:`prune` does, or if the probe has fewer than 8 images.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch.utils.data import TensorDataset
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.AdaptiveAvgPool2d(1),
+        ...                       nn.Flatten(), nn.Linear(8, 4))
+        >>> table = sensitivity(model, TensorDataset(torch.randn(64, 3, 8, 8), torch.arange(64) % 4), levels=4)
+        >>> table[["group", "removed"]].values.tolist()
+        [['0', 0], ['0', 4], ['0', 8], ['0', 12], ['0', 15], ['2', 0], ['2', 2], ['2', 4], ['2', 6], ['2', 7]]
+    """
+    with naming("sensitivity"):
+        check_memory(memory)
+        place = Placement.of(model)
+        batches = calibration(probe, probe_size, place, images_of(model, step), memory)
+        example = next(iter(batches)) if example_input is None else place.to_device(example_input)
+        pruner = Pruner(model, example, protect)
+        scores = channel_scores(
+            pruner.model,
+            probe,
+            pruner.units,
+            [score],
+            step=step,
+            probe_size=probe_size,
+            memory=memory,
+            seed=seed,
+            place=place,
+        )
+        divergence = divergence_of(pruner.model, probe, step, place)
+        return pruner.sensitivity(scores, score, batches, divergence, levels=levels, memory=memory)
+
+
+def check_sensitivity(table: pd.DataFrame | None, allocation: str, groups: Sequence[Group]) -> pd.DataFrame | None:
+    """Return a table that a user gave, checked against the groups of the network that is pruned.
+
+    Raises:
+        ValueError: if it is for another allocation or for other groups.
+    """
+    if table is None:
+        return None
+    if allocation != "sensitivity":
+        raise ArgumentError("sensitivity=…", f"serves allocation='sensitivity' alone, not {allocation!r}")
+    columns = {"group", "units", "removed", "divergence"}
+    if not isinstance(table, pd.DataFrame) or not columns <= set(table.columns):
+        raise ArgumentError(
+            f"sensitivity={short(table)}", "expected the table that chanaxes_pl.sensitivity(model, probe) returns"
+        )
+    sizes = {str(name): int(units) for name, units in zip(table["group"], table["units"], strict=True)}
+    for group in groups:
+        if sizes.get(group.name) != group.size:
+            has = f"{sizes[group.name]} units there" if group.name in sizes else "no row there"
+            raise ArgumentError(
+                "sensitivity=…",
+                f"is of another network: the group {group.name!r} of {group.size} units has {has}; expected the table "
+                "of this network with the same protect=",
+            )
+    return table
+
+
+def divergence_of(model: nn.Module, probe: ProbeSource, step: Step | None, place: Placement) -> Divergence:
+    """Return what outputs are compared by, from the first outputs and the kind of their labels, if there are any."""
+    _, batch = next(iter(Probe(probe, IMAGES).batches()))
+    moved = place.to_device(batch)
+    with observed(model):
+        if step is None:
+            images, labels = split_batch(moved)
+            outputs = logits_of(model(images))
+        else:
+            outputs, labels = step(model, moved)
+    if labels is None:
+        return "kl" if outputs.ndim == 2 and outputs.shape[1] > 1 else "square"
+    try:
+        return _DIVERGENCES[infer_target(outputs, labels)]
+    except InputError:
+        return "square"
 
 
 def images_of(model: nn.Module, step: Step | None) -> Callable[[Any], Any] | None:

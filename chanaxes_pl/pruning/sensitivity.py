@@ -1,0 +1,264 @@
+"""Sensitivity: what the outputs lose when one group alone is cut, more and more of it, and what reads it is refitted.
+
+The refit is that of ``compensate``, solved from the dense network's moments alone: with nothing else cut, the readers
+of a group see what they do in the dense network. The outputs are measured on images that no refit has seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from math import prod
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.interpolate import PchipInterpolator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from chanaxes_pl.compensation.layerwise import MEMORY, POSITIONS, RIDGE
+from chanaxes_pl.core.errors import InputError
+from chanaxes_pl.network.hooks import calls, hooked, observed
+from chanaxes_pl.network.tracing import PartialForward, edited
+from chanaxes_pl.pruning.readers import Sampling, passes
+from chanaxes_pl.units.macs import Macs
+from chanaxes_pl.units.removal import Group, masked
+
+#: What outputs are compared by: ``"kl"`` of the classes' probabilities along dimension 1, ``"bits"`` of each logit's
+#: own probability, or ``"square"``, the squared error as a share of the variance of the dense outputs.
+Divergence = Literal["kl", "bits", "square"]
+#: Levels of removal of a group, evenly spaced, after which one unit is left.
+LEVELS = 8
+# Images on which outputs are compared: a quarter of all, but no more than this.
+_HELD_OUT = 512
+_GIGABYTE = 1e9
+_LEAST = 1e-9
+
+
+def measure_sensitivity(
+    model: nn.Module,
+    groups: Iterable[Group],
+    ranks: Mapping[str, Tensor],
+    batches: Iterable[Tensor],
+    images: int,
+    *,
+    divergence: Divergence = "kl",
+    levels: int = LEVELS,
+    ridge: float = RIDGE["refit"],
+    positions: int = POSITIONS,
+    memory: float = MEMORY,
+) -> pd.DataFrame:
+    """Measure how far the outputs move when each group alone loses its lowest units and its readers are refitted.
+
+    Args:
+        model: dense network with plain weights; it does not change.
+        groups: its groups.
+        ranks: group name → ``[U]``, scores of its units; the lowest go first.
+        batches: unlabelled images ``[B, …]`` on the model's device, iterated for every pass that ``memory`` takes. The
+            last quarter of them, at most 512, are held out: the outputs are compared there, the rest is for refits.
+        images: number of images in all batches.
+        divergence: what outputs are compared by.
+        levels: number of levels of removal; the last leaves one unit.
+        ridge: λ of the refit, as for :func:`compensate`.
+        positions: number of local samples per image.
+        memory: gigabytes (10⁹ bytes) to take beside the network: half of it for moments, half for activations.
+
+    Returns:
+        One row per group and level, the first with nothing removed: ``group``, ``units`` of the group, ``removed`` of
+        them, and ``divergence``, the mean over held-out images, in nats but for ``"square"``.
+
+    Raises:
+        ValueError: if there are fewer than 8 images, a reader's inputs or the outputs are not finite, or ``memory`` has
+            no room for the moments of one group.
+    """
+    if images < 8:
+        raise InputError(f"{images} images: expected at least 8, a quarter of which is held out")
+    groups = list(groups)
+    held = min(images // 4, _HELD_OUT)
+    limit, rows = memory * _GIGABYTE / 2, []
+    with observed(model):
+        outputs = _Outputs(model, divergence, _part(batches, images - held, images), limit)
+        for share in passes(model, groups, Sampling(positions, images - held), limit):
+            readers = {reader.key: reader for _, found in share for reader in found}
+            with hooked((reader.layer, reader.read) for reader in readers.values()):
+                for seen in _part(batches, 0, images - held):
+                    model(seen)
+            for number, (group, found) in enumerate(share):
+                counts = sorted({*np.linspace(0, group.size, levels + 1).round().astype(int)[1:-1], group.size - 1})
+                counts = [int(count) for count in counts if count]
+                order = ranks[group.name].argsort(stable=True)
+                refits = zip(*(reader.refits(group, order, counts, ridge) for reader in found), strict=True)
+                names = dict.fromkeys(group.consumers)
+                cuts = [
+                    _Cut(group, order[count:].sort().values, dict(zip(names, fitted, strict=True)))
+                    for count, fitted in zip(counts, refits, strict=True)
+                ]
+                moved = [0.0, *outputs.moved(cuts)]
+                for count, distance in zip([0, *counts], moved, strict=True):
+                    rows.append({"group": group.name, "units": group.size, "removed": count, "divergence": distance})
+                later = {reader.key for _, others in share[number + 1 :] for reader in others}
+                for reader in found:
+                    if reader.key not in later:
+                        reader.forget()
+    return pd.DataFrame(rows)
+
+
+def sensitivity_order(macs: Macs, table: pd.DataFrame) -> np.ndarray:
+    """Return the removal order that gives up the least divergence for the most MACs: ``[Σ(U − 1)]`` group numbers.
+
+    Divergences rise with what is removed: where a measured one falls, the largest before it counts, and between levels
+    they are interpolated monotonically (Fritsch and Butland, 1984). Groups then lose units one after the other. At each
+    turn the group goes on whose next units cost the least divergence for the MACs that they free, as things stand; how
+    many units count as next is what makes that ratio least. So a group whose first units cost most is still cut where
+    that pays in the end.
+
+    Args:
+        macs: MACs as a function of the removed units.
+        table: from :func:`measure_sensitivity`, for the same groups.
+    """
+    curves = divergences(macs.groups, table)
+    removed, order = np.zeros(len(macs.groups), dtype=int), []
+    left = [len(curve) - 1 for curve in curves]
+    while any(left):
+        best = None
+        for g, curve in enumerate(curves):
+            if not left[g]:
+                continue
+            counts = np.arange(1, left[g] + 1)
+            whole = removed.copy()
+            whole[g] += 1
+            # MACs are linear in the units of one group.
+            freed = max(macs.of(removed) - macs.of(whole), _LEAST) * counts
+            rates = (curve[removed[g] + counts] - curve[removed[g]]) / freed
+            step = int(rates.argmin())
+            if best is None or rates[step] < best[0]:
+                best = rates[step], g, step + 1
+        assert best is not None
+        _, group, step = best
+        step = min(step, max(1, (left[group] + 1) // _PIECES))
+        order += [group] * step
+        removed[group] += step
+        left[group] -= step
+    return np.array(order, dtype=int)
+
+
+# As other groups shrink, what a step frees changes: no step takes more than this part of what a group has left.
+_PIECES = 8
+
+
+def divergences(groups: Sequence[Group], table: pd.DataFrame) -> list[np.ndarray]:
+    """Return for each group ``[U]``, the divergence after 0, 1, … U − 1 units have gone; it never falls."""
+    curves = []
+    for group in groups:
+        rows = table[table["group"] == group.name]
+        known, found = rows["removed"].to_numpy(), np.maximum.accumulate(rows["divergence"].to_numpy())
+        counts = np.arange(group.size)
+        curves.append(PchipInterpolator(known, found)(counts) if len(known) > 1 else np.zeros(group.size))
+    return curves
+
+
+class _Cut:
+    """A group that lost some units, with its readers refitted.
+
+    Args:
+        group: group.
+        kept: the units that stay.
+        fitted: layer → its weight, and what is added to its outputs ``[C]``.
+    """
+
+    def __init__(self, group: Group, kept: Tensor, fitted: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        self._group, self._kept, self._fitted = group, kept, fitted
+        owners = {cut.path.rpartition(".")[0] for cut in group.cuts if cut.reads and cut.dimension is not None}
+        #: Modules that compute something else.
+        self.changed = tuple(sorted(owners | fitted.keys() | group.layer_norms.keys()))
+
+    @contextmanager
+    def made(self, model: nn.Module) -> Iterator[None]:
+        """Let the model compute what it would after the cut, inside the block."""
+        with ExitStack() as stack:
+            stack.enter_context(masked(model, [self._group], {self._group.name: self._kept}))
+            shifts = {}
+            for name, (weight, shift) in self._fitted.items():
+                layer = model.get_submodule(name)
+                layer.weight.copy_(weight)  # type: ignore[operator,union-attr] # a stand-in that masked() has put there
+                shifts[name] = partial(_shifted, shift, 1 if weight.ndim > 2 else -1)
+            stack.enter_context(edited(model, shifts))
+            yield
+
+
+def _shifted(shift: Tensor, dimension: int, output: Tensor) -> Tensor:
+    return output + (shift if dimension == -1 else shift.view(-1, *[1] * (output.ndim - 2)))
+
+
+class _Outputs:
+    """Outputs of the dense network on held-out images, and how far they are from those of cut ones.
+
+    Args:
+        model: dense network, observed.
+        divergence: what outputs are compared by.
+        images: held-out images.
+        memory: bytes for their activations.
+    """
+
+    def __init__(self, model: nn.Module, divergence: Divergence, images: Iterator[Tensor], memory: float) -> None:
+        first = next(images)
+        every = calls(model, lambda: model(first[:1]))
+        one = 4 * sum(prod(call.output_shape) for call in every if not list(call.module.children())) + first[:1].nbytes
+        size = int(max(1, memory // (2 * one)))  # functions beside modules give outputs too
+        self._model = model
+        self._divergence: Divergence = divergence
+        self._parts = [part.clone() for batch in (first, *images) for part in batch.split(size)]
+        self._forwards = [PartialForward(model)]
+        if sum(map(len, self._parts)) <= size:
+            self._forwards = [PartialForward(model) for _ in self._parts]
+        self._logits = [forward.run(part) for forward, part in zip(self._cycled(), self._parts, strict=True)]
+        self._spread = float(torch.cat(self._logits).double().var(0).sum()) if divergence == "square" else 1.0
+        if not all(bool(logits.isfinite().all()) for logits in self._logits):
+            raise InputError("the outputs hold NaN or infinity on this probe; leave out the images that give them")
+
+    def moved(self, cuts: Sequence[_Cut]) -> list[float]:
+        """Return the mean divergence that each cut makes."""
+        total = np.zeros(len(cuts))
+        for forward, part, logits in zip(self._cycled(), self._parts, self._logits, strict=True):
+            if len(self._forwards) < len(self._parts):
+                forward.run(part)
+            for number, cut in enumerate(cuts):
+                with cut.made(self._model):
+                    found = forward.rerun(cut.changed)
+                total[number] += _distance(self._divergence, logits, found)
+        return (total / sum(map(len, self._parts)) / self._spread).tolist()
+
+    def _cycled(self) -> list[PartialForward]:
+        return self._forwards if len(self._forwards) == len(self._parts) else self._forwards * len(self._parts)
+
+
+def _distance(divergence: Divergence, dense: Tensor, cut: Tensor) -> float:
+    """Return the sum over images of a divergence, each the mean over its positions."""
+    dense, cut = dense.double(), cut.double()
+    if divergence == "square":
+        return float((dense - cut).square().sum())
+    if divergence == "kl":
+        wanted, found = (F.log_softmax(logits, 1) for logits in (dense, cut))
+        each = (wanted.exp() * (wanted - found)).sum(1)
+    else:
+        each = sum(
+            (sign * dense).sigmoid() * (F.logsigmoid(sign * dense) - F.logsigmoid(sign * cut)) for sign in (1, -1)
+        )
+        assert isinstance(each, Tensor)
+        each = each.flatten(1).sum(1) if dense.ndim == 2 else each
+    return float(each.flatten(1).mean(1).sum() if each.ndim > 1 else each.sum())
+
+
+def _part(batches: Iterable[Tensor], first: int, last: int) -> Iterator[Tensor]:
+    """Give the images from one number on to before another."""
+    seen = 0
+    for images in batches:
+        part = images[max(0, first - seen) : max(0, last - seen)]
+        if len(part):
+            yield part
+        seen += len(images)
+        if seen >= last:
+            return
