@@ -6,7 +6,7 @@ from chanaxes_pl.plots.correlations import plot_correlations, plot_pairs
 from chanaxes_pl.plots.distributions import distributions, plot_distributions
 from chanaxes_pl.plots.groupings import plot_groupings, plot_peer_support
 from chanaxes_pl.plots.prediction import plot_early_prediction
-from chanaxes_pl.plots.pruning import plot_lesions, plot_pruning
+from chanaxes_pl.plots.pruning import plot_lesions, plot_pruning, plot_sensitivity
 from chanaxes_pl.plots.simulation import plot_simulation
 from chanaxes_pl.plots.structure import plot_structure
 from chanaxes_pl.plots.training import plot_accuracy, plot_cost
@@ -26,6 +26,7 @@ __all__ = [
     "plot_pairs",
     "plot_peer_support",
     "plot_pruning",
+    "plot_sensitivity",
     "plot_simulation",
     "plot_structure",
 ]

@@ -1,4 +1,4 @@
-"""Accuracy of pruned networks, and damage by lesions."""
+"""Accuracy of pruned networks, what each group of layers costs the outputs, and damage by lesions."""
 
 from __future__ import annotations
 
@@ -58,6 +58,39 @@ def _looks(pruned: pd.DataFrame) -> dict[str, dict]:
         for score, marker, dashes in zip(scores, cycle(MARKERS), cycle(DASHES)):
             looks[score] = {"color": COLOURS[str(family)], "marker": marker, "linestyle": dashes}
     return looks
+
+
+def plot_sensitivity(table: pd.DataFrame, title: str = "") -> Figure:
+    """Plot how far the outputs move as each group of layers alone loses units: a line for a group, coloured by depth.
+
+    Args:
+        table: the table of ``sensitivity``.
+        title: text above the figure.
+    """
+    groups = list(dict.fromkeys(table["group"]))
+    with canvas(1, 1, (WIDTH, 3.6), title) as (figure, panels):
+        (axes,) = panels.flat
+        for depth, name in enumerate(groups):
+            rows = table[table["group"] == name]
+            shade = depth / max(1, len(groups) - 1)
+            axes.plot(
+                100 * rows["removed"] / rows["units"],
+                rows["divergence"],
+                color=DEPTH(shade),
+                marker="o",
+                markersize=2.5,
+                linewidth=1,
+                label=name,
+            )
+        smallest = table.loc[table["divergence"] > 0, "divergence"].min()
+        axes.set_yscale("symlog", linthresh=float(smallest) if smallest == smallest else 1.0)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("units removed from the group (%)")
+        axes.set_ylabel("divergence of the outputs")
+        figure.legend(
+            *axes.get_legend_handles_labels(), loc="outside right center", fontsize=6, ncols=-(-len(groups) // 24)
+        )
+    return figure
 
 
 def plot_lesions(table: pd.DataFrame, correlations: pd.DataFrame, damage: str = "zero_loss", title: str = "") -> Figure:

@@ -64,7 +64,8 @@ def measure_sensitivity(
         levels: number of levels of removal; the last leaves one unit.
         ridge: λ of the refit, as for :func:`compensate`.
         positions: number of local samples per image.
-        memory: gigabytes (10⁹ bytes) to take beside the network: half of it for moments, half for activations.
+        memory: gigabytes (10⁹ bytes) to take beside the network: half of it for moments, half for activations. Less
+            takes more passes; a kernel too large for it is refitted as if its places were one.
 
     Returns:
         One row per group and level, the first with nothing removed: ``group``, ``units`` of the group, ``removed`` of
@@ -171,9 +172,8 @@ class _Cut:
 
     def __init__(self, group: Group, kept: Tensor, fitted: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         self._group, self._kept, self._fitted = group, kept, fitted
-        owners = {cut.path.rpartition(".")[0] for cut in group.cuts if cut.reads and cut.dimension is not None}
         #: Modules that compute something else.
-        self.changed = tuple(sorted(owners | fitted.keys() | group.layer_norms.keys()))
+        self.changed = group.masks
 
     @contextmanager
     def made(self, model: nn.Module) -> Iterator[None]:

@@ -1,0 +1,368 @@
+"""Sensitivity: each cut is the one that pruning would make; widths are those that cost the outputs least."""
+
+import copy
+import itertools
+import math
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from chanaxes_pl import PruningExperiment, prune, pruning_grid, sensitivity
+from chanaxes_pl.network.batches import Placement
+from chanaxes_pl.network.hooks import hooked, observed
+from chanaxes_pl.plots import plot_sensitivity
+from chanaxes_pl.pruning import sensitivity as home
+from chanaxes_pl.pruning.allocation import fit_budget, uniform_order
+from chanaxes_pl.pruning.pruner import divergence_of
+from chanaxes_pl.pruning.readers import Sampling, passes
+from chanaxes_pl.pruning.sensitivity import divergences, measure_sensitivity, sensitivity_order
+from chanaxes_pl.units.groups import find_units
+from chanaxes_pl.units.removal import Group, remove
+from tests.helpers.networks import NETS, ONE, build
+
+IMAGES = torch.randn(48, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+BATCHES = IMAGES.split(20)
+
+
+def of_size(name: str, size: int) -> Group:
+    return Group(name, size, {}, {}, {}, ())
+
+
+def ranks_of(groups: Sequence[Group]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return {group.name: torch.rand(group.size, generator=generator, dtype=torch.float64) for group in groups}
+
+
+def measured(model: nn.Module, **options: object) -> tuple[list[Group], pd.DataFrame]:
+    groups = list(find_units(model, ONE).groups.values())
+    return groups, measure_sensitivity(model, groups, ranks_of(groups), BATCHES, len(IMAGES), levels=4, **options)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_table_has_every_group_at_every_level_and_leaves_the_network_as_it_was(name):
+    model = build(name)
+    before = copy.deepcopy(model.state_dict())
+    groups, table = measured(model)
+    assert list(table["group"].unique()) == [group.name for group in groups]
+    for group in groups:
+        rows = table[table["group"] == group.name]
+        assert (rows["units"] == group.size).all()
+        assert rows["removed"].tolist() == sorted({*np.linspace(0, group.size, 5).round()[:-1], group.size - 1})
+        assert rows["divergence"].iloc[0] == 0
+        assert (rows["divergence"].iloc[1:] >= 0).all()
+    assert table["divergence"].isna().sum() == 0
+    assert table["divergence"].max() > 0
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["concatenating", "grouped", "flattening", "resnet18"])
+@torch.no_grad()
+def test_refits_are_ridge_regressions_on_what_stays(name):
+    """Against the normal equations of each reader, from all samples at once."""
+    model, ridge = build(name), 0.02
+    groups = list(find_units(model, ONE).groups.values())
+    ranks, checked = ranks_of(groups), 0
+    with observed(model):
+        for share in passes(model, groups, Sampling(math.inf, None), 1e9):
+            readers = {reader.key: reader for _, found in share for reader in found}
+            samples: dict[object, list[Tensor]] = {key: [] for key in readers}
+            for key, reader in readers.items():
+                add = reader._add
+                kept = samples[key]
+                reader._add = lambda rows, add=add, kept=kept: (kept.append(rows), add(rows))
+            with hooked((reader.layer, reader.read) for reader in readers.values()):
+                for images in BATCHES:
+                    model(images)
+            for group, found in share:
+                order, count = ranks[group.name].argsort(), group.size // 2
+                for reader in found:
+                    ((weight, shift),) = reader.refits(group, order, [count], ridge)
+                    x = torch.cat(samples[reader.key]).double()  # [n, G, F]
+                    rows, fitted = reader._rows().double(), None
+                    columns = reader._columns(group).unflatten(1, (group.size, -1))
+                    expected = torch.zeros_like(rows)
+                    for block in range(len(rows)):
+                        centred = x[:, block] - x[:, block].mean(0)
+                        among = centred.mT @ centred / len(centred)
+                        spread = torch.stack(
+                            [(x[:, b] - x[:, b].mean(0)).square().mean() for b in range(len(rows))]
+                        ).mean()
+                        among += ridge * spread * torch.eye(len(among))
+                        gone = columns[block, order[:count]].flatten().tolist()
+                        kept = [column for column in range(len(among)) if column not in gone]
+                        expected[block][:, kept] = rows[block] @ among[:, kept] @ torch.linalg.inv(among[kept][:, kept])
+                    fitted = reader._placed(expected)
+                    torch.testing.assert_close(weight, fitted, rtol=2e-3, atol=2e-4)
+                    moved = torch.einsum("gof,gf->go", rows - expected, x.mean(0))
+                    if reader.whole:
+                        torch.testing.assert_close(shift.double(), moved.flatten(), rtol=1e-2, atol=1e-4)
+                    checked += 1
+    assert checked >= len(groups)
+
+
+@pytest.mark.parametrize("name", ["concatenating", "resnet18", "normed", "inverted"])
+@torch.no_grad()
+def test_a_cut_computes_what_the_network_without_the_units_does(name):
+    model = build(name)
+    groups = list(find_units(model, ONE).groups.values())
+    ranks = ranks_of(groups)
+    with observed(model):
+        for share in passes(model, groups, Sampling(16, len(IMAGES)), 1e9):
+            readers = {reader.key: reader for _, found in share for reader in found}
+            with hooked((reader.layer, reader.read) for reader in readers.values()):
+                for images in BATCHES:
+                    model(images)
+            for group, found in share:
+                order, count = ranks[group.name].argsort(), group.size // 3
+                fitted = {
+                    layer: next(reader.refits(group, order, [count], 1e-2))
+                    for layer, reader in zip(group.consumers, found, strict=True)
+                }
+                kept = {group.name: order[count:].sort().values}
+                with home._Cut(group, kept[group.name], fitted).made(model):
+                    found_logits = model(IMAGES)
+                slim = copy.deepcopy(model)
+                for layer, (weight, shift) in fitted.items():
+                    whole = slim.get_submodule(layer)
+                    whole.weight.copy_(weight)
+                    bias = torch.zeros_like(shift) if whole.bias is None else whole.bias
+                    whole.bias = nn.Parameter(bias + shift)
+                remove(slim, [group], kept)
+                torch.testing.assert_close(found_logits, slim(IMAGES), rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_copy_of_a_channel_costs_nothing():
+    model = build("concatenating")
+    group = next(iter(find_units(model, ONE).groups.values()))
+    for cut in group.cuts:
+        if not cut.reads and cut.dimension is not None:
+            tensor = model.state_dict(keep_vars=True)[cut.path].movedim(cut.dimension, 0)
+            tensor[cut.indices[0]] = tensor[cut.indices[1]]
+    ranks = {group.name: torch.arange(group.size).double()}
+    table = measure_sensitivity(model, [group], ranks, BATCHES, len(IMAGES), levels=group.size, ridge=1e-6)
+    assert table["removed"].tolist() == list(range(group.size))
+    first, second = table["divergence"].iloc[1:3]
+    assert first < 1e-3 * second
+
+
+def test_little_memory_gives_the_same_table():
+    model = build("resnet18")
+    _, plenty = measured(model)
+    _, little = measured(model, memory=0.1)  # four passes, with every kernel whole
+    pd.testing.assert_frame_equal(plenty, little, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "concatenating"])
+def test_partial_and_whole_passes_agree(name, monkeypatch):
+    model = build(name)
+    _, partial = measured(model)
+    monkeypatch.setattr("chanaxes_pl.network.tracing.Trace.of", lambda *_: None)
+    _, whole = measured(model)
+    pd.testing.assert_frame_equal(partial, whole, rtol=1e-4, atol=1e-9)
+
+
+def test_divergences_are_what_they_are_called():
+    generator = torch.Generator().manual_seed(0)
+    dense, cut = (torch.randn(5, 4, generator=generator) for _ in range(2))
+    kl = F.kl_div(cut.log_softmax(1), dense.log_softmax(1), reduction="sum", log_target=True)
+    assert home._distance("kl", dense, cut) == pytest.approx(float(kl), rel=1e-5)
+    p, q = dense.double().sigmoid(), cut.double().sigmoid()
+    bits = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).sum()
+    assert home._distance("bits", dense, cut) == pytest.approx(float(bits), rel=1e-5)
+    assert home._distance("square", dense, cut) == pytest.approx(float((dense - cut).square().sum()), rel=1e-5)
+    maps = [tensor[:, :, None, None].expand(-1, -1, 2, 3) for tensor in (dense, cut)]
+    assert home._distance("kl", *maps) == pytest.approx(float(kl), rel=1e-5)  # a mean over positions
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (torch.arange(8) % 7, "kl"),
+        (torch.rand(8, 7), "square"),
+        (torch.ones(8, 7).long(), "bits"),
+        (torch.rand(8, 3, 2), "square"),
+    ],
+)
+def test_labels_tell_how_outputs_are_compared(labels, expected):
+    model = build("concatenating")
+    data = TensorDataset(IMAGES[:8], labels)
+    assert divergence_of(model, data, None, Placement.of(model)) == expected
+
+
+# ---------------------------------------------------------------- widths
+
+
+class Product:
+    """MACs of a chain of layers as a function of the widths between them."""
+
+    unit, exact = "MACs", True
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self.groups = tuple(groups)
+        self.dense = self.of(np.zeros(len(groups), dtype=int))
+
+    def of(self, removed: np.ndarray) -> float:
+        widths = [3.0, *(group.size - int(lost) for group, lost in zip(self.groups, removed, strict=True)), 5.0]
+        return float(sum(a * b for a, b in itertools.pairwise(widths)))
+
+
+def curves_as_table(groups: Sequence[Group], curves: Sequence[np.ndarray]) -> pd.DataFrame:
+    rows = [
+        {"group": group.name, "units": group.size, "removed": count, "divergence": value}
+        for group, curve in zip(groups, curves, strict=True)
+        for count, value in enumerate(curve)
+    ]
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_widths_are_close_to_the_best_of_all(seed):
+    """Against exhaustive search over all widths; uniform widths are far from it."""
+    random = np.random.default_rng(seed)
+    groups = [of_size(name, 7) for name in "abcd"]
+    curves = []
+    for _ in groups:
+        steps = random.exponential(size=6) ** 2 * 10 ** random.uniform(-2, 0)
+        curves.append(np.concatenate([[0.0], np.cumsum(steps)]))
+    cost = Product(groups)
+    order = sensitivity_order(cost, curves_as_table(groups, curves))
+    assert np.bincount(order, minlength=4).tolist() == [6, 6, 6, 6]
+    ratios, uniform = [], []
+    for budget in (0.8, 0.6, 0.4, 0.25):
+
+        def total(removed: Sequence[int]) -> float:
+            return sum(curve[lost] for curve, lost in zip(curves, removed, strict=True))
+
+        found, even = (fit_budget(cost, by, budget, 1) for by in (order, uniform_order(groups)))
+        spent = cost.of(found)
+        every = (np.array(lost) for lost in itertools.product(range(7), repeat=4))
+        best = min(total(lost) for lost in every if cost.of(lost) <= spent)
+        ratios.append(total(found) / best)
+        uniform.append(total(even) / best)
+    assert max(ratios) < 1.6
+    assert np.mean(ratios) < 1.2
+    assert np.mean(uniform) > np.mean(ratios)
+
+
+def test_curves_rise_between_levels_and_where_a_measurement_falls():
+    (group,) = [of_size("a", 9)]
+    table = pd.DataFrame({"group": "a", "units": 9, "removed": [0, 2, 4, 6, 8], "divergence": [0, 1.0, 0.5, 2.0, 9.0]})
+    (curve,) = divergences([group], table)
+    assert curve[[0, 2, 4, 6, 8]].tolist() == [0, 1, 1, 2, 9]
+    assert (np.diff(curve) >= 0).all()
+    assert curve[7] < 5.5
+
+
+def test_a_group_whose_first_unit_costs_most_is_still_cut():
+    groups = [of_size("a", 5), of_size("b", 5)]
+    table = curves_as_table(groups, [np.array([0, 3.0, 3.0, 3.0, 3.0]), np.array([0, 2.0, 4.0, 6.0, 8.0])])
+    order = sensitivity_order(Product(groups), table)
+    assert order[:4].tolist() == [0, 0, 0, 0]
+
+
+# ---------------------------------------------------------------- prune()
+
+
+def data(count: int = 96) -> TensorDataset:
+    images = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(8))
+    return TensorDataset(images, torch.arange(count) % 7)
+
+
+def test_a_table_serves_for_every_budget():
+    model = build("resnet18")
+    table = sensitivity(model, data(), score="l2")
+    for budget in (0.6, 0.3):
+        first = prune(model, data(), budget=budget, score="l2", allocation="sensitivity")
+        again = prune(model, data(), budget=budget, score="l2", allocation="sensitivity", sensitivity=table)
+        assert abs(first.macs / first.dense_macs - budget) < 0.02
+        pd.testing.assert_frame_equal(first.sensitivity, table)
+        for key, value in first.model.state_dict().items():
+            assert torch.equal(again.model.state_dict()[key], value)
+    assert prune(model, data(), budget=0.6).sensitivity is None
+
+
+def test_widths_follow_what_was_measured():
+    model = build("resnet18")
+    table = sensitivity(model, data())
+    name = find_units(model, ONE).groups[table["group"].iloc[-1]].name
+    dear = table.assign(divergence=table["divergence"].where(table["group"] != name, 1e6 * table["removed"]))
+    cheap = table.assign(divergence=table["divergence"].where(table["group"] != name, 1e-9 * table["removed"]))
+    kept = [
+        len(prune(model, data(), budget=0.6, allocation="sensitivity", sensitivity=given).plan.kept[name])
+        for given in (dear, cheap)
+    ]
+    assert kept[0] == find_units(model, ONE).groups[name].size
+    assert kept[1] < 0.3 * kept[0]
+
+
+def test_a_network_with_one_group():
+    model = nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 7))
+    slim = prune(model, data(), budget=0.5, allocation="sensitivity")
+    assert slim.model[0].out_channels == 6
+    assert set(slim.sensitivity["group"]) == {"0"}
+
+
+def test_a_table_of_another_network_is_refused():
+    table = sensitivity(build("concatenating"), data())
+    text = (
+        r"sensitivity=…\): is of another network: the group '.+' of \d+ units has no row there; expected the table of"
+    )
+    with pytest.raises(ValueError, match=text):
+        prune(build("resnet18"), data(), budget=0.5, allocation="sensitivity", sensitivity=table)
+    halved = table.assign(units=table["units"] // 2)
+    with pytest.raises(ValueError, match=r"of \d+ units has \d+ units there"):
+        prune(build("concatenating"), data(), budget=0.5, allocation="sensitivity", sensitivity=halved)
+    with pytest.raises(ValueError, match=r"expected the table that chanaxes_pl\.sensitivity\(model, probe\) returns"):
+        prune(build("concatenating"), data(), budget=0.5, allocation="sensitivity", sensitivity=table[["group"]])
+
+
+def test_a_table_for_another_allocation_is_refused():
+    model = build("concatenating")
+    table = sensitivity(model, data())
+    with pytest.raises(ValueError, match=re.escape("sensitivity=…): serves allocation='sensitivity' alone, not 'own'")):
+        prune(model, data(), budget=0.5, allocation="own", sensitivity=table)
+
+
+def test_too_few_images_are_refused():
+    with pytest.raises(ValueError, match="7 images: expected at least 8, a quarter of which is held out"):
+        sensitivity(build("concatenating"), data(7))
+
+
+def test_a_budget_below_reach_is_refused_before_anything_is_measured(monkeypatch):
+    monkeypatch.setattr("chanaxes_pl.pruning.pruner.measure_sensitivity", None)
+    with pytest.raises(ValueError, match=r"budget=0\.0001\): .* of the MACs remain when every group is down to"):
+        prune(build("concatenating"), data(), budget=0.0001, allocation="sensitivity")
+
+
+def test_the_figure_has_a_line_for_every_group():
+    table = sensitivity(build("resnet18"), data())
+    (axes,) = plot_sensitivity(table, "a network").axes
+    names = list(dict.fromkeys(table["group"]))
+    assert [line.get_label() for line in axes.lines] == names
+    rows = table[table["group"] == names[1]]
+    assert axes.lines[1].get_ydata().tolist() == rows["divergence"].tolist()
+    assert axes.lines[1].get_xdata()[-1] == pytest.approx(100 * (1 - 1 / rows["units"].iloc[0]))
+    plot_sensitivity(table.assign(divergence=0.0))  # nothing moved
+
+
+def test_a_grid_measures_each_score_of_its_own():
+    model, images = build("concatenating"), data()
+    experiment = PruningExperiment(
+        budgets=(0.6,), scores=("l1", "random"), allocations=("uniform", "sensitivity"), compensate=("refit",)
+    )
+    grid = pruning_grid(model, images, DataLoader(images, 32), experiment, progress=False)
+    assert grid["allocation"].tolist() == ["", "uniform", "sensitivity", "uniform", "sensitivity"]
+    assert (grid["macs_share"].iloc[1:] - 0.6).abs().max() < 0.05
+    for score in ("l1", "random"):
+        slim = prune(model, images, budget=0.6, score=score, allocation="sensitivity")
+        row = grid[(grid["score"] == score) & (grid["allocation"] == "sensitivity")].iloc[0]
+        assert row["macs"] == slim.macs
