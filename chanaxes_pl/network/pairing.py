@@ -234,14 +234,14 @@ class _Waiting:
     def _plan(self, here: _Waits, room: float) -> tuple[Collection[int], Collection[int]]:
         """The parts that are to wait here, and those to stay where they wait: what saves the most work in the room.
 
-        Those move first that save least for their bytes where they are. Of equal parts the last ones move, so that the
-        first ones have made room when they do.
+        Those stay that save most for their bytes. Of the others the last ones move, so that the first ones have made
+        room when they do.
         """
         if self._parts.count < 0:
             return range(_MANY), ()
         none = _Waits(here.place, 0, 0.0)
         waits = {number: self._waits.get(number, none) for number in range(self._parts.count)}
-        ranked = sorted(waits, key=lambda number: (waits[number].saved / max(waits[number].bytes, 1), -number))
+        ranked = sorted(waits, key=lambda number: waits[number].saved / max(waits[number].bytes, 1))
         best, plan = 0.0, (set[int](), set[int]())
         for count in range(len(ranked) + 1):
             left, saved, stays = room - count * here.bytes, count * here.saved, set()
@@ -250,7 +250,8 @@ class _Waiting:
                     left, saved = left - waits[number].bytes, saved + waits[number].saved
                     stays.add(number)
             if left >= 0 and saved >= best:
-                best, plan = saved, (set(ranked[:count]), stays)
+                others = sorted(waits.keys() - stays)
+                best, plan = saved, (set(others[len(others) - count :]), stays)
         return plan
 
     def _wait(self, number: int, waits: _Waits | None) -> None:
@@ -274,7 +275,7 @@ class _Parts:
     def __iter__(self) -> Iterator[Tensor]:
         count = 0
         for images in self._batches:
-            parts = images.split(self._size)
+            parts = images.chunk(math.ceil(len(images) / self._size))
             # A part that waits must not keep its whole batch.
             for part in parts:
                 yield part if len(parts) == 1 else part.clone()
