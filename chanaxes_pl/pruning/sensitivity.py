@@ -32,8 +32,8 @@ from chanaxes_pl.units.removal import Group, masked
 Divergence = Literal["kl", "bits", "square"]
 #: Levels of removal of a group, evenly spaced, after which one unit is left.
 LEVELS = 8
-# Images on which outputs are compared: a quarter of all, but no more than this.
-_HELD_OUT = 512
+#: Images on which outputs are compared at most.
+COMPARED = 512
 _GIGABYTE = 1e9
 _LEAST = 1e-9
 
@@ -78,14 +78,14 @@ def measure_sensitivity(
     if images < 8:
         raise InputError(f"{images} images: expected at least 8, a quarter of which is held out")
     groups = list(groups)
-    held = min(images // 4, _HELD_OUT)
+    held = min(images // 4, COMPARED)
     limit, rows = memory * _GIGABYTE / 2, []
     with observed(model):
-        outputs = _Outputs(model, divergence, _part(batches, images - held, images), limit)
+        outputs = _Outputs(model, divergence, some(batches, images - held, images), limit)
         for share in passes(model, groups, Sampling(positions, images - held), limit):
             readers = {reader.key: reader for _, found in share for reader in found}
             with hooked((reader.layer, reader.read) for reader in readers.values()):
-                for seen in _part(batches, 0, images - held):
+                for seen in some(batches, 0, images - held):
                     model(seen)
             for number, (group, found) in enumerate(share):
                 counts = sorted({*np.linspace(0, group.size, levels + 1).round().astype(int)[1:-1], group.size - 1})
@@ -215,45 +215,45 @@ class _Outputs:
         if sum(map(len, self._parts)) <= size:
             self._forwards = [PartialForward(model) for _ in self._parts]
         self._logits = [forward.run(part) for forward, part in zip(self._cycled(), self._parts, strict=True)]
-        self._spread = float(torch.cat(self._logits).double().var(0).sum()) if divergence == "square" else 1.0
         if not all(bool(logits.isfinite().all()) for logits in self._logits):
             raise InputError("the outputs hold NaN or infinity on this probe; leave out the images that give them")
 
     def moved(self, cuts: Sequence[_Cut]) -> list[float]:
         """Return the mean divergence that each cut makes."""
-        total = np.zeros(len(cuts))
-        for forward, part, logits in zip(self._cycled(), self._parts, self._logits, strict=True):
+        found: list[list[Tensor]] = [[] for _ in cuts]
+        for forward, part in zip(self._cycled(), self._parts, strict=True):
             if len(self._forwards) < len(self._parts):
                 forward.run(part)
-            for number, cut in enumerate(cuts):
+            for cut, outputs in zip(cuts, found, strict=True):
                 with cut.made(self._model):
-                    found = forward.rerun(cut.changed)
-                total[number] += _distance(self._divergence, logits, found)
-        return (total / sum(map(len, self._parts)) / self._spread).tolist()
+                    outputs.append(forward.rerun(cut.changed))
+        return [mean_divergence(self._divergence, self._logits, outputs) for outputs in found]
 
     def _cycled(self) -> list[PartialForward]:
         return self._forwards if len(self._forwards) == len(self._parts) else self._forwards * len(self._parts)
 
 
-def _distance(divergence: Divergence, dense: Tensor, cut: Tensor) -> float:
-    """Return the sum over images of a divergence, each the mean over its positions."""
-    dense, cut = dense.double(), cut.double()
+def mean_divergence(divergence: Divergence, dense: Sequence[Tensor], cut: Sequence[Tensor]) -> float:
+    """Return the mean divergence of outputs from those of the dense network, over images and their positions.
+
+    Args:
+        divergence: what they are compared by.
+        dense: outputs ``[B, …]`` of the dense network, batch by batch.
+        cut: the same of another network.
+    """
+    wanted, found = torch.cat(list(dense)).double(), torch.cat(list(cut)).double()
     if divergence == "square":
-        return float((dense - cut).square().sum())
+        return float((wanted - found).square().sum() / (wanted - wanted.mean(0)).square().sum())
     if divergence == "kl":
-        wanted, found = (F.log_softmax(logits, 1) for logits in (dense, cut))
-        each = (wanted.exp() * (wanted - found)).sum(1)
-    else:
-        each = sum(
-            (sign * dense).sigmoid() * (F.logsigmoid(sign * dense) - F.logsigmoid(sign * cut)) for sign in (1, -1)
-        )
-        assert isinstance(each, Tensor)
-        each = each.flatten(1).sum(1) if dense.ndim == 2 else each
-    return float(each.flatten(1).mean(1).sum() if each.ndim > 1 else each.sum())
+        wanted, found = (F.log_softmax(outputs, 1) for outputs in (wanted, found))
+        return float((wanted.exp() * (wanted - found)).sum(1).mean())
+    log_yes, log_no = (F.logsigmoid(sign * wanted) - F.logsigmoid(sign * found) for sign in (1, -1))
+    each = wanted.sigmoid() * log_yes + (-wanted).sigmoid() * log_no
+    return float(each.sum(1).mean() if each.ndim == 2 else each.mean())
 
 
-def _part(batches: Iterable[Tensor], first: int, last: int) -> Iterator[Tensor]:
-    """Give the images from one number on to before another."""
+def some(batches: Iterable[Tensor], first: int, last: int) -> Iterator[Tensor]:
+    """Give the images of some batches from one number on to before another."""
     seen = 0
     for images in batches:
         part = images[max(0, first - seen) : max(0, last - seen)]

@@ -22,7 +22,7 @@ from chanaxes_pl.pruning import sensitivity as home
 from chanaxes_pl.pruning.allocation import fit_budget, uniform_order
 from chanaxes_pl.pruning.pruner import divergence_of
 from chanaxes_pl.pruning.readers import Sampling, passes
-from chanaxes_pl.pruning.sensitivity import divergences, measure_sensitivity, sensitivity_order
+from chanaxes_pl.pruning.sensitivity import divergences, mean_divergence, measure_sensitivity, sensitivity_order
 from chanaxes_pl.units.groups import find_units
 from chanaxes_pl.units.removal import Group, remove
 from tests.helpers.networks import NETS, ONE, build
@@ -173,14 +173,19 @@ def test_partial_and_whole_passes_agree(name, monkeypatch):
 def test_divergences_are_what_they_are_called():
     generator = torch.Generator().manual_seed(0)
     dense, cut = (torch.randn(5, 4, generator=generator) for _ in range(2))
-    kl = F.kl_div(cut.log_softmax(1), dense.log_softmax(1), reduction="sum", log_target=True)
-    assert home._distance("kl", dense, cut) == pytest.approx(float(kl), rel=1e-5)
+
+    def found(kind: home.Divergence, *outputs: Tensor) -> float:
+        return mean_divergence(kind, *(part.split(2) for part in outputs))
+
+    kl = F.kl_div(cut.log_softmax(1), dense.log_softmax(1), reduction="batchmean", log_target=True)
+    assert found("kl", dense, cut) == pytest.approx(float(kl), rel=1e-5)
     p, q = dense.double().sigmoid(), cut.double().sigmoid()
-    bits = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).sum()
-    assert home._distance("bits", dense, cut) == pytest.approx(float(bits), rel=1e-5)
-    assert home._distance("square", dense, cut) == pytest.approx(float((dense - cut).square().sum()), rel=1e-5)
+    bits = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).sum() / 5
+    assert found("bits", dense, cut) == pytest.approx(float(bits), rel=1e-5)
+    shares = (dense - cut).square().sum() / (dense.var(0, correction=0).sum() * 5)
+    assert found("square", dense, cut) == pytest.approx(float(shares), rel=1e-5)
     maps = [tensor[:, :, None, None].expand(-1, -1, 2, 3) for tensor in (dense, cut)]
-    assert home._distance("kl", *maps) == pytest.approx(float(kl), rel=1e-5)  # a mean over positions
+    assert found("kl", *maps) == pytest.approx(float(kl), rel=1e-5)  # a mean over positions
 
 
 @pytest.mark.parametrize(
