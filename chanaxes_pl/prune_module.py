@@ -17,19 +17,21 @@ import numpy as np
 import pandas as pd
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from torchmetrics import Metric
 
 from chanaxes_pl.analysis.damage import join_axes, score_damage_correlation
 from chanaxes_pl.analysis.scores import SCORE_COLUMN
 from chanaxes_pl.axes import measure_axes
+from chanaxes_pl.compensation.polish import distillation_loss
 from chanaxes_pl.core.errors import InputError, naming
 from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.lesions.damage_table import LesionExperiment, join_shares, lesion_table
 from chanaxes_pl.models import ImageClassifier
 from chanaxes_pl.models.checkpoints import load_classifier
-from chanaxes_pl.network.batches import Placement
+from chanaxes_pl.network.batches import Placement, logits_of, split_batch
+from chanaxes_pl.network.cloning import clone
 from chanaxes_pl.network.layers import select_layers
 from chanaxes_pl.network.probe import MIN_IMAGES, Probe, ProbeSource, find_probe, first_loader, image_batches
 from chanaxes_pl.network.recording import Settings
@@ -60,7 +62,8 @@ class PruneModule(ImageClassifier):
     ``trainer.fit(PruneModule(prune(…)), datamodule=dm)`` fine-tunes with a fixed recipe (SGD, momentum, cosine). Its
     checkpoints hold the plan, so a run can be resumed with a module made from the same plan or from the dense network.
     ``load_slim("last.ckpt", MyNet())`` gives the fine-tuned network alone, and
-    ``PruneModule.load_from_checkpoint("last.ckpt", model=MyNet())`` the module.
+    ``PruneModule.load_from_checkpoint("last.ckpt", model=MyNet())`` the module. With ``teacher=`` the network learns
+    the teacher's outputs instead of the labels, which the training batches then need not have.
 
     Args:
         model: network from images to logits, a :class:`Slim`, or the path of a :class:`Classifier`'s checkpoint.
@@ -72,6 +75,8 @@ class PruneModule(ImageClassifier):
         momentum: momentum of fine-tuning.
         weight_decay: weight decay of fine-tuning.
         num_classes: number of logits; default the outputs of the last Linear layer.
+        teacher: network whose outputs fine-tuning is to bring back, such as the dense one: the loss is that of
+            :func:`distillation_loss`. It works in eval mode as a copy, which is in no checkpoint.
 
     Attributes:
         table: result of the experiment, the same on every process.
@@ -92,6 +97,7 @@ class PruneModule(ImageClassifier):
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
         num_classes: int | None = None,
+        teacher: nn.Module | None = None,
     ) -> None:
         source = Path(model) if isinstance(model, (str, Path)) else None
         network = _network(model)
@@ -102,12 +108,35 @@ class PruneModule(ImageClassifier):
         self.experiment = _experiment(experiment, self.plan)
         self.table = pd.DataFrame()
         self._num_classes = classes
+        # In a tuple, so that it is no submodule: its weights are not trained and in no checkpoint.
+        self._teacher = () if teacher is None else (clone(teacher).eval(),)
         self._probe = probe
         self._out = RunFolder.of_checkpoint(source).path if out is None and source else out
 
     def on_fit_start(self) -> None:
         """Put all modules in training mode: Lightning would leave a pruned network in eval mode."""
         self.train()
+        for teacher in self._teacher:
+            teacher.to(self.device)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The loss of one batch ``(images, labels)``; with a teacher, of a batch of images with or without labels.
+
+        Raises:
+            ValueError: if the teacher's outputs have another shape.
+        """
+        if not self._teacher:
+            return super().training_step(batch, batch_idx)
+        images, labels = split_batch(batch)
+        logits = self(images)
+        with torch.no_grad():
+            wanted = logits_of(self._teacher[0](images))
+        values: dict[str, Any] = {"train/loss": (loss := distillation_loss(logits, wanted))}
+        if labels is not None:
+            self.train_top1.update(logits, labels)
+            values["train/top1"] = self.train_top1
+        self._log_epoch(values, len(images))
+        return loss
 
     def on_test_epoch_end(self) -> None:
         """Run the experiment, and write its table and figure."""

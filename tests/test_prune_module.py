@@ -7,6 +7,7 @@ import os
 import random
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as L
 import pandas as pd
@@ -198,6 +199,31 @@ def test_a_slim_network_is_fine_tuned(tmp_path):
     assert any(not torch.equal(a, b) for a, b in zip(module.network.parameters(), before.parameters(), strict=True))
     data = DataLoader(images(32, 1), batch_size=8)
     assert evaluate(module.network, data, Placement(same))["loss"] < evaluate(before, data, Placement(same))["loss"]
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_slim_network_learns_from_its_teacher(tmp_path, labelled):
+    """Without labels, too; the teacher stays as it is and is in no checkpoint."""
+    teacher, small = network().train(), prune(network(), images(32, 1), budget=0.3, compensate=False)
+    state, logger = copy.deepcopy(teacher.state_dict()), RecordingLogger()
+    module = PruneModule(small, teacher=teacher, lr=0.05)
+    assert not any("teacher" in name for name in module.state_dict())
+    data: Any = images(32, 1) if labelled else [image for image, _ in images(32, 1)]
+    fitter = trainer(tmp_path, max_epochs=8, logger=logger, log_every_n_steps=1)
+    fitter.fit(module, train_dataloaders=DataLoader(data, batch_size=8))
+    losses = [row["train/loss"] for _, row in logger.of("train/loss")]
+    assert losses[-1] < 0.5 * losses[0]
+    assert ("train/top1" in fitter.callback_metrics) == labelled
+    assert teacher.training
+    assert all(torch.equal(value, state[key]) for key, value in teacher.state_dict().items())
+
+
+def test_a_teacher_of_another_shape_is_refused(tmp_path):
+    teacher = build_backbone("resnet18", 9, 0.125)
+    with pytest.raises(
+        ValueError, match=r"the teacher gives outputs \[8, 9\], the network \[8, 4\]: expected the same"
+    ):
+        trainer(tmp_path, max_epochs=1).fit(PruneModule(slim(), teacher=teacher), datamodule=Data())
 
 
 def fitted(root: Path, module: L.LightningModule, epochs: int, ckpt_path: Path | None = None) -> Path:
