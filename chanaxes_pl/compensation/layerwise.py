@@ -100,7 +100,11 @@ def compensate(
     sizes = [(len(images), images.nbytes) for images in batches]
     groups = list(groups)
     channels = kept_channels(dense, groups, kept)
-    places = _positions(dense, image, "input" if compensation == "fold" else "output")
+    side = "input" if compensation == "fold" else "output"
+    places, left = (_positions(model, image, side) for model in (dense, slim))
+    for name in refused:
+        if places.get(name) != left.get(name) and not refused[name]:
+            refused[name] = "some of its positions are channels that are gone"
     tasks, scales = {}, row_scales(groups, kept)
     for name in (name for name, why in refused.items() if not why):
         layer, original = slim.get_submodule(name), dense.get_submodule(name)
@@ -346,7 +350,7 @@ def _up(gigabytes: float) -> str:
     return f"{gigabytes * 1.05:.2g}"
 
 
-def _positions(model: nn.Module, image: Tensor, side: Literal["input", "output"]) -> dict[str, int]:
+def _positions(model: nn.Module, image: Tensor, side: str) -> dict[str, int]:
     """Return the number of positions in each layer's input or output."""
     counts = {}
     for call in calls(model, lambda: model(image)):

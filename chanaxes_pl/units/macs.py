@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from chanaxes_pl.network.cloning import clone
 from chanaxes_pl.network.hooks import calls, observed
 from chanaxes_pl.network.layers import CONVOLUTIONS, channel_count
 from chanaxes_pl.units.flow import LAYERS, TRANSPOSED
-from chanaxes_pl.units.removal import Group
+from chanaxes_pl.units.removal import FAILURES, Group, remove
 
 # PyTorch's flop counter knows attention on other devices only.
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -74,7 +75,7 @@ def _lost(sets: _Sets, removed: np.ndarray) -> float:
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """MACs of one layer: ``scale`` × outputs × inputs per output."""
+    """MACs of one layer: ``scale`` × outputs × inputs per output, less the positions that go with units of groups."""
 
     scale: float
     outputs: int
@@ -82,11 +83,13 @@ class _Layer:
     groups: int
     outputs_of: _Sets
     inputs_of: _Sets
+    share_of: Mapping[int, float]
 
     def macs(self, removed: np.ndarray) -> float:
         outputs = self.outputs - _lost(self.outputs_of, removed)
         inputs = self.inputs - _lost(self.inputs_of, removed)
-        return self.scale * outputs * inputs / self.groups
+        positions = 1 - sum(share * removed[group] for group, share in self.share_of.items())
+        return self.scale * positions * outputs * inputs / self.groups
 
 
 class Macs:
@@ -109,7 +112,8 @@ class Macs:
     def __init__(self, model: nn.Module, groups: Iterable[Group], example: Tensor) -> None:
         self.groups = tuple(groups)
         self.dense, runs = _runs(model, example)
-        self._layers = [_cost(name, *run, self.groups) for name, run in runs.items()]
+        shares = _shares_of_positions(model, self.groups, example, {name: count for name, (_, count) in runs.items()})
+        self._layers = [_cost(name, *run, self.groups, shares[name]) for name, run in runs.items()]
         # Other products, such as those between activations, are assumed constant; a slim network is measured anyway.
         self._rest = self.dense - self._of_layers(np.zeros(len(self.groups)))
 
@@ -123,22 +127,58 @@ class Macs:
 
 def _runs(model: nn.Module, example: Tensor) -> tuple[int, dict[str, tuple[nn.Module, int]]]:
     """Return the MACs, and each convolution and Linear layer that runs with the number of positions of its kernel."""
-    runs: dict[str, tuple[nn.Module, int]] = {}
+    positions = _positions(model, example)
+    return count_macs(model, example), {name: (model.get_submodule(name), count) for name, count in positions.items()}
+
+
+def _positions(model: nn.Module, example: Tensor) -> dict[str, int]:
+    """Return for each convolution and Linear layer that runs its number of positions, in all runs together."""
+    found: dict[str, int] = {}
     for call in calls(model, lambda: model(example)):
         if isinstance(call.module, TRANSPOSED):
-            positions = math.prod(call.input_shape) // (len(example) * call.module.in_channels)
-            runs[call.name] = (call.module, runs.get(call.name, (call.module, 0))[1] + positions)
+            count = math.prod(call.input_shape) // (len(example) * call.module.in_channels)
         elif isinstance(call.module, LAYERS):
-            positions = math.prod(call.output_shape) // (len(example) * channel_count(call.module))
-            runs[call.name] = (call.module, runs.get(call.name, (call.module, 0))[1] + positions)
-    return count_macs(model, example), runs
+            count = math.prod(call.output_shape) // (len(example) * channel_count(call.module))
+        else:
+            continue
+        found[call.name] = found.get(call.name, 0) + count
+    return found
 
 
-def _cost(name: str, layer: nn.Module, positions: int, groups: Sequence[Group]) -> _Layer:
+def _shares_of_positions(
+    model: nn.Module, groups: Sequence[Group], example: Tensor, whole: Mapping[str, int]
+) -> dict[str, dict[int, float]]:
+    """Return for each layer which share of its positions goes with each unit of the groups.
+
+    Where channels are the positions of a layer, as between the tokens of a mixer, fewer channels are fewer positions.
+    """
+    shares: dict[str, dict[int, float]] = {name: {} for name in whole}
+
+    def left(cut: Sequence[Group]) -> dict[str, int]:
+        slim = clone(model)
+        remove(slim, groups, {group.name: torch.arange(group.size // 2, group.size) for group in cut})
+        return _positions(slim, example)
+
+    try:
+        if left(groups) == whole:
+            return shares
+    except FAILURES:  # the cut to a budget will tell why
+        return shares
+    for number, group in enumerate(groups):
+        for name, count in left([group]).items():
+            if count != whole[name]:
+                shares[name][number] = (1 - count / whole[name]) / (group.size // 2)
+    return shares
+
+
+def _cost(
+    name: str, layer: nn.Module, positions: int, groups: Sequence[Group], share_of: Mapping[int, float]
+) -> _Layer:
     outputs_of = _sets({g: group.producers[name] for g, group in enumerate(groups) if name in group.producers})
     inputs_of = _sets({g: group.consumers[name] for g, group in enumerate(groups) if name in group.consumers})
     if isinstance(layer, nn.Linear):
-        return _Layer(positions, layer.out_features, layer.in_features, 1, outputs_of, inputs_of)
+        return _Layer(positions, layer.out_features, layer.in_features, 1, outputs_of, inputs_of, share_of)
     assert isinstance(layer, CONVOLUTIONS + TRANSPOSED)
     kernel = int(np.prod(layer.kernel_size))
-    return _Layer(positions * kernel, layer.out_channels, layer.in_channels, layer.groups, outputs_of, inputs_of)
+    sizes = layer.out_channels, layer.in_channels, layer.groups
+    return _Layer(positions * kernel, *sizes, outputs_of, inputs_of, share_of)

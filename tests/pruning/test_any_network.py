@@ -164,7 +164,23 @@ def mapping() -> nn.Module:
     return Net(forward, a=conv(3, 16), b=conv(16, 16), head=head(16))
 
 
+class Mixer(nn.Module):
+    """Layers over positions, for which channels are positions, between layers over channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.norm, self.head = nn.Conv2d(3, 24, 4, stride=4), nn.LayerNorm(24), nn.Linear(24, 7)
+        self.over_positions = nn.Sequential(nn.Linear(16, 20), nn.GELU(), nn.Linear(20, 16))
+        self.over_channels = nn.Sequential(nn.Linear(24, 48), nn.GELU(), nn.Linear(48, 24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).mT
+        x = x + self.over_positions(self.norm(x).mT).mT
+        return self.head((x + self.over_channels(x)).mean(1))
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "layers over positions": Mixer,
     "fused attention": lambda: Transformer(lambda: FusedAttention(24, 6)),
     "torch's attention": lambda: Transformer(lambda: nn.MultiheadAttention(24, 6, batch_first=True)),
     "GroupNorm": lambda: chain(
@@ -225,6 +241,17 @@ def test_an_auxiliary_head_can_still_be_trained():
     (logits.sum() + auxiliary.sum()).backward()
     assert slim.auxiliary[0].weight.shape[1] == slim.stem.out_channels < 16
     assert slim.auxiliary[0].weight.grad is not None
+
+
+def test_layers_over_positions_are_not_fitted_and_the_others_are():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Mixer().eval()
+    for kind in ("refit", "fold"):
+        report = prune(model, TensorDataset(IMAGES), budget=0.5, compensate=kind).report.set_index("layer")
+        fitted = ["patches", "over_channels.0", "over_channels.2", "head"]
+        assert (report.reason[fitted] == "").all()
+        assert (report.reason.drop(fitted) == "some of its positions are channels that are gone").all()
 
 
 @pytest.mark.parametrize("fused", [True, False])
