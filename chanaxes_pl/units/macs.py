@@ -114,12 +114,40 @@ class Macs:
         self.dense, runs = _runs(model, example)
         shares = _shares_of_positions(model, self.groups, example, {name: count for name, (_, count) in runs.items()})
         self._layers = [_cost(name, *run, self.groups, shares[name]) for name, run in runs.items()]
-        # Other products, such as those between activations, are assumed constant; a slim network is measured anyway.
+        # Products between activations.
         self._rest = self.dense - self._of_layers(np.zeros(len(self.groups)))
+        self._products = self._find_products(model, example) if self._rest else []
 
     def of(self, removed: np.ndarray) -> float:
         """Return the MACs after each group has lost ``removed`` ``[G]`` units."""
-        return self._rest + self._of_layers(removed)
+        rest = self._rest
+        for amount, share_of in self._products:
+            left = math.prod(1 - share * removed[group] for group, share in share_of.items())
+            rest -= amount * (1 - left)
+        return rest + self._of_layers(removed)
+
+    def _find_products(self, model: nn.Module, example: Tensor) -> list[tuple[float, dict[int, float]]]:
+        """Return what products there are, in MACs, and which share of each goes with each unit of some groups.
+
+        Found by cutting a group in half. Groups that share a layer, such as the heads of an attention and the channels
+        within them, are factors of the same product.
+        """
+        lost: dict[int, float] = {}
+        for number, group in enumerate(self.groups):
+            half = np.zeros(len(self.groups), dtype=int)
+            half[number] = group.size // 2
+            slim = clone(model)
+            remove(slim, self.groups, {group.name: torch.arange(half[number], group.size)})
+            rest = count_macs(slim, example) - self._of_layers(half)
+            if half[number] and rest < self._rest:
+                lost[number] = (self._rest - rest) / half[number]  # MACs of a unit
+        products: list[tuple[float, dict[int, float]]] = []
+        while lost:
+            first = self.groups[next(iter(lost))]
+            joined = [number for number in lost if self.groups[number].producers.keys() & first.producers.keys()]
+            amount = max(lost[number] * self.groups[number].size for number in joined)
+            products.append((amount, {number: lost.pop(number) / amount for number in joined}))
+        return products
 
     def _of_layers(self, removed: np.ndarray) -> float:
         return sum(layer.macs(removed) for layer in self._layers)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ from torch.utils.data import TensorDataset
 from chanaxes_pl import find_units, load_slim, prune
 from chanaxes_pl.compensation.layerwise import compensate
 from chanaxes_pl.network.cloning import clone
+from chanaxes_pl.pruning.costs import without
+from chanaxes_pl.units.macs import Macs, count_macs
+from chanaxes_pl.units.plain import plain
 from chanaxes_pl.units.removal import remove
 from tests.helpers.networks import Net, head, pooled
 from tests.units.test_plain import Standardised
@@ -241,6 +245,20 @@ def test_an_auxiliary_head_can_still_be_trained():
     (logits.sum() + auxiliary.sum()).backward()
     assert slim.auxiliary[0].weight.shape[1] == slim.stem.out_channels < 16
     assert slim.auxiliary[0].weight.grad is not None
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_cost_of_a_cut_is_known_before_it_is_made(name):
+    """Products between activations, and layers over positions, too."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = plain(NETWORKS[name]().eval())
+    example = (IMAGES.bfloat16() if name == "bfloat16" else IMAGES)[:1]
+    groups = list(find_units(model, example).groups.values())
+    macs = Macs(model, groups, example)
+    for share in (0.2, 0.5, 0.8):
+        removed = np.array([min(group.size - 1, round(share * group.size)) for group in groups])
+        assert macs.of(removed) == pytest.approx(count_macs(without(model, groups, removed), example), rel=0.02)
 
 
 def test_layers_over_positions_are_not_fitted_and_the_others_are():
