@@ -45,6 +45,14 @@ def count_macs(model: nn.Module, example: Tensor) -> int:
     return counter.get_total_flops() // (2 * len(example))
 
 
+def _without_numbers(model: nn.Module, example: Tensor) -> int:
+    """Return the MACs from shapes alone, which is fast; −1 if the model needs numbers. It is of no use afterwards."""
+    try:
+        return count_macs(model.to("meta"), example.to("meta"))
+    except FAILURES:
+        return -1
+
+
 def _attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: object, **__: object) -> int:
     """Return the operations of attention from the shapes of its inputs."""
     return sdpa_flop_count(query, key, value)
@@ -133,12 +141,13 @@ class Macs:
         within them, are factors of the same product.
         """
         lost: dict[int, float] = {}
+        count = _without_numbers if _without_numbers(clone(model), example) == self.dense else count_macs
         for number, group in enumerate(self.groups):
             half = np.zeros(len(self.groups), dtype=int)
             half[number] = group.size // 2
             slim = clone(model)
             remove(slim, self.groups, {group.name: torch.arange(half[number], group.size)})
-            rest = count_macs(slim, example) - self._of_layers(half)
+            rest = count(slim, example) - self._of_layers(half)
             if half[number] and rest < self._rest:
                 lost[number] = (self._rest - rest) / half[number]  # MACs of a unit
         products: list[tuple[float, dict[int, float]]] = []
