@@ -150,6 +150,7 @@ class _Ahead(Generic[T]):
             for name, taken in self._through(layers, passed, images).items():
                 self._held[name].append(taken)
             passed += len(images)
+            _give_back()
 
     def _through(self, layers: list[str], first: int, images: Tensor) -> dict[str, T]:
         """Run some images as far as the last of some layers."""

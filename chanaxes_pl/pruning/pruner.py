@@ -45,7 +45,6 @@ from chanaxes_pl.pruning.costs import Cost, Parameters
 from chanaxes_pl.pruning.latency import Latency
 from chanaxes_pl.pruning.scores import channel_scores, unit_ranks, unit_values
 from chanaxes_pl.pruning.sensitivity import (
-    COMPARED,
     LEVELS,
     Divergence,
     mean_divergence,
@@ -66,6 +65,8 @@ IMAGES = 2000
 # Before compensation, a slim network's logits equal those of the dense network with the removed channels masked, up to
 # this share of the largest logit, or to this multiple of the logits' precision.
 _AGREE, _ROUNDINGS = 1e-3, 16
+# Images that tell what a step gained, few of them at once.
+_TOLD, _AT_ONCE = 128, 16
 
 
 #: What follows a cut: a layer-wise compensation, or ``"distill"``, a refit with polish after it.
@@ -99,7 +100,7 @@ class Slim:
         plan: which units it kept, and how they were chosen.
         report: errors of each layer before and after compensation, see :func:`compensate`; ``None`` without.
         steps: what each step gained: ``step`` (``"cut"``, then those of the compensation), ``divergence`` of the
-            outputs from the dense network's on at most 512 of the probe's images, as in :func:`sensitivity`, and
+            outputs from the dense network's on at most 128 of the probe's images, as in :func:`sensitivity`, and
             ``seconds``.
         sensitivity: what the allocation went by, see :func:`sensitivity`; ``None`` for allocations without it.
     """
@@ -423,7 +424,7 @@ class _Steps:
 
     def __init__(self, model: nn.Module, divergence: Divergence, batches: Iterable[Tensor]) -> None:
         self._divergence: Divergence = divergence
-        self._images = list(some(batches, 0, COMPARED))
+        self._images = [part for images in some(batches, 0, _TOLD) for part in images.split(_AT_ONCE)]
         with observed(model):
             self._outputs = [logits_of(model(images)) for images in self._images]
         self._begin = perf_counter()
