@@ -245,7 +245,7 @@ def test_a_split_of_fixed_sizes_keeps_the_channels_that_it_splits():
         ({"allocation": "unform"}, r"prune\(allocation='unform'\): expected one of 'uniform', 'shared', 'own'"),
         (
             {"compensate": "nonsense"},
-            r"compensate='nonsense'\): expected True \(the same as 'refit'\), 'fold', or False",
+            r"compensate='nonsense'\): expected True \(the same as 'refit'\), 'fold', 'distill', or False",
         ),
     ],
 )
