@@ -26,6 +26,8 @@ T = TypeVar("T")
 Take = Callable[[str, int, Tensor, Tensor], T]
 
 _MANY = 1 << 30
+# Freed memory is given back after as many parts: after each would take long.
+_PARTS = 8
 # Reading and writing a number takes about as long as this many multiply–accumulates.
 _ELEMENTWISE = 16
 
@@ -212,6 +214,8 @@ class _Waiting:
                 self._wait(number, None)
             read = place.values[node.all_input_nodes[0]]
             del waits, place, here
+            if number % _PARTS == 0:
+                _give_back()
             yield ahead.of(name, images), read
             del read, images  # before the next batch runs
 
