@@ -34,6 +34,8 @@ Divergence = Literal["kl", "bits", "square"]
 LEVELS = 8
 #: Images on which outputs are compared at most.
 COMPARED = 512
+# As other groups shrink, what a step frees changes: no step takes more than this part of what a group has left.
+_PIECES = 8
 _GIGABYTE = 1e9
 _LEAST = 1e-9
 
@@ -91,11 +93,11 @@ def measure_sensitivity(
                 counts = sorted({*np.linspace(0, group.size, levels + 1).round().astype(int)[1:-1], group.size - 1})
                 counts = [int(count) for count in counts if count]
                 order = ranks[group.name].argsort(stable=True)
-                refits = zip(*(reader.refits(group, order, counts, ridge) for reader in found), strict=True)
-                names = dict.fromkeys(group.consumers)
+                # No layer reads the queries and keys of an attention: such a group has nothing to refit.
+                refits = [reader.refits(group, order, counts, ridge) for reader in found]
                 cuts = [
-                    _Cut(group, order[count:].sort().values, dict(zip(names, fitted, strict=True)))
-                    for count, fitted in zip(counts, refits, strict=True)
+                    _Cut(group, order[count:].sort().values, dict(zip(group.consumers, map(next, refits), strict=True)))
+                    for count in counts
                 ]
                 moved = [0.0, *outputs.moved(cuts)]
                 for count, distance in zip([0, *counts], moved, strict=True):
@@ -144,10 +146,6 @@ def sensitivity_order(macs: Macs, table: pd.DataFrame) -> np.ndarray:
         removed[group] += step
         left[group] -= step
     return np.array(order, dtype=int)
-
-
-# As other groups shrink, what a step frees changes: no step takes more than this part of what a group has left.
-_PIECES = 8
 
 
 def divergences(groups: Sequence[Group], table: pd.DataFrame) -> list[np.ndarray]:

@@ -139,6 +139,29 @@ def test_a_cut_computes_what_the_network_without_the_units_does(name):
                 torch.testing.assert_close(found_logits, slim(IMAGES), rtol=1e-3, atol=1e-4)
 
 
+class Separate(nn.Module):
+    """Queries, keys and values from layers of their own: no layer reads the first two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.head = nn.Conv2d(3, 12, 8, stride=8), nn.Linear(12, 7)
+        self.q, self.k, self.v, self.out = (nn.Linear(12, 12) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).mT
+        weights = (self.q(x) @ self.k(x).mT).softmax(-1)
+        return self.head((x + self.out(weights @ self.v(x))).mean(1))
+
+
+def test_queries_and_keys_have_nothing_to_refit_and_are_measured():
+    torch.manual_seed(0)
+    groups, table = measured(Separate().eval())
+    (unread,) = (group for group in groups if not group.consumers)
+    rows = table[table["group"] == unread.name]
+    assert rows["removed"].tolist() == [0, 3, 6, 9, 11]
+    assert (rows["divergence"].iloc[1:] > 0).all()
+
+
 @torch.no_grad()
 def test_a_copy_of_a_channel_costs_nothing():
     model = build("concatenating")
