@@ -29,7 +29,7 @@ from chanaxes_pl.core.errors import ArgumentError, short
 from chanaxes_pl.core.moments import Moments, accumulation_device, true_float32
 from chanaxes_pl.network.hooks import calls, observed, same_outputs
 from chanaxes_pl.network.layers import CONVOLUTIONS, by_position, why_not_affine
-from chanaxes_pl.network.pairing import paired
+from chanaxes_pl.network.pairing import Seen, paired
 from chanaxes_pl.network.sampling import local_samples, patches, sample_positions
 from chanaxes_pl.units.flow import LAYERS, TRANSPOSED, goes_by_groups
 from chanaxes_pl.units.groups import executed_layers
@@ -124,10 +124,10 @@ def compensate(
     layers, room = list(tasks), limit - equations - listed
     strange = set()
 
-    def taken(name: str, first: int, read: Tensor, gave: Tensor) -> _Goal:
-        if not first and not _is_affine(tasks[name].original, read, gave):
+    def taken(name: str, first: int, seen: Seen, gave: Tensor) -> _Goal:
+        if not first and not _is_affine(tasks[name].original, seen.read, gave):
             strange.add(name)
-        return take(tasks[name], first, read, gave)
+        return take(tasks[name], first, seen, gave)
 
     rows = [_row(name, reason=why) for name, why in refused.items() if why]
     with observed(dense), observed(slim):
@@ -278,11 +278,13 @@ class _Goal(NamedTuple):
         values: ``[n, C]``, samples of the dense outputs that stay, or of the dense inputs.
         size: spatial size of the dense output.
         sums: sums of the dense input by channel, by which its like is known.
+        beside: ``[n, C]``, samples of what is added to these outputs, see :class:`Seen`; ``None`` if not known.
     """
 
     values: Tensor
     size: torch.Size
     sums: Tensor
+    beside: Tensor | None = None
 
 
 def _is_affine(layer: nn.Module, read: Tensor, gave: Tensor) -> bool:
@@ -290,15 +292,17 @@ def _is_affine(layer: nn.Module, read: Tensor, gave: Tensor) -> bool:
     return same_outputs(type(layer).forward(layer, read[:_CHECKED]), gave[:_CHECKED], _CHECK_SHARE)
 
 
-def _dense_outputs(task: _Task, first: int, read: Tensor, gave: Tensor) -> _Goal:
+def _dense_outputs(task: _Task, first: int, seen: Seen, gave: Tensor) -> _Goal:
     """What :func:`_refit` needs."""
-    values = _sampled(task, first, gave)[:, task.outputs.to(gave.device)]
-    return _Goal(values, gave.shape[2:], _sums(task, read))
+    kept, beside = task.outputs.to(gave.device), None
+    if seen.beside is not None and seen.beside.shape == gave.shape and task.scale is None:
+        beside = _sampled(task, first, seen.beside)[:, kept]
+    return _Goal(_sampled(task, first, gave)[:, kept], gave.shape[2:], _sums(task, seen.read), beside)
 
 
-def _dense_inputs(task: _Task, first: int, read: Tensor, gave: Tensor) -> _Goal:
+def _dense_inputs(task: _Task, first: int, seen: Seen, gave: Tensor) -> _Goal:
     """What :func:`_fold` needs."""
-    return _Goal(_sampled(task, first, read), gave.shape[2:], _sums(task, read))
+    return _Goal(_sampled(task, first, seen.read), gave.shape[2:], _sums(task, seen.read))
 
 
 def _sampled(task: _Task, first: int, signal: Tensor) -> Tensor:
@@ -364,11 +368,13 @@ def _row(layer: str, before: float = math.nan, after: float = math.nan, reason: 
     return {"layer": layer, "before": before, "after": after, "reason": reason}
 
 
-def _refit(task: _Task, goals: Iterable[tuple[_Goal, Tensor]]) -> tuple[float, float, str]:
+def _refit(task: _Task, goals: Iterable[tuple[_Goal, Seen]]) -> tuple[float, float, str]:
     """Fit a layer's weights and bias so that its inputs x in the slim network give its dense outputs y.
 
     Minimises E‖y − Wx − b‖² + λ v ‖W − W₀‖² over W and b, separately for each group of a grouped convolution. W₀ are
-    the current weights, v is the mean variance of x. This is the reconstruction of He, Zhang and Sun (2017) with ridge.
+    the current weights, v is the mean variance of x. A layer that completes a residual sum makes up for what the other
+    term lacks too: y is the dense sum less the slim network's other term. This is the reconstruction of He, Zhang and
+    Sun (2017), who treat residual sums so, with ridge.
 
     Returns:
         The error before and after, and why the layer could not be fitted, else empty; see :func:`compensate`.
@@ -378,16 +384,19 @@ def _refit(task: _Task, goals: Iterable[tuple[_Goal, Tensor]]) -> tuple[float, f
     weight = layer.weight.to(kind).reshape(blocks, outputs, features)  # type: ignore[operator,union-attr]
     bias = weight.new_zeros(blocks, outputs) if layer.bias is None else layer.bias.to(kind).reshape(blocks, outputs)  # type: ignore[operator,union-attr]
 
-    def sample(goal: _Goal, read: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
+    def sample(goal: _Goal, seen: Seen, first: int) -> tuple[Tensor, Tensor, Tensor]:
+        read = seen.read
         if isinstance(layer, CONVOLUTIONS):
-            seen = patches(layer, read, *_places(first, len(read), goal.size.numel(), task.positions), goal.size)
+            inputs = patches(layer, read, *_places(first, len(read), goal.size.numel(), task.positions), goal.size)
         else:
-            seen = _sampled(task, first, read)
+            inputs = _sampled(task, first, read)
         given = goal.values.to(kind)
         given = given if task.scale is None else given * task.scale.to(given)
-        seen = seen.to(kind).reshape(len(given), blocks, features)
-        made = torch.baddbmm(bias[:, None], seen.transpose(0, 1), weight.mT).transpose(0, 1)
-        return seen, given.reshape(made.shape) - made, given
+        if goal.beside is not None and seen.beside is not None:
+            given = given + (goal.beside - _sampled(task, first, seen.beside))
+        inputs = inputs.to(kind).reshape(len(given), blocks, features)
+        made = torch.baddbmm(bias[:, None], inputs.transpose(0, 1), weight.mT).transpose(0, 1)
+        return inputs, given.reshape(made.shape) - made, given
 
     solution, shares = _solve(task, goals, sample)
     if solution is None:
@@ -399,7 +408,7 @@ def _refit(task: _Task, goals: Iterable[tuple[_Goal, Tensor]]) -> tuple[float, f
     return *shares, ""
 
 
-def _fold(task: _Task, goals: Iterable[tuple[_Goal, Tensor]]) -> tuple[float, float, str]:
+def _fold(task: _Task, goals: Iterable[tuple[_Goal, Seen]]) -> tuple[float, float, str]:
     """Predict a layer's dense inputs z from the remaining ones x, and fold the coefficients into its weights.
 
     Minimises E‖z − Rx − r‖² + λ v ‖R − R₀‖² over R and r, with one R for all positions of the kernel. R₀ passes each
@@ -412,11 +421,11 @@ def _fold(task: _Task, goals: Iterable[tuple[_Goal, Tensor]]) -> tuple[float, fl
     if isinstance(layer, CONVOLUTIONS) and layer.groups > 1:
         return math.nan, math.nan, "its outputs read groups of inputs, which have nothing to fold into"
 
-    def sample(goal: _Goal, read: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
-        kind = torch.promote_types(read.dtype, torch.float32)
-        seen, wanted = _sampled(task, first, read).to(kind), goal.values.to(kind)
-        errors = wanted.index_add(1, task.inputs.to(seen.device), seen, alpha=-1)
-        return seen[:, None], errors[:, None], wanted
+    def sample(goal: _Goal, seen: Seen, first: int) -> tuple[Tensor, Tensor, Tensor]:
+        kind = torch.promote_types(seen.read.dtype, torch.float32)
+        inputs, wanted = _sampled(task, first, seen.read).to(kind), goal.values.to(kind)
+        errors = wanted.index_add(1, task.inputs.to(inputs.device), inputs, alpha=-1)
+        return inputs[:, None], errors[:, None], wanted
 
     solution, shares = _solve(task, goals, sample)
     if solution is None:
@@ -441,35 +450,35 @@ def _fold(task: _Task, goals: Iterable[tuple[_Goal, Tensor]]) -> tuple[float, fl
 
 def _solve(
     task: _Task,
-    goals: Iterable[tuple[_Goal, Tensor]],
-    sample: Callable[[_Goal, Tensor, int], tuple[Tensor, Tensor, Tensor]],
+    goals: Iterable[tuple[_Goal, Seen]],
+    sample: Callable[[_Goal, Seen, int], tuple[Tensor, Tensor, Tensor]],
 ) -> tuple[Solution | None, tuple[float, float]]:
     """Regress the errors of a layer on its inputs, over the batches in which something upstream has changed.
 
     Args:
         task: what to fit.
-        goals: of the layer, with its slim inputs.
-        sample: ``(goal, slim input, number of the first image)`` → inputs ``[n, G, F]``, errors ``[n, G, O]``, and what
+        goals: of the layer, with what it sees in the slim network.
+        sample: ``(goal, the latter, number of the first image)`` → inputs ``[n, G, F]``, errors ``[n, G, O]``, and what
             the errors are errors of ``[n, G·O]``.
 
     Returns:
         ``None`` where there are no such batches; the errors before and after as shares of the variance of the latter.
     """
     regression, spread, first = Ridge(task.shape, task.samples), None, 0
-    for goal, read in goals:
-        if not _same(task, goal, read):
-            with true_float32(read.device):
-                inputs, errors, wanted = sample(goal, read, first)
+    for goal, seen in goals:
+        if not _same(task, goal, seen, first):
+            with true_float32(seen.read.device):
+                inputs, errors, wanted = sample(goal, seen, first)
             if task.samples < task.possible:  # take some of them, evenly spread over the images
-                rows = torch.arange(len(inputs)) + first * (len(inputs) // len(read))
+                rows = torch.arange(len(inputs)) + first * (len(inputs) // len(seen.read))
                 rows = rows * task.samples % task.possible < task.samples
                 inputs, errors, wanted = inputs[rows], errors[rows], wanted[rows]
             if len(inputs):
                 part = Moments.of(wanted.T[..., None])
                 spread = part if spread is None else spread.merge_(part)
                 regression.add(inputs, errors)
-        first += len(read)
-        del goal, read  # before the next ones come
+        first += len(seen.read)
+        del goal, seen  # before the next ones come
     solution = regression.solve(task.ridge)
     if solution is None or spread is None:
         return None, (0.0, 0.0)
@@ -483,10 +492,12 @@ def _places(first: int, count: int, total: int, positions: int) -> tuple[Tensor,
     return torch.arange(count), torch.arange(total).expand(count, -1) if places is None else places
 
 
-def _same(task: _Task, goal: _Goal, read: Tensor) -> bool:
+def _same(task: _Task, goal: _Goal, seen: Seen, first: int) -> bool:
     """Return whether nothing upstream has changed, so that there is nothing to compensate."""
-    sums = _sums(task, read)
-    return sums.shape == goal.sums.shape and torch.equal(sums, goal.sums)
+    sums = _sums(task, seen.read)
+    if sums.shape != goal.sums.shape or not torch.equal(sums, goal.sums):
+        return False
+    return goal.beside is None or seen.beside is None or torch.equal(goal.beside, _sampled(task, first, seen.beside))
 
 
 def _write(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:

@@ -7,6 +7,7 @@ import math
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import accumulate, chain
 from math import prod
@@ -18,12 +19,27 @@ from torch import Tensor, fx, nn
 from chanaxes_pl.core.errors import InputError
 from chanaxes_pl.network.batches import logits_of
 from chanaxes_pl.network.hooks import calls, hooked
+from chanaxes_pl.network.sums import completed_sum
 from chanaxes_pl.network.tracing import Trace
 
 #: What is kept of a layer of the dense network for one batch.
 T = TypeVar("T")
-#: ``(layer, number of the batch's first image, what the layer reads, what it gives)`` → what is kept of them.
-Take = Callable[[str, int, Tensor, Tensor], T]
+
+
+class Seen(NamedTuple):
+    """What there is of a batch when a layer is about to run.
+
+    Attributes:
+        read: what the layer reads.
+        beside: what will be added to its output, in units of that, see :meth:`Sum.of`; ``None`` if nothing known.
+    """
+
+    read: Tensor
+    beside: Tensor | None = None
+
+
+#: ``(layer, number of the batch's first image, what there is before it runs, what it gives)`` → what is kept of them.
+Take = Callable[[str, int, Seen, Tensor], T]
 
 _MANY = 1 << 30
 # Freed memory is given back after as many parts: after each would take long.
@@ -41,15 +57,15 @@ def paired(
     *,
     images: int,
     memory: float = math.inf,
-) -> Iterator[tuple[str, Iterator[tuple[T, Tensor]]]]:
-    """Give for each layer in turn, batch by batch, what was taken of it in the dense network and its slim input.
+) -> Iterator[tuple[str, Iterator[tuple[T, Seen]]]]:
+    """Give for each layer in turn, batch by batch, what was taken of it in the dense network and what its twin sees.
 
     Later layers see the changes made to earlier ones of the slim network. The dense network runs once for as many
     layers ahead as half of ``memory`` has room for what is taken of them. Where the slim one can be traced, its batches
     wait at a layer with the values that the rest of the network needs, and if there is room for all of them, each runs
     once. Otherwise some wait there, some where they waited before, and the others at the image, from which they run
     again for every layer: whatever saves the most work. Elsewhere every layer takes a slim pass of its own, and no
-    batch waits. The results are the same.
+    batch waits; the results are the same, but that sums are not known.
 
     Args:
         dense: in eval mode.
@@ -65,12 +81,10 @@ def paired(
         ValueError: if the values of one image take more than ``memory``.
     """
     image = next(iter(batches))[:1].clone()
-    trace = _checked_trace(slim, layers, image)
-    running = _largest_call(dense, image)
-    if trace is None:
-        running, work = max(running, _largest_call(slim, image)), []
-    else:
-        most, work = _bytes_and_work(trace, image)
+    traced, original = (_Traced.of(model, layers, image) for model in (slim, dense))
+    running, work = max(_largest_call(model, image) for model in (dense, slim)), []
+    for network in filter(None, (original, traced)):
+        most, work = _bytes_and_work(network.trace, image)
         running = max(running, most)
     if running > memory:
         raise InputError(
@@ -80,15 +94,85 @@ def paired(
     at_once = int(max(1.0, min(memory / 8 / max(running, 1), _MANY)))
     parts = _Parts(batches, at_once)
     room = memory - 2 * at_once * running
-    ahead = _Ahead(dense, list(layers), take, image, parts, images, room / 2)
-    waiting = None if trace is None else _Waiting(trace, work, parts, room)
+    ahead = _Ahead(original or _Hooked(dense), list(layers), take, image, parts, images, room / 2)
+    waiting = None if traced is None else _Waiting(traced, work, parts, room)
     for name in layers:
         _give_back()
         ahead.pass_on(name)
         if waiting is None:
-            yield name, ((ahead.of(name, part), _caught(slim, name, part)[0]) for part in parts)
+            yield name, ((ahead.of(name, part), _caught(slim, name, part)) for part in parts)
         else:
-            yield name, waiting.inputs(name, slim.get_submodule(name), ahead)
+            yield name, waiting.inputs(name, ahead)
+
+
+class _Traced:
+    """A network as a graph that calls each of some layers once.
+
+    Args:
+        trace: the graph.
+        model: the network.
+        layers: names of the layers.
+
+    Attributes:
+        trace: the graph.
+        nodes: layer → where it runs.
+    """
+
+    def __init__(self, trace: Trace, model: nn.Module, layers: Sequence[str]) -> None:
+        nodes = {module: node for node, module in trace.modules.items()}
+        self.trace = trace
+        self.nodes = {name: nodes[model.get_submodule(name)] for name in layers}
+        self._sums = {name: completed_sum(trace, node) for name, node in self.nodes.items()}
+
+    @classmethod
+    def of(cls, model: nn.Module, layers: Sequence[str], image: Tensor) -> _Traced | None:
+        """Trace a model; ``None`` where that does not give the model's logits or does not call each layer once."""
+        trace = Trace.of(model)
+        if trace is None:
+            return None
+        runs = Counter(trace.modules.values())
+        if any(runs[model.get_submodule(name)] != 1 for name in layers):  # such as inside a module of torch's
+            return None
+        return None if trace.values(image, logits_of(model(image))) is None else cls(trace, model, layers)
+
+    def seen(self, name: str, values: Mapping[fx.Node, Any]) -> Seen:
+        """What there is when a layer is about to run."""
+        total = self._sums[name]
+        return Seen(values[self.nodes[name].all_input_nodes[0]], total and total.of(values))
+
+    def visit(self, layers: list[str], images: Tensor, note: Callable[[str, Seen, Tensor], None]) -> None:
+        """Run some images as far as the last of some layers, and note what each of these sees and gives."""
+        values, wanted = self.trace.inputs(images), {self.nodes[name]: name for name in layers}
+        for node, finished in self.trace.operations:
+            values[node] = self.trace.compute(node, values)
+            if node in wanted:
+                note(wanted[node], self.seen(wanted[node], values), values[node])
+                if wanted[node] == layers[-1]:
+                    return
+            for used in finished:
+                del values[used]
+
+
+class _Hooked:
+    """A network that cannot be traced: what is added to its layers' outputs is not known."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def visit(self, layers: list[str], images: Tensor, note: Callable[[str, Seen, Tensor], None]) -> None:
+        """As :meth:`_Traced.visit`."""
+
+        def noted(name: str, _layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            note(name, Seen(inputs[0]), output)
+            if name == layers[-1]:
+                raise _Reached
+
+        with (
+            hooked((self._model.get_submodule(name), partial(noted, name)) for name in layers),
+            torch.compiler.set_stance("force_eager"),
+            suppress(_Reached),
+        ):
+            self._model(images)
 
 
 class _Ahead(Generic[T]):
@@ -96,7 +180,7 @@ class _Ahead(Generic[T]):
 
     Args:
         dense: the network.
-        layers: their names in order.
+        layers: names in order.
         take: what is kept.
         image: one of the images.
         parts: images.
@@ -106,7 +190,7 @@ class _Ahead(Generic[T]):
 
     def __init__(
         self,
-        dense: nn.Module,
+        dense: _Traced | _Hooked,
         layers: list[str],
         take: Take[T],
         image: Tensor,
@@ -137,7 +221,7 @@ class _Ahead(Generic[T]):
         """What is kept of a layer for the next part, whose images are not read if the layer :meth:`holds`."""
         if name in self._held:
             return self._held[name].popleft()
-        taken = self._take(name, self._passed, *_caught(self._dense, name, images))
+        taken = self._through([name], self._passed, images)[name]
         self._passed += len(images)
         return taken
 
@@ -158,13 +242,10 @@ class _Ahead(Generic[T]):
         """Run some images as far as the last of some layers."""
         taken: dict[str, T] = {}
 
-        def note(name: str, _layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            taken[name] = self._take(name, first, inputs[0], output)
-            if name == layers[-1]:
-                raise _Reached
+        def note(name: str, seen: Seen, gave: Tensor) -> None:
+            taken[name] = self._take(name, first, seen, gave)
 
-        with hooked((self._dense.get_submodule(name), partial(note, name)) for name in layers):
-            _run(self._dense, images)
+        self._dense.visit(layers, images, note)
         return taken
 
 
@@ -187,37 +268,37 @@ class _Waiting:
     """Batches that go through a traced network layer by layer, and wait where that saves the most work.
 
     Args:
-        trace: of the network.
+        traced: the network.
         work: what it takes to get from the image to each operation.
         parts: images.
         room: bytes for values that wait and for what is taken of the dense network.
     """
 
-    def __init__(self, trace: Trace, work: list[float], parts: _Parts, room: float) -> None:
-        self._trace, self._work, self._parts, self._room = trace, work, parts, room
+    def __init__(self, traced: _Traced, work: list[float], parts: _Parts, room: float) -> None:
+        self._traced, self._work, self._parts, self._room = traced, work, parts, room
         self._waits: dict[int, _Waits] = {}  # by number of the part
         self._used = 0
 
-    def inputs(self, name: str, layer: nn.Module, ahead: _Ahead[T]) -> Iterator[tuple[T, Tensor]]:
-        """What was taken of a layer, and what it reads, part by part."""
+    def inputs(self, name: str, ahead: _Ahead[T]) -> Iterator[tuple[T, Seen]]:
+        """What was taken of a layer, and what it sees, part by part."""
         # The layer itself runs when the batch goes on, because it may change until then.
-        node = next(node for node, _ in self._trace.operations if self._trace.modules.get(node) is layer)
+        node = self._traced.nodes[name]
         room, plan = self._room - ahead.bytes, None
         for number, images in self._started(ahead.holds(name)):
             waits = self._waits.get(number)
-            place = self._run_to(node, waits.place if waits else _Place(0, self._trace.inputs(images)))
+            place = self._run_to(node, waits.place if waits else _Place(0, self._traced.trace.inputs(images)))
             here = _Waits(place, _bytes_of(place.values), self._work[place.operation])
             moves, stays = plan = plan or self._plan(here, room)
             if number in moves and self._used + here.bytes - (waits.bytes if waits else 0) <= room:
                 self._wait(number, here)
             elif number not in moves and number not in stays:
                 self._wait(number, None)
-            read = place.values[node.all_input_nodes[0]]
+            seen = self._traced.seen(name, place.values)
             del waits, place, here
             if number % _PARTS == 0:
                 _give_back()
-            yield ahead.of(name, images), read
-            del read, images  # before the next batch runs
+            yield ahead.of(name, images), seen
+            del seen, images  # before the next batch runs
 
     def _started(self, held: bool) -> Iterator[tuple[int, Tensor]]:
         """The number of each part, with its images unless nothing runs from the image."""
@@ -227,10 +308,10 @@ class _Waiting:
 
     def _run_to(self, node: fx.Node, start: _Place) -> _Place:
         """Go on until right before an operation; the values at the start stay as they are."""
-        operation, values = start.operation, dict(start.values)
-        while self._trace.operations[operation][0] is not node:
-            passed, finished = self._trace.operations[operation]
-            values[passed] = self._trace.compute(passed, values)
+        trace, operation, values = self._traced.trace, start.operation, dict(start.values)
+        while trace.operations[operation][0] is not node:
+            passed, finished = trace.operations[operation]
+            values[passed] = trace.compute(passed, values)
             for used in finished:
                 del values[used]
             operation += 1
@@ -288,17 +369,6 @@ class _Parts:
         self.count = count
 
 
-def _checked_trace(model: nn.Module, layers: Sequence[str], image: Tensor) -> Trace | None:
-    """A model's trace; ``None`` where it does not give the model's logits or does not call each layer once."""
-    trace = Trace.of(model)
-    if trace is None:
-        return None
-    runs = Counter(trace.modules.values())
-    if any(runs[model.get_submodule(name)] != 1 for name in layers):  # such as inside a module of torch's
-        return None
-    return None if trace.values(image, logits_of(model(image))) is None else trace
-
-
 def _bytes_and_work(trace: Trace, image: Tensor) -> tuple[int, list[float]]:
     """The most bytes that the values of an image take on its way through a network, and the work before each operation.
 
@@ -348,23 +418,8 @@ class _Reached(Exception):
     """Thrown by a hook to end a forward pass early."""
 
 
-def _caught(model: nn.Module, name: str, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Input and output of one layer, by a forward pass that goes no further."""
-    held: list[Any] = []
-
-    def catch(_layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        held.extend((inputs[0], output))
-        raise _Reached
-
-    with hooked([(model.get_submodule(name), catch)]):
-        _run(model, images)
-    return held[0], held[1]
-
-
-def _run(model: nn.Module, images: Tensor) -> None:
-    """Run a model whose hooks may end its forward pass."""
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            model(images)
-    except _Reached:
-        pass
+def _caught(model: nn.Module, name: str, images: Tensor) -> Seen:
+    """What one layer reads, by a forward pass that goes no further."""
+    held: list[Seen] = []
+    _Hooked(model).visit([name], images, lambda _name, seen, _gave: held.append(seen))
+    return held[0]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from chanaxes_pl.models import Classifier
 from chanaxes_pl.network import pairing as home
 from chanaxes_pl.network.hooks import observed
-from chanaxes_pl.network.pairing import paired
+from chanaxes_pl.network.pairing import Seen, paired
 from chanaxes_pl.network.tracing import PartialForward
 from chanaxes_pl.units.groups import executed_layers, find_units
 from chanaxes_pl.units.removal import remove
@@ -48,27 +48,28 @@ def hooked(model: nn.Module, layers: Sequence[str]) -> dict[str, list[tuple[Tens
     return seen
 
 
-def copied(_name: str, _first: int, read: Tensor, gave: Tensor) -> tuple[Tensor, Tensor]:
-    return read.clone(), gave.clone()
+def copied(_name: str, _first: int, seen: Seen, gave: Tensor) -> tuple[Tensor, Tensor]:
+    return seen.read.clone(), gave.clone()
 
 
 def side_by_side(
     dense: nn.Module, slim: nn.Module, batches: Iterable[Tensor], layers: Sequence[str], memory: float = math.inf
-) -> Iterator[tuple[str, Iterator[tuple[tuple[Tensor, Tensor], Tensor]]]]:
+) -> Iterator[tuple[str, Iterator[tuple[tuple[Tensor, Tensor], Seen]]]]:
     return paired(dense, slim, batches, layers, copied, images=len(IMAGES), memory=memory)
 
 
 def activations(dense: nn.Module, slim: nn.Module, layers: Sequence[str]) -> dict[str, list[tuple[Tensor, ...]]]:
     """What each layer reads and gives in the dense network, and reads in the slim one, batch by batch."""
     return {
-        name: [(*taken, read.clone()) for taken, read in at] for name, at in side_by_side(dense, slim, BATCHES, layers)
+        name: [(*taken, seen.read.clone()) for taken, seen in at]
+        for name, at in side_by_side(dense, slim, BATCHES, layers)
     }
 
 
 @pytest.fixture(params=["traced", "whole passes"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "whole passes":
-        monkeypatch.setattr(home, "_checked_trace", lambda *_: None)
+        monkeypatch.setattr(home._Traced, "of", lambda *_: None)
     return request.param
 
 
@@ -95,7 +96,7 @@ def test_a_change_is_seen_by_all_layers_behind_it(path):
     before = activations(dense, slim, layers)
     found = {}
     for name, at in side_by_side(dense, slim, BATCHES, layers):
-        found[name] = [read.clone() for _, read in at]
+        found[name] = [seen.read.clone() for _, seen in at]
         if name == "first.0":
             slim.get_submodule(name).weight.mul_(2)
     changed = [
@@ -163,7 +164,7 @@ UNTRACEABLE: dict[str, Callable[[], nn.Module]] = {
 def test_what_cannot_be_traced_runs_whole(name):
     dense, slim = pair(UNTRACEABLE[name]().eval())
     layers = executed_layers(dense, ONE)
-    assert home._checked_trace(dense, layers, ONE) is None
+    assert home._Traced.of(dense, layers, ONE) is None
     whole, found = hooked(dense, layers), activations(dense, slim, layers)
     for layer in layers:
         for signal, (read, gave) in zip(found[layer], whole[layer], strict=True):
@@ -175,7 +176,7 @@ def test_what_cannot_be_traced_runs_whole(name):
 @torch.no_grad()
 def test_a_classifier_is_traced():
     model = Classifier("resnet18", 7, width=0.125).eval()
-    assert home._checked_trace(model, executed_layers(model, ONE), ONE) is not None
+    assert home._Traced.of(model, executed_layers(model, ONE), ONE) is not None
 
 
 @torch.no_grad()
@@ -184,7 +185,7 @@ def test_a_trace_is_compared_at_the_scale_of_the_logits():
     model = UNTRACEABLE["another path for stand-ins"]().eval()
     model.head.weight.mul_(1e-6)
     model.head.bias.zero_()
-    assert home._checked_trace(model, executed_layers(model, ONE), ONE) is None
+    assert home._Traced.of(model, executed_layers(model, ONE), ONE) is None
 
 
 class Optional(nn.Module):
@@ -227,7 +228,7 @@ def test_both_ways_of_running_take_the_same_networks(module, traced):
         forward = PartialForward(model)
         assert forward.run(ONE).equal(model(ONE))
         assert forward.partial == traced
-        assert (home._checked_trace(model, layers, ONE) is not None) == traced
+        assert (home._Traced.of(model, layers, ONE) is not None) == traced
     whole, found = hooked(model, layers), activations(model, copy.deepcopy(model), layers)
     for layer in layers:
         for seen, (read, gave) in zip(found[layer], whole[layer], strict=True):
@@ -241,7 +242,7 @@ def test_layers_whose_activations_nobody_asks_for_are_passed():
     layers = executed_layers(dense, ONE)
     wanted, found = activations(dense, slim, layers), {}
     for number, (name, at) in enumerate(side_by_side(dense, slim, BATCHES, layers)):
-        found[name] = [read.clone() for _, read in at] if number % 2 else [next(at)[1].clone()]
+        found[name] = [seen.read.clone() for _, seen in at] if number % 2 else [next(at)[1].read.clone()]
     for name, seen in found.items():
         assert all(torch.equal(part, whole[2]) for part, whole in zip(seen, wanted[name], strict=False))
 
@@ -277,7 +278,7 @@ def with_changes(
         for layer in layers:
             model.get_submodule(layer).register_forward_hook(lambda _, inputs, __, ran=ran: ran.append(len(inputs[0])))
     for layer, at in side_by_side(dense, slim, batches, layers, memory):
-        parts = [(*taken, read.clone()) for taken, read in at]
+        parts = [(*taken, seen.read.clone()) for taken, seen in at]
         found[layer] = tuple(torch.cat(signals) for signals in zip(*parts, strict=True))
         slim.get_submodule(layer).weight.mul_(1.1)
     return found, runs
@@ -286,8 +287,11 @@ def with_changes(
 def bytes_of_one(name: str) -> int:
     """What one image takes on its way through the wider of two networks."""
     dense, slim = pair(pruned.build(name))
-    trace = home._checked_trace(slim, executed_layers(slim, ONE), ONE)
-    return max(home._largest_call(dense, ONE), home._bytes_and_work(trace, ONE)[0])
+    traces = [home._Traced.of(model, executed_layers(model, ONE), ONE).trace for model in (dense, slim)]
+    return max(
+        *(home._largest_call(model, ONE) for model in (dense, slim)),
+        *(home._bytes_and_work(trace, ONE)[0] for trace in traces),
+    )
 
 
 @pytest.mark.parametrize("images", [1, 3, 20])
@@ -306,7 +310,7 @@ def test_a_bound_on_memory_changes_no_activation(name, images, path):
 def test_with_room_for_all_both_networks_run_once():
     _, runs = with_changes("resnet18", math.inf)
     layers = len(executed_layers(pruned.build("resnet18"), ONE))
-    assert runs.dense[2 * layers :] == layers * [4] + layers * [2]  # after two checks of one image
+    assert runs.dense[5 * layers :] == layers * [4] + layers * [2]  # after five looks at one image
     assert sorted(runs.slim[-2 * (layers - 1) :]) == (layers - 1) * [2] + (layers - 1) * [4]  # nobody asks for the last
     assert set(runs.slim[: -2 * (layers - 1)]) == {1}
 
@@ -316,8 +320,8 @@ def test_without_room_every_layer_takes_a_pass_of_its_own():
     _, runs = with_changes("resnet18", bytes_of_one("resnet18"))
     layers, images = len(executed_layers(pruned.build("resnet18"), ONE)), len(IMAGES)
     assert set(runs.dense) == set(runs.slim) == {1}
-    assert len(runs.dense) == layers + layers + images * layers * (layers + 1) // 2  # two checks
-    assert len(runs.slim) == 3 * layers + images * layers * (layers - 1) // 2  # three checks
+    assert len(runs.dense) == 5 * layers + images * layers * (layers + 1) // 2  # five looks at one image
+    assert len(runs.slim) == 4 * layers + images * layers * (layers - 1) // 2  # four looks
 
 
 @torch.no_grad()
