@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
-from chanaxes_pl.compensation.layerwise import kept_channels
+from chanaxes_pl.compensation.layerwise import MEMORY, kept_channels
 from chanaxes_pl.core.errors import InputError
 from chanaxes_pl.network.batches import logits_of
-from chanaxes_pl.network.hooks import hooked, observed
+from chanaxes_pl.network.hooks import activation_bytes, hooked, observed
 from chanaxes_pl.units.groups import executed_layers
 from chanaxes_pl.units.removal import Group
 
@@ -34,7 +34,9 @@ TEMPERATURE, RATE, DECAY = 2.0, 1e-3, 1e-4
 _SHIFT = 1 / 8
 
 
-def distillation_loss(logits: Tensor, wanted: Tensor, temperature: float = TEMPERATURE) -> Tensor:
+def distillation_loss(
+    logits: Tensor, wanted: Tensor, temperature: float = TEMPERATURE, variance: Tensor | None = None
+) -> Tensor:
     """Return how far a network's outputs are from those of its teacher, 0 where they are the same.
 
     Args:
@@ -43,6 +45,7 @@ def distillation_loss(logits: Tensor, wanted: Tensor, temperature: float = TEMPE
         temperature: T. For outputs ``[B, K ≥ 2, …]`` the loss is T² times the mean Kullback–Leibler divergence between
             the distributions over dimension 1 of the outputs divided by T; otherwise the mean squared error as a share
             of the teacher's variance.
+        variance: the latter, where these images are part of a batch; default that of ``wanted``.
 
     Raises:
         ValueError: if the shapes differ.
@@ -56,7 +59,8 @@ def distillation_loss(logits: Tensor, wanted: Tensor, temperature: float = TEMPE
             f"the teacher gives outputs {list(wanted.shape)}, the network {list(logits.shape)}: expected the same shape"
         )
     if logits.ndim < 2 or logits.shape[1] < 2:
-        return (logits - wanted).square().mean() / wanted.var().clamp_min(torch.finfo(wanted.dtype).tiny)
+        variance = wanted.var() if variance is None else variance
+        return (logits - wanted).square().mean() / variance.clamp_min(torch.finfo(wanted.dtype).tiny)
     found, sought = (F.log_softmax(outputs.movedim(1, -1) / temperature, -1) for outputs in (logits, wanted))
     return temperature**2 * F.kl_div(
         found.flatten(0, -2), sought.flatten(0, -2), reduction="batchmean", log_target=True
@@ -71,6 +75,7 @@ def polish(
     batches: Iterable[Tensor],
     *,
     steps: int = STEPS,
+    memory: float = MEMORY,
     seed: int = 0,
     progress: bool = True,
 ) -> None:
@@ -87,10 +92,14 @@ def polish(
         kept: group name → the units that stayed.
         batches: unlabelled images ``[B, C, …]`` on the networks' device, iterated as often as it takes.
         steps: number of steps.
+        memory: gigabytes (10⁹ bytes) for activations and their gradients: a step takes its images in as many parts as
+            that needs, which changes nothing, because norms do not look at the batch.
         seed: random seed of the order of the images, flips and shifts.
         progress: whether to show a progress bar in a terminal.
     """
     first = next(iter(batches))[:1]
+    # what a step keeps of the slim network, and gradients of it
+    at_once = int(max(1, memory * 1e9 // (2 * activation_bytes(slim, first))))
     head = executed_layers(dense, first)[-1]
     inputs = kept_channels(dense, groups, kept)[head][0].to(first.device)
     trained = [parameter for parameter in slim.parameters() if parameter.is_floating_point()]
@@ -111,12 +120,13 @@ def polish(
         images = _endless(batches, generator)
         for _ in tqdm(range(steps), desc="polish", unit="step", disable=None if progress else True):
             batch = _moved(next(images), generator)
-            wanted = logits_of(dense(batch))
-            sought = _features(read[heads[0]], inputs)
-            with torch.enable_grad():
-                loss = distillation_loss(logits_of(slim(batch)), wanted)
-                loss = loss + (read[heads[1]] - sought).square().mean() / sought.var().clamp_min(1e-12)
-                loss.backward()
+            goals = [(part, logits_of(dense(part)), _features(read[heads[0]], inputs)) for part in batch.split(at_once)]
+            logits, features = (torch.cat([goal[which] for goal in goals]).var() for which in (1, 2))
+            for part, wanted, sought in goals:
+                with torch.enable_grad():
+                    loss = distillation_loss(logits_of(slim(part)), wanted, variance=logits)
+                    loss = loss + (read[heads[1]] - sought).square().mean() / features.clamp_min(1e-12)
+                    (loss * (len(part) / len(batch))).backward()
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -87,6 +88,16 @@ def calls(model: nn.Module, forward: Callable[[], Any]) -> list[Call]:
     with observed(model), hooked((module, partial(note, name)) for name, module in model.named_modules()):
         forward()
     return ran
+
+
+def activation_bytes(model: nn.Module, image: Tensor) -> int:
+    """Return about how many bytes the outputs of all operations take for one image ``[1, …]``.
+
+    Those of functions are not seen, and are taken to be as many as those of modules.
+    """
+    seen = calls(model, lambda: model(image))
+    outputs = sum(prod(call.output_shape) for call in seen if not list(call.module.children()))
+    return 2 * image.element_size() * (outputs + image.numel())
 
 
 def _shape(value: Any) -> tuple[int, ...]:

@@ -61,7 +61,7 @@ def completed_sum(trace: Trace, layer: fx.Node) -> Sum | None:
         module = trace.modules.get(user)
         if _adds(user):
             beside = next((term for term in user.args if term is not node), None)
-            while isinstance(beside, fx.Node) and isinstance(trace.modules.get(beside), _UNCHANGED):
+            while beside in later and isinstance(trace.modules.get(beside), _UNCHANGED):
                 beside = beside.all_input_nodes[0]  # which may be known earlier
             if isinstance(beside, fx.Node) and beside not in later and beside.op != "get_attr":
                 return Sum(beside, tuple(norms))

@@ -61,7 +61,7 @@ class PruningExperiment:
         allocations: ways to choose how much each layer loses: "uniform", "shared", "own" and "sensitivity". Compare
             scores under "uniform" and "shared"; "own" mixes score and allocation, and "sensitivity" is measured for
             each score.
-        compensate: kinds of compensation: false, "fold" and "refit".
+        compensate: kinds of compensation: false, "fold", "refit", and "distill" (a refit and 600 steps after it).
         protect: glob, or several, over the names of layers that keep all their channels.
         finetune_epochs: epochs of fine-tuning, after which each network is evaluated again; 0 for none.
         latency: whether to time the slim networks.
@@ -183,7 +183,7 @@ def pruning_grid(
                 score, allocation, compensation, budget = variant
                 kept = pruner.choose(values, score, allocation, budget, tables.get(score))
                 slim, macs = pruner.cut(kept), pruner.count(kept)
-                fit_back(slim, pruner, kept, batches, compensation, memory=experiment.memory)
+                fit_back(slim, pruner, kept, batches, compensation, memory=experiment.memory, seed=seed)
                 row = {"score": score, "family": score_family(score), "allocation": allocation}
                 row |= {"compensate": compensation or "none", "budget": budget}
             row |= {"budget_of": experiment.budget_of, "macs_share": macs / pruner.macs.dense, "macs": macs}

@@ -613,7 +613,7 @@ def fit_back(
         report = compensate(slim, pruner.model, pruner.groups, kept, batches, layerwise, memory=memory)
         done(layerwise, slim)
     if compensation == "distill":
-        polish(slim, pruner.model, pruner.groups, kept, batches, seed=seed)
+        polish(slim, pruner.model, pruner.groups, kept, batches, memory=memory, seed=seed)
         done("polish", slim)
     if reestimate:
         reestimate_norms(slim, batches)

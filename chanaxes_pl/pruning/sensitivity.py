@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from math import prod
 from typing import Literal
 
 import numpy as np
@@ -21,7 +20,7 @@ from torch.nn import functional as F
 
 from chanaxes_pl.compensation.layerwise import MEMORY, POSITIONS, RIDGE
 from chanaxes_pl.core.errors import InputError
-from chanaxes_pl.network.hooks import calls, hooked, observed
+from chanaxes_pl.network.hooks import activation_bytes, hooked, observed
 from chanaxes_pl.network.tracing import PartialForward, edited
 from chanaxes_pl.pruning.readers import Sampling, passes
 from chanaxes_pl.units.macs import Macs
@@ -203,9 +202,7 @@ class _Outputs:
 
     def __init__(self, model: nn.Module, divergence: Divergence, images: Iterator[Tensor], memory: float) -> None:
         first = next(images)
-        every = calls(model, lambda: model(first[:1]))
-        one = 4 * sum(prod(call.output_shape) for call in every if not list(call.module.children())) + first[:1].nbytes
-        size = int(max(1, memory // (2 * one)))  # functions beside modules give outputs too
+        size = int(max(1, memory // activation_bytes(model, first[:1])))
         self._model = model
         self._divergence: Divergence = divergence
         self._parts = [part.clone() for batch in (first, *images) for part in batch.split(size)]

@@ -74,6 +74,24 @@ def test_parameters_stay_as_trainable_as_they_were():
     assert slim.training
 
 
+@pytest.mark.parametrize("name", ["concatenating", "normed", "one output"])
+def test_little_memory_takes_parts_of_a_batch_and_gives_the_same_network(name):
+    found, sizes = [], []
+    for memory in (2.0, 1e-3):
+        model, slim, groups, kept = pruned("concatenating" if name == "one output" else name)
+        if name == "one output":  # a regression
+            torch.manual_seed(0)
+            model.head, slim.head = (nn.Linear(net.head.in_features, 1) for net in (model, slim))
+        handle = slim.register_forward_pre_hook(lambda _, args, seen=sizes: seen.append(len(args[0])))
+        polish(slim, model, groups, kept, BATCHES, steps=3, memory=memory)
+        handle.remove()
+        found.append(slim)
+    assert {1, 96} <= set(sizes)
+    assert max(size for size in sizes[sizes.index(96) + 3 :] if size > 1) < 96
+    for key, value in found[0].state_dict().items():
+        torch.testing.assert_close(found[1].state_dict()[key], value, rtol=1e-3, atol=1e-4)
+
+
 def test_images_that_are_streamed_are_read_again_as_often_as_it_takes():
     class Streamed:
         reads = 0

@@ -47,6 +47,7 @@ SUMS = {
     "norm without factors": (lambda n, x: x + n.plain(n.b(x)), {"b": True}),
     "the last branch completes it": (lambda n, x: n.norm(n.b(x)) + n.other(n.c(x)), {"b": False, "c": True}),
     "a shortcut of no operation, after it": (lambda n, x: n.norm(n.b(x)) + n.drop(x), {"b": True}),
+    "a shortcut of no operation, before it": (lambda n, x: (lambda y: y + n.b(y))(n.drop(x)), {"b": True}),
     "three terms": (lambda n, x: x + n.a(x) + n.b(x), {"a": True, "b": True}),
     "read elsewhere too": (lambda n, x: (lambda y: x + y + y.relu().mean())(n.b(x)), {"b": False}),
     "something else between": (lambda n, x: x + n.b(x).relu(), {"b": False}),
@@ -68,6 +69,13 @@ def test_a_layer_completes_a_sum_whose_other_term_is_known_before_it_runs(name):
     nodes = {module: node for node, module in trace.modules.items()}
     found = {layer: completed_sum(trace, nodes[model.get_submodule(layer)]) for layer in expected}
     assert {layer: total is not None for layer, total in found.items()} == expected
+    values = trace.inputs(IMAGES)
+    for node, finished in trace.operations:
+        for layer, total in found.items():
+            assert nodes[model.get_submodule(layer)] is not node or total is None or total.beside in values
+        values[node] = trace.compute(node, values)
+        for used in finished:
+            del values[used]
 
 
 @pytest.mark.parametrize("norms", [(), ("norm",), ("norm", "other"), ("plain",)])
