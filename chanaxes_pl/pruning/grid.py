@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -35,14 +35,10 @@ from chanaxes_pl.pruning.pruner import (
     BudgetOf,
     Compensate,
     Pruner,
-    calibration,
     check_budget_of,
     compensation_of,
-    divergence_of,
-    fit_back,
-    images_of,
 )
-from chanaxes_pl.pruning.scores import channel_scores, default_scores
+from chanaxes_pl.pruning.scores import default_scores
 from chanaxes_pl.tables import DENSE
 
 #: Function that fine-tunes a slim network in place.
@@ -141,36 +137,28 @@ def pruning_grid(
         ValueError: if a budget cannot be reached or the data does not fit; raised before the first network is pruned.
     """
     experiment = experiment or PruningExperiment()
-    size, seed = experiment.probe_size, experiment.seed
     with naming("pruning_grid"):
         place = place or Placement.of(model)
-        batches = calibration(probe, size, place, images_of(model, step), experiment.memory)
-        example = next(iter(batches))
         pruner = Pruner(
-            model, example, experiment.protect, budget_of=experiment.budget_of, round_to=experiment.round_to
+            model,
+            probe,
+            place,
+            step,
+            protect=experiment.protect,
+            budget_of=experiment.budget_of,
+            round_to=experiment.round_to,
+            probe_size=experiment.probe_size,
+            memory=experiment.memory,
         )
+        example = next(iter(pruner.batches))
         for allocation, budget in product(experiment.allocations, experiment.budgets):
             pruner.check_reachable(allocation, budget)
         scores = experiment.scores
         scores = default_scores(pruner.model, pruner.units, example) if scores is None else scores
         needed = [*scores, REFERENCE] if "shared" in experiment.allocations else scores
-        alone = replace(place, rank=0, world=1)  # every process scores all channels
-        values = channel_scores(
-            pruner.model,
-            probe,
-            pruner.units,
-            needed,
-            step=step,
-            probe_size=size,
-            memory=experiment.memory,
-            seed=seed,
-            place=alone,
-        )
-        tables = {}
+        values, tables = pruner.scores(needed, experiment.seed), {}
         if "sensitivity" in experiment.allocations:
-            divergence = divergence_of(pruner.model, probe, step, alone)
-            for score in scores:
-                tables[score] = pruner.sensitivity(values, score, batches, divergence, memory=experiment.memory)
+            tables = {score: pruner.sensitivity(values, score) for score in scores}
         kinds = [compensation_of(choice) for choice in experiment.compensate]
         variants = list(product(scores, experiment.allocations, kinds, experiment.budgets))
         share, quiet = [None, *variants][place.rank :: place.world], None if progress else True
@@ -183,7 +171,7 @@ def pruning_grid(
                 score, allocation, compensation, budget = variant
                 kept = pruner.choose(values, score, allocation, budget, tables.get(score))
                 slim, macs = pruner.cut(kept), pruner.count(kept)
-                fit_back(slim, pruner, kept, batches, compensation, memory=experiment.memory, seed=seed)
+                pruner.compensate(slim, kept, compensation, experiment.seed)
                 row = {"score": score, "family": score_family(score), "allocation": allocation}
                 row |= {"compensate": compensation or "none", "budget": budget}
             row |= {"budget_of": experiment.budget_of, "macs_share": macs / pruner.macs.dense, "macs": macs}

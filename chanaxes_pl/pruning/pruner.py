@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
@@ -65,6 +66,7 @@ IMAGES = 2000
 # Before compensation, a slim network's logits equal those of the dense network with the removed channels masked, up to
 # this share of the largest logit, or to this multiple of the logits' precision.
 _AGREE, _ROUNDINGS = 1e-3, 16
+_GIGABYTE = 1e9
 # Images that tell what a step gained, few of them at once.
 _TOLD, _AT_ONCE = 128, 16
 
@@ -127,18 +129,24 @@ class Slim:
 
 
 class Pruner:
-    """A dense network that can be pruned in many ways.
+    """A dense network that can be pruned in many ways, with the images that tell how.
 
     Args:
         model: dense network; it does not change.
-        example: ``[B, …]`` images as the model takes them, on its device.
+        probe: images, and labels where a score needs them.
+        place: device of the network; every process does all of the work.
+        step: as for :func:`prune`.
+        example: ``[B, …]`` images as the model takes them, also the batch whose latency counts; default the first ones
+            of the probe, and the latency of one of them.
         protect: glob, or several, over the names of layers that keep all their channels.
         budget_of: what a budget is a share of, a key of :data:`COSTS`.
         round_to: number of channels of which every layer keeps a multiple, see :func:`fit_budget`.
-        timed: ``[B, …]``, the batch whose latency counts; default one image.
+        probe_size: maximum number of images.
+        memory: gigabytes for whatever looks at images.
 
     Attributes:
         model: the dense network with plain weights, see :func:`plain`.
+        batches: unlabelled images of the probe, in memory if they take at most a quarter of that.
         units: units that can be removed.
         macs: MACs as a function of the removed units.
         cost: what a budget is a share of, as a function of the removed units.
@@ -151,27 +159,55 @@ class Pruner:
     def __init__(
         self,
         model: nn.Module,
-        example: Tensor,
-        protect: str | Sequence[str] = (),
+        probe: ProbeSource,
+        place: Placement | None = None,
+        step: Step | None = None,
         *,
+        example: Tensor | None = None,
+        protect: str | Sequence[str] = (),
         budget_of: BudgetOf = "macs",
         round_to: int = 1,
-        timed: Tensor | None = None,
+        probe_size: int = IMAGES,
+        memory: float = MEMORY,
     ) -> None:
         check_budget_of(budget_of)
         check_round_to(round_to)
+        check_memory(memory)
+        self._place = place = replace(place or Placement.of(model), rank=0, world=1)
+        self._probe, self._step, self._size, self._memory = probe, step, probe_size, memory
+        kept = memory / 4 * _GIGABYTE
+        self.batches = ImageBatches(probe, probe_size, place, _images_of(model, step)).within(kept)
+        given = None if example is None else place.to_device(example)
+        images: Tensor = next(iter(self.batches)) if given is None else given
         self.model = model = plain(model)
-        self.units = find_units(model, example[:1]).protect(protect)
+        self.units = find_units(model, images[:1]).protect(protect)
         if not self.units.groups:
             raise ArgumentError(f"protect={protect!r}", "protects every layer; expected some left to prune")
         self.groups = tuple(self.units.groups.values())
-        self.macs = Macs(model, self.groups, example[:1])
-        timed = example[:1] if timed is None else timed
+        self.macs = Macs(model, self.groups, images[:1])
+        timed = images[:1] if given is None else given
         self.cost: Cost = self.macs if budget_of == "macs" else COSTS[budget_of](model, self.groups, timed)
         self._round_to = round_to
-        self._example = example[:1]
-        self._images = example
-        self._exact = _exactness(model, example)
+        self._images, self._exact = images, _exactness(model, images)
+
+    @cached_property
+    def divergence(self) -> Divergence:
+        """What outputs are compared by, see :func:`divergence_of`."""
+        return divergence_of(self.model, self._probe, self._step, self._place)
+
+    def scores(self, names: Sequence[str], seed: int = 0) -> Scores:
+        """Score all channels, see :func:`channel_scores`."""
+        return channel_scores(
+            self.model,
+            self._probe,
+            self.units,
+            names,
+            step=self._step,
+            probe_size=self._size,
+            memory=self._memory,
+            seed=seed,
+            place=self._place,
+        )
 
     def choose(
         self,
@@ -203,34 +239,57 @@ class Pruner:
         removed = fit_budget(self.cost, order, budget, self._round_to)
         return keep_best(self.groups, removed, {group.name: values(group, scores[score]) for group in self.groups})
 
-    def sensitivity(
-        self,
-        scores: Scores,
-        score: str,
-        batches: Iterable[Tensor],
-        divergence: Divergence,
-        *,
-        levels: int = LEVELS,
-        memory: float = MEMORY,
-    ) -> pd.DataFrame:
+    def sensitivity(self, scores: Scores, score: str, levels: int = LEVELS) -> pd.DataFrame:
         """Measure how far the outputs move as each group alone loses units in a score's order.
 
         Args:
             scores: values of ``score``.
             score: name of the score that ranks the units.
-            batches: unlabelled images, see :func:`calibration`.
-            divergence: what outputs are compared by, see :func:`divergence_of`.
             levels: number of levels of removal.
-            memory: gigabytes to take.
 
         Returns:
             The table of :func:`measure_sensitivity`.
         """
-        ranks = {group.name: unit_ranks(group, scores[score]) for group in self.groups}
-        images = sum(map(len, batches))
         return measure_sensitivity(
-            self.model, self.groups, ranks, batches, images, divergence=divergence, levels=levels, memory=memory
+            self.model,
+            self.groups,
+            {group.name: unit_ranks(group, scores[score]) for group in self.groups},
+            self.batches,
+            sum(map(len, self.batches)),
+            divergence=self.divergence,
+            levels=levels,
+            memory=self._memory,
         )
+
+    def compensate(
+        self,
+        slim: nn.Module,
+        kept: Mapping[str, Tensor],
+        compensation: Kind | None,
+        seed: int = 0,
+        done: Callable[[str, nn.Module], None] = lambda _step, _slim: None,
+    ) -> pd.DataFrame | None:
+        """Compensate what :meth:`cut` gave, in place, unless ``compensation`` is ``None``.
+
+        Args:
+            slim: slim network.
+            kept: group name → the units that stayed.
+            compensation: its kind.
+            seed: random seed of polish.
+            done: called with the name of each step after it.
+
+        Returns:
+            The errors of each layer, see :func:`compensate`.
+        """
+        report = None
+        if compensation:
+            layerwise, memory = "refit" if compensation == "distill" else compensation, self._memory
+            report = compensate(slim, self.model, self.groups, kept, self.batches, layerwise, memory=memory)
+            done(layerwise, slim)
+        if compensation == "distill":
+            polish(slim, self.model, self.groups, kept, self.batches, memory=self._memory, seed=seed)
+            done("polish", slim)
+        return report
 
     def check_reachable(self, allocation: Allocation, budget: float) -> None:
         """Raise ValueError if the allocation is unknown or the budget cannot be reached."""
@@ -271,8 +330,8 @@ class Pruner:
             slim,
             self.groups,
             kept,
-            input_shape=self._example.shape[1:],
-            macs=count_macs(slim, self._example),
+            input_shape=self._images.shape[1:],
+            macs=count_macs(slim, self._images[:1]),
             dense_macs=self.macs.dense,
             notes=notes,
         )
@@ -378,33 +437,30 @@ def prune(
         check_round_to(round_to)
         check_memory(memory)
         compensation = compensation_of(compensate)
-        place = Placement.of(model)
-        batches = calibration(probe, probe_size, place, images_of(model, step), memory)
-        example = next(iter(batches)) if example_input is None else place.to_device(example_input)
-        timed = None if example_input is None else example
-        pruner = Pruner(model, example, protect, budget_of=budget_of, round_to=round_to, timed=timed)
-        table = check_sensitivity(sensitivity, allocation, pruner.groups)
-        needed = [score, REFERENCE] if allocation == "shared" else [score]
-        scores = channel_scores(
-            pruner.model,
+        pruner = Pruner(
+            model,
             probe,
-            pruner.units,
-            needed,
             step=step,
+            example=example_input,
+            protect=protect,
+            budget_of=budget_of,
+            round_to=round_to,
             probe_size=probe_size,
             memory=memory,
-            seed=seed,
-            place=place,
         )
-        divergence = divergence_of(pruner.model, probe, step, place)
+        table = check_sensitivity(sensitivity, allocation, pruner.groups)
+        pruner.check_reachable(allocation, budget)
+        scores = pruner.scores([score, REFERENCE] if allocation == "shared" else [score], seed)
         if allocation == "sensitivity" and table is None:
-            pruner.check_reachable(allocation, budget)
-            table = pruner.sensitivity(scores, score, batches, divergence, memory=memory)
+            table = pruner.sensitivity(scores, score)
         kept = pruner.choose(scores, score, allocation, budget, table)
-        steps = _Steps(pruner.model, divergence, batches)
+        steps = _Steps(pruner)
         slim = pruner.cut(kept)
         steps.note("cut", slim)
-        report = fit_back(slim, pruner, kept, batches, compensation, reestimate, memory, seed, steps.note)
+        report = pruner.compensate(slim, kept, compensation, seed, steps.note)
+        if reestimate:
+            reestimate_norms(slim, pruner.batches)
+            steps.note("reestimate", slim)
         notes = {"budget": budget, "budget_of": budget_of, "round_to": round_to}
         notes |= {"score": score, "allocation": allocation, "compensate": compensation or "none"}
         return Slim(slim, pruner.plan(slim, kept, notes), report, steps.table, table)
@@ -414,19 +470,17 @@ class _Steps:
     """What each step of a pruning gains.
 
     Args:
-        model: dense network.
-        divergence: what outputs are compared by.
-        batches: images, of which some are enough.
+        pruner: has the dense network and images, of which some are enough.
 
     Attributes:
         table: the steps, see :class:`Slim`.
     """
 
-    def __init__(self, model: nn.Module, divergence: Divergence, batches: Iterable[Tensor]) -> None:
-        self._divergence: Divergence = divergence
-        self._images = [part for images in some(batches, 0, _TOLD) for part in images.split(_AT_ONCE)]
-        with observed(model):
-            self._outputs = [logits_of(model(images)) for images in self._images]
+    def __init__(self, pruner: Pruner) -> None:
+        self._divergence: Divergence = pruner.divergence
+        self._images = [part for images in some(pruner.batches, 0, _TOLD) for part in images.split(_AT_ONCE)]
+        with observed(pruner.model):
+            self._outputs = [logits_of(pruner.model(images)) for images in self._images]
         self._begin = perf_counter()
         self._rows: list[dict[str, Any]] = []
 
@@ -496,24 +550,10 @@ def sensitivity(
         [['0', 0], ['0', 4], ['0', 8], ['0', 12], ['0', 15], ['2', 0], ['2', 2], ['2', 4], ['2', 6], ['2', 7]]
     """
     with naming("sensitivity"):
-        check_memory(memory)
-        place = Placement.of(model)
-        batches = calibration(probe, probe_size, place, images_of(model, step), memory)
-        example = next(iter(batches)) if example_input is None else place.to_device(example_input)
-        pruner = Pruner(model, example, protect)
-        scores = channel_scores(
-            pruner.model,
-            probe,
-            pruner.units,
-            [score],
-            step=step,
-            probe_size=probe_size,
-            memory=memory,
-            seed=seed,
-            place=place,
+        pruner = Pruner(
+            model, probe, step=step, example=example_input, protect=protect, probe_size=probe_size, memory=memory
         )
-        divergence = divergence_of(pruner.model, probe, step, place)
-        return pruner.sensitivity(scores, score, batches, divergence, levels=levels, memory=memory)
+        return pruner.sensitivity(pruner.scores([score], seed), score, levels)
 
 
 def check_sensitivity(table: pd.DataFrame | None, allocation: str, groups: Sequence[Group]) -> pd.DataFrame | None:
@@ -561,7 +601,7 @@ def divergence_of(model: nn.Module, probe: ProbeSource, step: Step | None, place
         return "square"
 
 
-def images_of(model: nn.Module, step: Step | None) -> Callable[[Any], Any] | None:
+def _images_of(model: nn.Module, step: Step | None) -> Callable[[Any], Any] | None:
     """Return the function from a batch to the images that a step passes to the model; ``None`` without a step."""
     if step is None:
         return None
@@ -590,42 +630,6 @@ def images_of(model: nn.Module, step: Step | None) -> Callable[[Any], Any] | Non
 
 class _Called(Exception):
     """Raised by a hook when the model is called, which then does not run."""
-
-
-def fit_back(
-    slim: nn.Module,
-    pruner: Pruner,
-    kept: Mapping[str, Tensor],
-    batches: Iterable[Tensor],
-    compensation: Kind | None,
-    reestimate: bool = False,
-    memory: float = MEMORY,
-    seed: int = 0,
-    done: Callable[[str, nn.Module], None] = lambda _step, _slim: None,
-) -> pd.DataFrame | None:
-    """Compensate a slim network in place unless ``compensation`` is ``None``, and return the report on its layers.
-
-    ``done`` is called with the name of each step after it.
-    """
-    report = None
-    if compensation:
-        layerwise = "refit" if compensation == "distill" else compensation
-        report = compensate(slim, pruner.model, pruner.groups, kept, batches, layerwise, memory=memory)
-        done(layerwise, slim)
-    if compensation == "distill":
-        polish(slim, pruner.model, pruner.groups, kept, batches, memory=memory, seed=seed)
-        done("polish", slim)
-    if reestimate:
-        reestimate_norms(slim, batches)
-        done("reestimate", slim)
-    return report
-
-
-def calibration(
-    probe: ProbeSource, size: int, place: Placement, images_of: Callable[[Any], Any] | None, memory: float
-) -> Iterable[Tensor]:
-    """Return the images for compensation: in memory if they take at most a quarter of it, in gigabytes."""
-    return ImageBatches(probe, size, place, images_of).within(memory / 4 * 1e9)
 
 
 def compensation_of(choice: Compensate) -> Kind | None:

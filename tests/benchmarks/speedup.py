@@ -18,6 +18,7 @@ from itertools import product
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 from torchvision.models import mobilenet_v2, resnet18
 
 from chanaxes_pl.pruning.allocation import fit_budget, uniform_order
@@ -31,9 +32,9 @@ BUDGET, FORMATS = 0.5, (torch.contiguous_format, torch.channels_last)
 
 
 def slim_networks(model: nn.Module) -> dict[tuple[BudgetOf, int], nn.Module]:
-    slims = {}
+    slims, image = {}, TensorDataset(torch.randn(1, 3, 224, 224), torch.zeros(1).long())
     for budget_of, round_to in VARIANTS:
-        pruner = Pruner(model, torch.randn(1, 3, 224, 224), budget_of=budget_of, round_to=round_to)
+        pruner = Pruner(model, image, budget_of=budget_of, round_to=round_to)
         lost = fit_budget(pruner.cost, uniform_order(pruner.groups), BUDGET, round_to)
         slims[budget_of, round_to] = without(model, pruner.groups, lost)
         shares = (pruner.macs.of(lost) / pruner.macs.dense, pruner.cost.of(lost) / pruner.cost.dense)
