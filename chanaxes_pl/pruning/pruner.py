@@ -368,7 +368,7 @@ def prune(
     budget_of: BudgetOf = "macs",
     round_to: int = 1,
     score: str = "l1",
-    allocation: Allocation = "uniform",
+    allocation: Allocation = "sensitivity",
     sensitivity: pd.DataFrame | None = None,
     compensate: Compensate = True,
     example_input: Tensor | None = None,
@@ -395,8 +395,9 @@ def prune(
             of 8 or 16. A budget of MACs or parameters is then a bound, met as closely as such steps allow. Layers with
             fewer channels stay whole, and no other keeps fewer than ``round_to``. 1 allows every width.
         score: score that ranks the channels, see :data:`SCORES`; the lowest go first.
-        allocation: way to choose how much each layer loses: ``"uniform"``, ``"shared"`` (as Taylor would), ``"own"``,
-            or ``"sensitivity"``: what moves the outputs least, measured by cutting one group of layers at a time.
+        allocation: way to choose how much each layer loses: ``"sensitivity"``, what moves the outputs least, measured
+            by cutting one group of layers at a time; ``"uniform"``, the same share of each, which takes no time;
+            ``"shared"``, as Taylor scores would choose; or ``"own"``, as the score itself would.
         sensitivity: table of :func:`sensitivity` for the same network and score, so that it is measured once for many
             budgets; only for the allocation of that name.
         compensate: kind of compensation, which fits the remaining weights to the dense network's activations:
@@ -536,7 +537,7 @@ def sensitivity(
         squared error as a share of their variance.
 
     Raises:
-        ValueError: as :func:`prune` does, or if the probe has fewer than 8 images.
+        ValueError: as :func:`prune` does.
 
     Example:
         >>> import torch

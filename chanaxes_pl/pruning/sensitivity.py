@@ -33,6 +33,8 @@ Divergence = Literal["kl", "bits", "square"]
 LEVELS = 8
 #: Images on which outputs are compared at most.
 COMPARED = 512
+# Fewer images are not worth parting.
+_FEW = 8
 # As other groups shrink, what a step frees changes: no step takes more than this part of what a group has left.
 _PIECES = 8
 _GIGABYTE = 1e9
@@ -60,6 +62,7 @@ def measure_sensitivity(
         ranks: group name → ``[U]``, scores of its units; the lowest go first.
         batches: unlabelled images ``[B, …]`` on the model's device, iterated for every pass that ``memory`` takes. The
             last quarter of them, at most 512, are held out: the outputs are compared there, the rest is for refits.
+            Fewer than 8 serve for both.
         images: number of images in all batches.
         divergence: what outputs are compared by.
         levels: number of levels of removal; the last leaves one unit.
@@ -73,20 +76,19 @@ def measure_sensitivity(
         them, and ``divergence``, the mean over held-out images, in nats but for ``"square"``.
 
     Raises:
-        ValueError: if there are fewer than 8 images, a reader's inputs or the outputs are not finite, or ``memory`` has
-            no room for the moments of one group.
+        ValueError: if a reader's inputs or the outputs are not finite, or ``memory`` has no room for the moments of one
+            group.
     """
-    if images < 8:
-        raise InputError(f"{images} images: expected at least 8, a quarter of which is held out")
     groups = list(groups)
-    held = min(images // 4, COMPARED)
+    held = min(images // 4, COMPARED) if images >= _FEW else 0
+    fitted, compared = images - held, images - held if held else 0
     limit, rows = memory * _GIGABYTE / 2, []
     with observed(model):
-        outputs = _Outputs(model, divergence, some(batches, images - held, images), limit)
-        for share in passes(model, groups, Sampling(positions, images - held), limit):
+        outputs = _Outputs(model, divergence, some(batches, compared, images), limit)
+        for share in passes(model, groups, Sampling(positions, fitted), limit):
             readers = {reader.key: reader for _, found in share for reader in found}
             with hooked((reader.layer, reader.read) for reader in readers.values()):
-                for seen in some(batches, 0, images - held):
+                for seen in some(batches, 0, fitted):
                     model(seen)
             for number, (group, found) in enumerate(share):
                 counts = sorted({*np.linspace(0, group.size, levels + 1).round().astype(int)[1:-1], group.size - 1})

@@ -240,7 +240,7 @@ def test_an_auxiliary_head_can_still_be_trained():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Auxiliary()
-    slim = prune(model, TensorDataset(IMAGES), budget=0.5).model.train()
+    slim = prune(model, TensorDataset(IMAGES), budget=0.5, allocation="uniform").model.train()
     logits, auxiliary = slim(IMAGES)
     (logits.sum() + auxiliary.sum()).backward()
     assert slim.auxiliary[0].weight.shape[1] == slim.stem.out_channels < 16
@@ -266,7 +266,9 @@ def test_layers_over_positions_are_not_fitted_and_the_others_are():
         torch.manual_seed(0)
         model = Mixer().eval()
     for kind in ("refit", "fold"):
-        report = prune(model, TensorDataset(IMAGES), budget=0.5, compensate=kind).report.set_index("layer")
+        report = prune(
+            model, TensorDataset(IMAGES), budget=0.5, allocation="uniform", compensate=kind
+        ).report.set_index("layer")
         fitted = ["patches", "over_channels.0", "over_channels.2", "head"]
         assert (report.reason[fitted] == "").all()
         assert (report.reason.drop(fitted) == "some of its positions are channels that are gone").all()
@@ -277,7 +279,7 @@ def test_heads_go_as_a_whole_or_get_narrower(fused):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Transformer(lambda: FusedAttention(24, 6) if fused else nn.MultiheadAttention(24, 6, batch_first=True))
-    slim = prune(model.eval(), TensorDataset(IMAGES), budget=0.4).model
+    slim = prune(model.eval(), TensorDataset(IMAGES), budget=0.4, allocation="uniform").model
     attention = slim.blocks[0].attention
     into, out = (attention.qkv, attention.proj) if fused else (attention.in_proj, attention.out_proj)
     assert 0 < attention.head_dim < 4
