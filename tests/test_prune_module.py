@@ -218,6 +218,26 @@ def test_a_slim_network_learns_from_its_teacher(tmp_path, labelled):
     assert all(torch.equal(value, state[key]) for key, value in teacher.state_dict().items())
 
 
+def test_two_processes_learn_from_a_teacher_as_one_does(tmp_path):
+    """Each takes half of all images at every step, and there is no norm that could look at that."""
+
+    def classifier(channels: int) -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(3, channels, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 4)
+        )
+
+    teacher, small, data = classifier(12), classifier(6), [image for image, _ in images(8, 1)]
+    found = []
+    for settings, size in (({}, 8), ({"devices": 2, "strategy": "ddp_fork"}, 4)):
+        module = PruneModule(copy.deepcopy(small), teacher=teacher, lr=0.05)
+        fitter = trainer(tmp_path, max_epochs=6, **settings)
+        fitter.fit(module, train_dataloaders=DataLoader(data, batch_size=size))
+        found.append(module.network.state_dict())
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value)
+        assert not torch.equal(value, small.state_dict()[key])
+
+
 def test_a_teacher_of_another_shape_is_refused(tmp_path):
     teacher = build_backbone("resnet18", 9, 0.125)
     with pytest.raises(
