@@ -125,28 +125,25 @@ def sensitivity_order(macs: Macs, table: pd.DataFrame) -> np.ndarray:
     """
     curves = divergences(macs.groups, table)
     removed, order = np.zeros(len(macs.groups), dtype=int), []
-    left = [len(curve) - 1 for curve in curves]
-    while any(left):
-        best = None
-        for g, curve in enumerate(curves):
-            if not left[g]:
-                continue
-            counts = np.arange(1, left[g] + 1)
-            whole = removed.copy()
-            whole[g] += 1
-            # MACs are linear in the units of one group.
-            freed = max(macs.of(removed) - macs.of(whole), _LEAST) * counts
-            rates = (curve[removed[g] + counts] - curve[removed[g]]) / freed
-            step = int(rates.argmin())
-            if best is None or rates[step] < best[0]:
-                best = rates[step], g, step + 1
-        assert best is not None
-        _, group, step = best
-        step = min(step, max(1, (left[group] + 1) // _PIECES))
+    # Group → the divergence that it costs to free one MAC by its next units, and how many these are.
+    next_of: dict[int, tuple[float, int]] = {}
+    changed: Iterable[int] = range(len(curves))
+    while True:
+        for number in changed:
+            next_of.pop(number, None)
+            ahead = curves[number][removed[number] :]
+            if len(ahead) > 1:
+                # MACs are linear in the units of one group.
+                freed = max(macs.freed(removed, number), _LEAST) * np.arange(1, len(ahead))
+                rates = (ahead[1:] - ahead[0]) / freed
+                next_of[number] = float(rates.min()), int(rates.argmin()) + 1
+        if not next_of:
+            return np.array(order, dtype=int)
+        group = min(next_of, key=lambda number: (next_of[number][0], number))
+        step = min(next_of[group][1], max(1, (len(curves[group]) - removed[group]) // _PIECES))
         order += [group] * step
         removed[group] += step
-        left[group] -= step
-    return np.array(order, dtype=int)
+        changed = macs.coupled[group]
 
 
 def divergences(groups: Sequence[Group], table: pd.DataFrame) -> list[np.ndarray]:

@@ -93,11 +93,20 @@ class _Layer:
     inputs_of: _Sets
     share_of: Mapping[int, float]
 
+    @property
+    def cut_by(self) -> set[int]:
+        """Numbers of the groups that it loses channels or positions with."""
+        return {group for _, units in (*self.outputs_of, *self.inputs_of) for group in units} | set(self.share_of)
+
     def macs(self, removed: np.ndarray) -> float:
         outputs = self.outputs - _lost(self.outputs_of, removed)
         inputs = self.inputs - _lost(self.inputs_of, removed)
         positions = 1 - sum(share * removed[group] for group, share in self.share_of.items())
         return self.scale * positions * outputs * inputs / self.groups
+
+
+#: MACs of products between activations, and which share of them goes with each unit of some groups.
+_Product = tuple[float, dict[int, float]]
 
 
 class Macs:
@@ -110,6 +119,7 @@ class Macs:
 
     Attributes:
         groups: groups in the order that ``removed`` uses.
+        coupled: group number → numbers of the groups, itself among them, which change what its units free.
         dense: MACs with all units.
         unit: what is counted, for messages.
         exact: that it is counted, not measured.
@@ -125,17 +135,39 @@ class Macs:
         # Products between activations.
         self._rest = self.dense - self._of_layers(np.zeros(len(self.groups)))
         self._products = self._find_products(model, example) if self._rest else []
+        self._cut: list[tuple[list[_Layer], list[_Product]]] = [
+            ([layer for layer in self._layers if number in layer.cut_by], [p for p in self._products if number in p[1]])
+            for number in range(len(self.groups))
+        ]
+        self.coupled = [
+            {number}.union(*(layer.cut_by for layer in layers), *(share_of for _, share_of in products))
+            for number, (layers, products) in enumerate(self._cut)
+        ]
 
     def of(self, removed: np.ndarray) -> float:
         """Return the MACs after each group has lost ``removed`` ``[G]`` units."""
-        rest = self._rest
-        for amount, share_of in self._products:
-            left = math.prod(1 - share * removed[group] for group, share in share_of.items())
-            rest -= amount * (1 - left)
-        return rest + self._of_layers(removed)
+        return self._rest + self._of_products(removed, self._products) + self._of_layers(removed)
 
-    def _find_products(self, model: nn.Module, example: Tensor) -> list[tuple[float, dict[int, float]]]:
-        """Return what products there are, in MACs, and which share of each goes with each unit of some groups.
+    def freed(self, removed: np.ndarray, group: int) -> float:
+        """Return the MACs that the next unit of a group frees after each group has lost ``removed`` ``[G]`` units."""
+        layers, products = self._cut[group]
+        after = removed.copy()
+        after[group] += 1
+        whole, cut = (
+            self._of_products(lost, products) + sum(layer.macs(lost) for layer in layers) for lost in (removed, after)
+        )
+        return whole - cut
+
+    @staticmethod
+    def _of_products(removed: np.ndarray, products: Iterable[_Product]) -> float:
+        """Return the MACs of some products beyond those of the dense network: at most 0."""
+        return sum(
+            amount * (math.prod(1 - share * removed[group] for group, share in share_of.items()) - 1)
+            for amount, share_of in products
+        )
+
+    def _find_products(self, model: nn.Module, example: Tensor) -> list[_Product]:
+        """Return what products there are.
 
         Found by cutting a group in half. Groups that share a layer, such as the heads of an attention and the channels
         within them, are factors of the same product.
@@ -150,7 +182,7 @@ class Macs:
             rest = count(slim, example) - self._of_layers(half)
             if half[number] and rest < self._rest:
                 lost[number] = (self._rest - rest) / half[number]  # MACs of a unit
-        products: list[tuple[float, dict[int, float]]] = []
+        products: list[_Product] = []
         while lost:
             first = self.groups[next(iter(lost))]
             joined = [number for number in lost if self.groups[number].producers.keys() & first.producers.keys()]

@@ -259,6 +259,14 @@ def test_the_cost_of_a_cut_is_known_before_it_is_made(name):
     for share in (0.2, 0.5, 0.8):
         removed = np.array([min(group.size - 1, round(share * group.size)) for group in groups])
         assert macs.of(removed) == pytest.approx(count_macs(without(model, groups, removed), example), rel=0.02)
+        for number, group in enumerate(groups):
+            if removed[number] < group.size - 1:
+                one_more = removed + (np.arange(len(groups)) == number)
+                wanted = macs.of(removed) - macs.of(one_more)
+                assert macs.freed(removed, number) == pytest.approx(wanted, rel=1e-6, abs=1e-6 * macs.dense)
+                apart = set(range(len(groups))) - macs.coupled[number]
+                later = removed + np.isin(np.arange(len(groups)), list(apart))
+                assert macs.freed(later, number) == macs.freed(removed, number)
 
 
 def test_layers_over_positions_are_not_fitted_and_the_others_are():

@@ -237,6 +237,10 @@ class Product:
     def __init__(self, groups: Sequence[Group]) -> None:
         self.groups = tuple(groups)
         self.dense = self.of(np.zeros(len(groups), dtype=int))
+        self.coupled = [set(range(len(groups)))] * len(groups)
+
+    def freed(self, removed: np.ndarray, group: int) -> float:
+        return self.of(removed) - self.of(removed + (np.arange(len(removed)) == group))
 
     def of(self, removed: np.ndarray) -> float:
         widths = [3.0, *(group.size - int(lost) for group, lost in zip(self.groups, removed, strict=True)), 5.0]
