@@ -418,7 +418,7 @@ def _fold(task: _Task, goals: Iterable[tuple[_Goal, Seen]]) -> tuple[float, floa
         The error before and after, and why the layer could not be fitted, else empty; see :func:`compensate`.
     """
     layer, original = task.layer, task.original
-    if isinstance(layer, CONVOLUTIONS) and layer.groups > 1:
+    if isinstance(original, CONVOLUTIONS) and original.groups > 1:  # of which the slim layer may have a single one
         return math.nan, math.nan, "its outputs read groups of inputs, which have nothing to fold into"
 
     def sample(goal: _Goal, seen: Seen, first: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -228,6 +228,18 @@ def test_a_network_that_cannot_be_traced_gets_the_same_weights(name, compensatio
         torch.testing.assert_close(whole.state_dict()[key], value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("compensation", RIDGE)
+def test_a_depthwise_layer_with_one_channel_left(compensation):
+    model = build("inverted")
+    groups = find_units(model, ONE).groups
+    name = next(name for name, group in groups.items() if name.startswith("expand"))
+    slim = cut(model, {name: torch.tensor([2])}, groups.values())
+    report = compensate(slim, model, groups.values(), {name: torch.tensor([2])}, BATCHES, compensation)
+    depthwise = {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.groups > 1}
+    assert depthwise
+    assert set(report.layer[report.reason != ""]) == (depthwise if compensation == "fold" else set())
+
+
 def test_a_layer_that_runs_twice_is_reported():
     twice, last = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 6, 3)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), twice, nn.ReLU(), twice, nn.ReLU(), last, nn.ReLU())

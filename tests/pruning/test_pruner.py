@@ -43,7 +43,7 @@ def test_budget_is_met_and_macs_are_those_of_the_network(name, budget):
     assert slim.macs / slim.dense_macs == pytest.approx(budget, abs=0.02 if name == "mobilenet_v2" else 0.005)
     assert slim.report is None
     asked = {"budget": budget, "budget_of": "macs", "round_to": 1}
-    assert slim.plan.notes == asked | {"score": "l1", "allocation": "uniform", "compensate": "none"}
+    assert slim.plan.notes == asked | {"score": "l1", "allocation": "sensitivity", "compensate": "none"}
 
 
 @pytest.mark.parametrize("name", BACKBONES)
