@@ -37,7 +37,7 @@ from chanaxes_pl.analysis.damage import score_damage_correlation
 from chanaxes_pl.analysis.text import describe_lesions, describe_pruning
 from chanaxes_pl.data import DigitsDataModule
 from chanaxes_pl.models import Classifier
-from chanaxes_pl.plots import plot_lesions, plot_pruning
+from chanaxes_pl.plots import plot_lesions, plot_pruning, plot_sensitivity
 
 warnings.filterwarnings("ignore", module="lightning")  # hints about workers and loggers
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -79,9 +79,10 @@ plot_lesions(lesions.table, score_damage_correlation(lesions.table, local, resam
 # %% [markdown]
 # ## Half the network, in one call
 #
-# `prune` takes the network, training images, and a budget: the share of multiply–accumulates that remains. By default
-# it removes the channels with the lowest L1 norm. It then refits the remaining weights, layer by layer, to the outputs
-# of the dense network on these images (`compensate=True`). It uses no labels and trains nothing.
+# `prune` takes the network, training images, and a budget: the share of multiply–accumulates that remains. It measures
+# how far the outputs move when each group of layers alone loses channels, those with the lowest L1 norm first, and cuts
+# where that moves them least (`allocation="sensitivity"`). It then refits the remaining weights, layer by layer, to the
+# outputs of the dense network on these images (`compensate=True`). It uses no labels and trains nothing.
 
 # %%
 slim = prune(model, data.probe_dataloader(), budget=0.5)
@@ -90,6 +91,16 @@ print(f"{slim.dense_macs:,} multiply–accumulates an image became {slim.macs:,}
 for name, network in {"not compensated": bare, "refitted": slim}.items():
     (result,) = trainer.test(PruneModule(network), data, verbose=False)
     print(f"{name:16}", {key: round(value, 3) for key, value in result.items()})
+
+# %% [markdown]
+# What each step gained, by the divergence of the outputs from those of the dense network, and what the widths were
+# chosen by: a group whose line stays low can lose most of its channels.
+
+# %%
+slim.steps.round(3)
+
+# %%
+plot_sensitivity(slim.sensitivity)
 
 # %% [markdown]
 # `save` writes one safetensors file, with the plan of the removal in its metadata. Loading it needs no pickle.

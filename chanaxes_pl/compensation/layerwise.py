@@ -502,5 +502,6 @@ def _same(task: _Task, goal: _Goal, seen: Seen, first: int) -> bool:
 
 def _write(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:
     add_bias(layer)
-    layer.weight.copy_(weight.reshape(layer.weight.shape))  # type: ignore[operator,union-attr,arg-type]
+    if weight.data_ptr() != layer.weight.data_ptr():  # type: ignore[operator,union-attr] # else it is in place already
+        layer.weight.copy_(weight.reshape(layer.weight.shape))  # type: ignore[operator,union-attr,arg-type]
     layer.bias.copy_(bias.flatten())  # type: ignore[operator,union-attr,arg-type]

@@ -396,7 +396,8 @@ def prune(
             fewer channels stay whole, and no other keeps fewer than ``round_to``. 1 allows every width.
         score: score that ranks the channels, see :data:`SCORES`; the lowest go first.
         allocation: way to choose how much each layer loses: ``"sensitivity"``, what moves the outputs least, measured
-            by cutting one group of layers at a time; ``"uniform"``, the same share of each, which takes no time;
+            by cutting one group of layers at a time, in the time of some 500 forward passes of an image for each
+            (ResNet-50 has 37 groups); ``"uniform"``, the same share of each, which takes no time;
             ``"shared"``, as Taylor scores would choose; or ``"own"``, as the score itself would.
         sensitivity: table of :func:`sensitivity` for the same network and score, so that it is measured once for many
             budgets; only for the allocation of that name.
@@ -520,7 +521,7 @@ def sensitivity(
     Args:
         model: trained network; it does not change.
         probe: training images under the evaluation transform, as for :func:`prune`; of labels only the kind counts,
-            which tells how outputs are compared. The last quarter of the images, at most 512, is held out for that.
+            which tells how outputs are compared. The last quarter of the images, at most 128, is held out for that.
         score: score that ranks the channels; the lowest go first.
         levels: number of levels of removal, evenly spaced; the last leaves one unit.
         example_input: images ``[B, …]`` as the model takes them; default the first ones of the probe.

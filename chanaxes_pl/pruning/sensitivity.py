@@ -32,7 +32,7 @@ Divergence = Literal["kl", "bits", "square"]
 #: Levels of removal of a group, evenly spaced, after which one unit is left.
 LEVELS = 8
 #: Images on which outputs are compared at most.
-COMPARED = 512
+COMPARED = 128
 # Fewer images are not worth parting.
 _FEW = 8
 # As other groups shrink, what a step frees changes: no step takes more than this part of what a group has left.
@@ -61,7 +61,7 @@ def measure_sensitivity(
         groups: its groups.
         ranks: group name → ``[U]``, scores of its units; the lowest go first.
         batches: unlabelled images ``[B, …]`` on the model's device, iterated for every pass that ``memory`` takes. The
-            last quarter of them, at most 512, are held out: the outputs are compared there, the rest is for refits.
+            last quarter of them, at most 128, are held out: the outputs are compared there, the rest is for refits.
             Fewer than 8 serve for both.
         images: number of images in all batches.
         divergence: what outputs are compared by.

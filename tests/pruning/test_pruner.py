@@ -88,12 +88,12 @@ def test_the_dense_network_is_left_bit_for_bit(score):
 def test_protected_layers_keep_their_channels():
     dense = build("vgg16_bn")
     first, *others = [name for name, layer in dense.named_modules() if isinstance(layer, nn.Conv2d)]
-    slim = prune(dense, DATA, budget=0.5, protect=[first], compensate=False).model
+    slim = prune(dense, DATA, budget=0.5, allocation="uniform", protect=[first], compensate=False).model
     assert slim.get_submodule(first).out_channels == dense.get_submodule(first).out_channels
     assert all(slim.get_submodule(o).out_channels < dense.get_submodule(o).out_channels for o in others)
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "shared", "own"])
+@pytest.mark.parametrize("allocation", ["uniform", "shared", "own", "sensitivity"])
 def test_rounded_widths(allocation):
     dense = build("resnet18")
     slim = prune(dense, DATA, budget=0.5, allocation=allocation, round_to=8)
@@ -195,7 +195,7 @@ def test_a_network_that_needs_its_number_of_channels_is_refused():
             return self.head(self.second(maps).mean((2, 3)))
 
     with pytest.raises(ValueError, match=r"Counts gives different logits .*\(the network does not run without some"):
-        prune(Counts("plain"), DATA, budget=0.5)
+        prune(Counts("plain"), DATA, budget=0.5, allocation="uniform")
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
