@@ -430,8 +430,8 @@ def prune(
         ...                       nn.Flatten(), nn.Linear(8, 4))
         >>> data = TensorDataset(torch.randn(64, 3, 8, 8), torch.arange(64) % 4)
         >>> slim = prune(model, data, budget=0.5)
-        >>> slim.model[0], round(slim.macs / slim.dense_macs, 2)
-        (Conv2d(3, 10, kernel_size=(3, 3), stride=(1, 1)), 0.5)
+        >>> round(slim.macs / slim.dense_macs, 2), slim.steps["step"].tolist()
+        (0.5, ['cut', 'refit'])
     """
     with naming("prune"):
         check_budget_of(budget_of)

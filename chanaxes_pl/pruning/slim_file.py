@@ -375,8 +375,9 @@ def load_slim(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     slim.save(f"{folder}/half")
         ...     torch.save({"state_dict": slim.model.state_dict()}, f"{folder}/last.ckpt")  # as a Trainer does
-        ...     load_slim(f"{folder}/half", network())[0], load_slim(f"{folder}/last.ckpt", network())[0]
-        (Conv2d(3, 9, kernel_size=(3, 3), stride=(1, 1)), Conv2d(3, 9, kernel_size=(3, 3), stride=(1, 1)))
+        ...     loaded = load_slim(f"{folder}/half", network()), load_slim(f"{folder}/last.ckpt", network())
+        >>> [model[0].weight.equal(slim.model[0].weight) for model in loaded]
+        [True, True]
     """
     if Path(path).suffix == ".ckpt" and Path(path).is_file():
         with naming(str(path)):
