@@ -31,7 +31,7 @@ class Seen(NamedTuple):
 
     Attributes:
         read: what the layer reads.
-        beside: what will be added to its output, in units of that, see :meth:`Sum.of`; ``None`` if nothing known.
+        beside: what will be added to its output, in units of that, see :meth:`Sum.of`; ``None`` if not known.
     """
 
     read: Tensor
@@ -65,7 +65,7 @@ def paired(
     wait at a layer with the values that the rest of the network needs, and if there is room for all of them, each runs
     once. Otherwise some wait there, some where they waited before, and the others at the image, from which they run
     again for every layer: whatever saves the most work. Elsewhere every layer takes a slim pass of its own, and no
-    batch waits; the results are the same, but that sums are not known.
+    batch waits. The results are the same, except that sums are not known.
 
     Args:
         dense: in eval mode.

@@ -62,8 +62,8 @@ class PruningExperiment:
         finetune_epochs: epochs of fine-tuning, after which each network is evaluated again; 0 for none.
         latency: whether to time the slim networks.
         probe_size: maximum number of probe images for scores and compensation.
-        memory: gigabytes (10⁹ bytes) that compensation and the score "reconstruction" take, whatever the number of
-            images; less takes longer.
+        memory: gigabytes (10⁹ bytes) that sensitivity, compensation and the score "reconstruction" take, whatever the
+            number of images; less takes longer.
         evaluation_size: number of test images for the accuracies, a fixed random choice; default all.
         seed: random seed of random scores and of fine-tuning.
 

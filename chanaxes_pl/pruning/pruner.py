@@ -408,8 +408,8 @@ def prune(
         example_input: images ``[B, …]`` as the model takes them; default the first ones of the probe.
         protect: glob, or several, over the names of layers that keep all their channels.
         probe_size: maximum number of probe images for scores and compensation.
-        memory: gigabytes (10⁹ bytes) that compensation and the score ``reconstruction`` take, whatever the number of
-            images; less takes longer.
+        memory: gigabytes (10⁹ bytes) that sensitivity, compensation and the score ``reconstruction`` take, whatever the
+            number of images; less takes longer.
         reestimate: whether to re-estimate BatchNorm statistics at the end.
         seed: random seed of random scores and of polish.
         step: ``(model, batch) → (logits, labels)`` for batches that :func:`split_batch` does not know; what it passes
@@ -436,8 +436,6 @@ def prune(
     with naming("prune"):
         check_budget_of(budget_of)
         check_budget(budget, COSTS[budget_of].unit)
-        check_round_to(round_to)
-        check_memory(memory)
         compensation = compensation_of(compensate)
         pruner = Pruner(
             model,

@@ -58,6 +58,13 @@ def resident(field: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024 / 1e9
 
 
+def begin_peak() -> float:
+    """Give freed memory back and let the peak of memory begin anew; gigabytes that are resident then."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
 def build(name: str) -> nn.Module:
     torch.manual_seed(0)
     model = torchvision.models.get_model(name, weights=None)
@@ -99,9 +106,7 @@ def main() -> None:
         remove(slim, groups, kept)
         listed = batches.within(args.memory / 4 * 1e9)
         images = 0.0 if isinstance(listed, ImageBatches) else sum(part.nbytes for part in listed) / 1e9
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        before, begin = resident("VmRSS"), time.process_time()
+        before, begin = begin_peak(), time.process_time()
         report = compensate(slim, model, groups, kept, listed, kind, memory=args.memory)
         spent, peak = time.process_time() - begin, resident("VmHWM") - before + images
         with torch.no_grad():

@@ -10,10 +10,8 @@ steps and stated for 600. Memory is the peak of resident memory over that before
 from __future__ import annotations
 
 import argparse
-import ctypes
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,16 +21,14 @@ from chanaxes_pl.compensation.polish import STEPS, polish
 from chanaxes_pl.models import BACKBONES, build_backbone
 from chanaxes_pl.pruning.pruner import Pruner
 from chanaxes_pl.pruning.reconstruction import reconstruction_costs
-from tests.benchmarks.real_size import resident
+from tests.benchmarks.real_size import begin_peak, resident
 
 BATCH, POLISHED, BUDGET = 125, 20, 0.5
 
 
 def timed(step: Callable[[], object]) -> tuple[float, float]:
     """Seconds of a step, and gigabytes of memory that it takes."""
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before, begin = resident("VmRSS"), time.process_time()
+    before, begin = begin_peak(), time.process_time()
     step()
     return time.process_time() - begin, resident("VmHWM") - before
 
