@@ -47,6 +47,8 @@ MEMORY = 2.0
 _CHECKED = 4
 _CHECK_SHARE = 1e-3
 _GIGABYTE = 1e9
+# The rest of the memory is for what the C library holds between blocks that are in use.
+_FOR_TENSORS = 0.9
 # No layer is fitted to fewer samples than this to save memory.
 _FEWEST = 1000
 # Numbers of a weight that are widened to float64 at a time.
@@ -121,7 +123,7 @@ def compensate(
     equations = max((ridge_bytes(task.shape, task.samples) for task in tasks.values()), default=0)
     listed = sum(size for _, size in sizes) if isinstance(batches, Sequence) else 0
     fit, take = (_fold, _dense_inputs) if compensation == "fold" else (_refit, _dense_outputs)
-    layers, room = list(tasks), limit - equations - listed
+    layers, room = list(tasks), _FOR_TENSORS * limit - equations - listed
     strange = set()
 
     def taken(name: str, first: int, seen: Seen, gave: Tensor) -> _Goal:

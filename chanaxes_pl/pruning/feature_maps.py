@@ -10,9 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from chanaxes_pl.core.errors import InputError
 from chanaxes_pl.core.moments import accumulation_device
 from chanaxes_pl.network.hooks import calls, hooked, observed
-from chanaxes_pl.units.removal import Group, check_read
+from chanaxes_pl.units.removal import Group
 
 #: A key of :data:`MAP_SCORES`.
 MapScore = Literal["hrank", "chip"]
@@ -165,7 +166,12 @@ def _readers(model: nn.Module, groups: Iterable[Group], forward: Callable[[], An
         if call.name in consumers:
             features = call.input_shape[-1 if isinstance(call.module, nn.Linear) else 1]
             positions[call.name] = math.prod(call.input_shape) // (call.input_shape[0] * features)
-    check_read(groups)
+    for group in groups:
+        if not group.consumers:
+            raise InputError(
+                f"the channels of {group.layer!r} are summed over by attention itself and read by no layer, so hrank "
+                "and chip do not know what they are for: protect= that layer, or take another score"
+            )
     return {
         group.name: max(group.consumers, key=lambda name, group=group: positions[name] * _flattened(group, name))
         for group in groups

@@ -108,64 +108,61 @@ class Reader:
             ``[G, S, S]``, H⁻¹ at the columns of the units, unit by unit; ``[G, R, S]``, weights there with the same
             squares as the layer's, as shares of the standard deviation of its outputs.
         """
-        if self._inverse is None:
-            among, spread, _ = self._covariance()
-            weight = self._root().to(among)
-            variance = float(((weight @ among) * weight).sum())
-            self._weight = weight / math.sqrt(variance) if variance > 0 else torch.zeros_like(weight)
-            _add_ridge(among, spread, ridge)
-            self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(among))
-        columns = self._columns(group).to(self._inverse.device)
+        inverse = self._inverted(ridge)
+        if self._weight is None:
+            weight = self._root().to(inverse)
+            self._weight = weight / math.sqrt(self._variance) if self._variance > 0 else torch.zeros_like(weight)
+        columns = self._columns(group).to(inverse.device)
         blocks = torch.arange(self._blocks, device=columns.device)[:, None]
-        inverse = self._inverse[blocks[:, :, None], columns[:, :, None], columns[:, None]]
-        return inverse, self._weight.transpose(1, 2)[blocks, columns].mT.contiguous()
+        among = inverse[blocks[:, :, None], columns[:, :, None], columns[:, None]]
+        return among, self._weight.transpose(1, 2)[blocks, columns].mT.contiguous()
 
     def refits(
         self, group: Group, order: Tensor, counts: Sequence[int], ridge: float
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Give the layer's best weights after the first units of an order have gone, for some numbers of units.
 
-        They minimise tr((W − W′) H (W − W′)ᵀ), where H = Cov(x) + λ v I, over all W′ that are 0 where a unit is gone.
-        With H = L Lᵀ and its rows in the order in which they go, the last first, all solutions share one L.
+        They minimise tr((W − W′) H (W − W′)ᵀ), where H = Cov(x) + λ v I, over all W′ that are 0 at the inputs B of
+        units that are gone: W′ = W − W_B (H⁻¹_BB)⁻¹ H⁻¹_B·. With H⁻¹_BB = C Cᵀ in the order in which units go, the
+        first rows of C⁻¹ H⁻¹_B· and columns of W_B C⁻ᵀ are those of every smaller B.
 
         Args:
             group: a group that the layer reads.
             order: ``[U]``, the units in the order in which they go.
-            counts: how many units have gone.
+            counts: how many units have gone, rising.
             ridge: λ.
 
         Yields:
             For each count the weight, of the layer's shape and type, and what is to be added to its outputs,
             ``[C]``, so that their mean stays.
         """
-        if self._among is None:
-            self._among, spread, self._mean = self._covariance()
-            _add_ridge(self._among, spread, ridge)
-        among, mean = self._among, self._mean
-        columns = self._columns(group).to(among.device).unflatten(1, (group.size, -1))
-        gone = columns[:, order.flip(0).to(among.device)].flatten(1)  # the last to go come first
-        others = among.new_ones(gone.shape[0], self.inputs, dtype=torch.bool).scatter_(1, gone, False)
-        ranked = torch.cat([others.nonzero()[:, 1].view(len(gone), -1), gone], 1)
-        permuted = among.gather(1, ranked[..., None].expand_as(among)).gather(2, ranked[:, None].expand_as(among))
-        root = torch.linalg.cholesky(permuted)
-        del permuted
-        rows = self._rows().to(among)
-        toward = root.mT @ rows.gather(2, ranked[:, None].expand_as(rows)).mT
+        inverse, rows = self._inverted(ridge), self._rows()
+        fitted = rows.to(inverse)
+        columns = self._columns(group).to(inverse.device).unflatten(1, (group.size, -1))
+        gone = columns[:, order[: max(counts)].to(inverse.device)].flatten(1)
+        width = gone.shape[1] // max(counts)
+        panel = inverse.gather(1, gone[..., None].expand(-1, -1, self.inputs))
+        root = torch.linalg.cholesky(panel.gather(2, gone[:, None].expand(-1, gone.shape[1], -1)))
+        outputs = fitted.gather(2, gone[:, None].expand(-1, fitted.shape[1], -1))
+        outputs = torch.linalg.solve_triangular(root, outputs.mT, upper=False).mT
+        panel = torch.linalg.solve_triangular(root, panel, upper=False)
+        begin = 0
         for count in counts:
-            left = self.inputs - count * columns.shape[2]
-            solved = torch.linalg.solve_triangular(root[:, :left, :left].mT, toward[:, :left], upper=True)
-            fitted = torch.zeros_like(rows).scatter_(2, ranked[:, None, :left].expand(-1, rows.shape[1], -1), solved.mT)
-            shift = ((rows - fitted) @ mean[..., None])[..., 0]
+            end = count * width
+            fitted = fitted.baddbmm(outputs[:, :, begin:end], panel[:, begin:end], alpha=-1)
+            fitted.scatter_(2, gone[:, None, :end].expand(-1, fitted.shape[1], -1), 0.0)
+            shift = ((rows.to(fitted) - fitted) @ self._mean[..., None])[..., 0]
             yield self._placed(fitted), self._per_output(shift)
+            begin = end
 
     def forget(self) -> None:
         """Free the memory that moments take."""
         self._waiting: list[Tensor] = []
         self._images = 0
         self._moments: Moments | None = None
-        self._among: Tensor | None = None
         self._inverse: Tensor | None = None
-        self._weight = torch.empty(0)
+        self._weight: Tensor | None = None
+        self._mean, self._variance = torch.empty(0), 0.0
 
     @property
     def _room(self) -> int:
@@ -195,6 +192,16 @@ class Reader:
             moments = Moments.of(torch.cat(self._waiting).transpose(0, 1))
             self._moments = moments if self._moments is None else self._moments.merge_(moments)
         self._waiting = []
+
+    def _inverted(self, ridge: float) -> Tensor:
+        """Return H⁻¹ ``[G, F, F]``; the moments are used up when it is first asked for."""
+        if self._inverse is None:
+            among, spread, self._mean = self._covariance()
+            rows = self._rows().to(among)
+            self._variance = float(((rows @ among) * rows).sum())
+            _add_ridge(among, spread, ridge)
+            self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(among))
+        return self._inverse
 
     def _covariance(self) -> tuple[Tensor, float, Tensor]:
         """Return Cov(x) ``[G, F, F]``, the mean variance and the mean ``[G, F]``; the moments are used up."""
@@ -296,7 +303,8 @@ def passes(
             share, joined = [], {reader.key: reader for reader in readers}
         known = joined
         share.append((group, [known[reader.key] for reader in readers]))
-    yield share
+    if share:
+        yield share
 
 
 def _readers(model: nn.Module, group: Group, sampling: Sampling, memory: float) -> list[Reader]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from chanaxes_pl.compensation.layerwise import MEMORY, POSITIONS, RIDGE
 from chanaxes_pl.network.hooks import hooked, observed
 from chanaxes_pl.pruning.readers import Sampling, passes
-from chanaxes_pl.units.removal import Group, check_read
+from chanaxes_pl.units.removal import Group
 
 # Columns that removals wait for before H⁻¹ and W are updated.
 _PANEL = 256
@@ -58,7 +58,7 @@ def reconstruction_costs(
 
     Args:
         model: model to score; it does not change.
-        groups: the model's groups.
+        groups: groups of the model that a layer reads.
         batches: function that returns an iterator over the probe's batches, from its first image on; called once for
             every pass that ``memory`` takes.
         forward: function that runs the model on a batch.
@@ -74,11 +74,10 @@ def reconstruction_costs(
         units removed before have left little to lose, counts as equal to the one before it.
 
     Raises:
-        ValueError: if no layer reads a group, a consumer's inputs are not finite, or ``memory`` has no room for the
+        ValueError: if a consumer's inputs are not finite, or ``memory`` has no room for the
             moments of one group.
     """
     groups = list(groups)
-    check_read(groups)
     costs: dict[str, Tensor] = {}
     sampling = Sampling(math.inf if positions == "all" else positions, images)
     for share in passes(model, groups, sampling, memory * _GIGABYTE):

@@ -33,7 +33,9 @@ _RECORDED = {*OWN_SCORES, "activation_rms"}
 
 
 def default_scores(model: nn.Module, units: Units, images: Tensor) -> list[str]:
-    """List the scores that apply to a network; ``bn_scale`` needs a BatchNorm behind every removable layer.
+    """List the scores that apply to a network.
+
+    ``bn_scale`` needs a BatchNorm behind every removable layer, ``hrank`` and ``chip`` a layer that reads each.
 
     Args:
         model: model to score; it does not change.
@@ -42,7 +44,10 @@ def default_scores(model: nn.Module, units: Units, images: Tensor) -> list[str]:
     """
     producers = {name for group in units.groups.values() for name in group.producers}
     behind = norms_behind(model, units, lambda: model(images[:1]))
-    return [score for score in SCORES if score != "bn_scale" or behind.keys() == producers]
+    unfit = {"bn_scale"} if behind.keys() != producers else set()
+    if not all(group.consumers for group in units.groups.values()):
+        unfit |= set(MAP_SCORES)
+    return [score for score in SCORES if score not in unfit]
 
 
 def channel_scores(
@@ -63,6 +68,7 @@ def channel_scores(
     A score ``minus_<metric>`` is the layer's maximum minus the metric; a reversed score is the maximum minus the score.
     Composites are means of signed within-layer z-scores, shifted to a layer minimum of 0. Dead channels come first in
     all of these, reversed or not. ``reconstruction``, ``hrank`` and ``chip`` give all channels of a unit one value.
+    Units that no layer reads, such as queries and keys of an attention, have their L1 norms for ``reconstruction``.
 
     Args:
         model: model that the units were found in.
@@ -125,9 +131,12 @@ def channel_scores(
         of_units = map_scores(model, units.groups.values(), batches, lambda batch: run(model, batch), images)
         found |= {score: _of_channels(values, units, layers) for score, values in of_units.items()}
     if "reconstruction" in asked:
-        costs = reconstruction_costs(
+        read = [group for group in units.groups.values() if group.consumers]
+        norms = weight_scores("l1", model, units, batches, run)
+        costs = {group.name: unit_values(group, norms) for group in units.groups.values() if not group.consumers}
+        costs |= reconstruction_costs(
             model,
-            units.groups.values(),
+            read,
             batches,
             lambda batch: run(model, batch),
             positions=positions,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from heapq import heapify, heappop, heappush
 from typing import Literal
 
 import numpy as np
@@ -125,25 +126,28 @@ def sensitivity_order(macs: Macs, table: pd.DataFrame) -> np.ndarray:
     """
     curves = divergences(macs.groups, table)
     removed, order = np.zeros(len(macs.groups), dtype=int), []
-    # Group → the divergence that it costs to free one MAC by its next units, and how many these are.
-    next_of: dict[int, tuple[float, int]] = {}
-    changed: Iterable[int] = range(len(curves))
-    while True:
-        for number in changed:
-            next_of.pop(number, None)
-            ahead = curves[number][removed[number] :]
-            if len(ahead) > 1:
-                # MACs are linear in the units of one group.
-                freed = max(macs.freed(removed, number), _LEAST) * np.arange(1, len(ahead))
-                rates = (ahead[1:] - ahead[0]) / freed
-                next_of[number] = float(rates.min()), int(rates.argmin()) + 1
-        if not next_of:
-            return np.array(order, dtype=int)
-        group = min(next_of, key=lambda number: (next_of[number][0], number))
-        step = min(next_of[group][1], max(1, (len(curves[group]) - removed[group]) // _PIECES))
-        order += [group] * step
-        removed[group] += step
-        changed = macs.coupled[group]
+
+    def next_of(number: int) -> tuple[float, int, int, int]:
+        """The divergence that it costs to free one MAC by a group's next units; the group; how many; when it was so."""
+        ahead = curves[number][removed[number] :]
+        # MACs are linear in the units of one group.
+        freed = max(macs.freed(removed, number), _LEAST) * np.arange(1, len(ahead))
+        rates = (ahead[1:] - ahead[0]) / freed
+        return float(rates.min()), number, int(rates.argmin()) + 1, len(order)
+
+    # As other groups shrink, a unit frees less, so what was found before is never too high: only the lowest has to be
+    # known as it is now.
+    waiting = [next_of(number) for number, curve in enumerate(curves) if len(curve) > 1]
+    heapify(waiting)
+    while waiting:
+        _, group, step, known = heappop(waiting)
+        if known == len(order):
+            step = min(step, max(1, (len(curves[group]) - removed[group]) // _PIECES))
+            order += [group] * step
+            removed[group] += step
+        if removed[group] < len(curves[group]) - 1:
+            heappush(waiting, next_of(group))
+    return np.array(order, dtype=int)
 
 
 def divergences(groups: Sequence[Group], table: pd.DataFrame) -> list[np.ndarray]:

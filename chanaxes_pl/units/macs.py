@@ -119,7 +119,6 @@ class Macs:
 
     Attributes:
         groups: groups in the order that ``removed`` uses.
-        coupled: group number → numbers of the groups, itself among them, which change what its units free.
         dense: MACs with all units.
         unit: what is counted, for messages.
         exact: that it is counted, not measured.
@@ -138,10 +137,6 @@ class Macs:
         self._cut: list[tuple[list[_Layer], list[_Product]]] = [
             ([layer for layer in self._layers if number in layer.cut_by], [p for p in self._products if number in p[1]])
             for number in range(len(self.groups))
-        ]
-        self.coupled = [
-            {number}.union(*(layer.cut_by for layer in layers), *(share_of for _, share_of in products))
-            for number, (layers, products) in enumerate(self._cut)
         ]
 
     def of(self, removed: np.ndarray) -> float:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from chanaxes_pl.core.errors import InputError
 from chanaxes_pl.network.batches import logits_of
 from chanaxes_pl.network.hooks import hooked, observed, same_outputs
 from chanaxes_pl.network.layers import CONVOLUTIONS, channel_count, crashes_channels_last
@@ -77,16 +76,6 @@ class Group:
         return (*self.consumers, *self.layer_norms, *(name for name in self.producers if name in read))
 
 
-def check_read(groups: Iterable[Group]) -> None:
-    """Raise ValueError if the channels of a group are read by no layer, which scores of what a layer reads need."""
-    for group in groups:
-        if not group.consumers:
-            raise InputError(
-                f"the channels of {group.layer!r} are summed over by attention itself and read by no layer, so hrank, "
-                "chip and reconstruction do not know what they are for: protect= that layer, or take another score"
-            )
-
-
 def remove(model: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor]) -> None:
     """Remove units from a model in place.
 
@@ -106,7 +95,8 @@ def remove(model: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor]
             else:
                 tensors[cut.path, cut.dimension].append(cut.indices[gone].flatten())
         attributes += [(path, group.size - len(gone), group.size) for path in group.attributes]
-    holders, scales = _holders(model), row_scales(groups, kept)
+    holders = _holders(model, (path for path, _ in tensors))
+    scales = row_scales(groups, kept)
     for (path, dimension), parts in tensors.items():
         old = holders[path][0]
         if dimension == 0:
@@ -145,14 +135,18 @@ def _scaled(tensor: Tensor, scales: Mapping[int, float] | None) -> Tensor:
     return nn.Parameter(scaled, requires_grad=tensor.requires_grad)
 
 
-def _holders(model: nn.Module) -> dict[str, tuple[Tensor, list[tuple[nn.Module, str]]]]:
-    """Return each parameter and buffer by name, with every module and attribute that holds it."""
-    found: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
+def _holders(model: nn.Module, paths: Iterable[str]) -> dict[str, tuple[Tensor, list[tuple[nn.Module, str]]]]:
+    """Return some parameters and buffers by name, with every module and attribute that holds each."""
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        home, _, leaf = path.rpartition(".")
+        tensors[path] = getattr(model.get_submodule(home), leaf)
+    found: dict[int, list[tuple[nn.Module, str]]] = {id(tensor): [] for tensor in tensors.values()}
     for module in model.modules():
-        for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None:
+        for leaf, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if id(tensor) in found:
                 found[id(tensor)].append((module, leaf))
-    return {name: (tensor, found[id(tensor)]) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    return {path: (tensor, found[id(tensor)]) for path, tensor in tensors.items()}
 
 
 def resize(module: nn.Module, features: int | None = None) -> None:
@@ -229,7 +223,7 @@ def masked(model: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor]
                 read[cut.path, cut.dimension].append(cut.indices[gone].flatten())
         for name, indices in group.layer_norms.items():
             normed[name].append(indices[gone].flatten())
-    holders = _holders(model)
+    holders = _holders(model, (path for path, _ in read))
     held: list[tuple[nn.Module, str, nn.Parameter | None]] = []
     norms = ((model.get_submodule(name), partial(_norm_rest, torch.cat(parts))) for name, parts in normed.items())
     try:

@@ -30,8 +30,8 @@ def error(slim: torch.nn.Module, dense: torch.nn.Module, kind: torch.dtype) -> f
 @pytest.mark.parametrize("compensate", ["refit", "fold"])
 def test_pruned_to_half_with_a_refit_in_its_own_precision(kind, compensate):
     dense = build("resnet18").to(kind)
-    slim = prune(dense, DATA, budget=0.5, allocation="uniform", compensate=compensate)
-    plain = prune(build("resnet18"), DATA, budget=0.5, allocation="uniform", compensate=compensate)
+    slim = prune(dense, DATA, budget=0.5, score="l1", allocation="uniform", compensate=compensate)
+    plain = prune(build("resnet18"), DATA, budget=0.5, score="l1", allocation="uniform", compensate=compensate)
     assert {parameter.dtype for parameter in slim.model.parameters()} == {kind}
     assert {parameter.dtype for parameter in dense.parameters()} == {kind}
     assert (slim.report["reason"] == "").all()

@@ -22,6 +22,7 @@ from chanaxes_pl.pruning import sensitivity as home
 from chanaxes_pl.pruning.allocation import fit_budget, uniform_order
 from chanaxes_pl.pruning.pruner import divergence_of
 from chanaxes_pl.pruning.readers import Sampling, passes
+from chanaxes_pl.pruning.scores import channel_scores, default_scores, unit_ranks, unit_values
 from chanaxes_pl.pruning.sensitivity import divergences, mean_divergence, measure_sensitivity, sensitivity_order
 from chanaxes_pl.units.groups import find_units
 from chanaxes_pl.units.removal import Group, remove
@@ -160,6 +161,27 @@ def test_queries_and_keys_have_nothing_to_refit_and_are_measured():
     rows = table[table["group"] == unread.name]
     assert rows["removed"].tolist() == [0, 3, 6, 9, 11]
     assert (rows["divergence"].iloc[1:] > 0).all()
+
+
+def test_queries_and_keys_are_ranked_by_their_weights():
+    torch.manual_seed(0)
+    model = Separate().eval()
+    units = find_units(model, ONE)
+    found = channel_scores(model, data(), units, ["reconstruction", "l1"])
+    (unread,) = (group for group in units.groups.values() if not group.consumers)
+    assert set(unread.producers) == {"q", "k"}
+    assert torch.equal(
+        unit_ranks(unread, found["reconstruction"]).argsort(), unit_values(unread, found["l1"]).argsort()
+    )
+    for score in ("hrank", "chip"):
+        with pytest.raises(ValueError, match=r"the channels of '[qk]' are summed over by attention itself .* protect="):
+            channel_scores(model, data(), units, [score])
+    fitting = default_scores(model, units, ONE)
+    assert "reconstruction" in fitting
+    assert not {"hrank", "chip", "bn_scale"} & set(fitting)
+    slim = prune(model, data(), budget=0.5)
+    assert slim.plan.notes["score"] == "reconstruction"
+    assert slim.macs / slim.dense_macs == pytest.approx(0.5, abs=0.05)
 
 
 @torch.no_grad()

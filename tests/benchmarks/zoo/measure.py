@@ -74,7 +74,7 @@ def measured(network: Network) -> Iterator[dict[str, Any]]:
         budget = BUDGET if reach < BUDGET else round(min(1.0, reach + ABOVE_LEAST), 3)
         yield {"least": round(reach, 4), "budget": budget}
         begin = time.process_time()
-        slim = yield from _told("outcome", lambda: prune(whole, probe, budget=budget, allocation="uniform"))
+        slim = yield from _told("outcome", lambda: prune(whole, probe, budget=budget, score="l1", allocation="uniform"))
         if slim is not None:
             yield {"prune_s": _since(begin), "memory_mb": _peak(), "reached": round(slim.macs / slim.dense_macs, 4)}
             yield {"outcome": YES, "step": "masked"}
