@@ -79,10 +79,11 @@ plot_lesions(lesions.table, score_damage_correlation(lesions.table, local, resam
 # %% [markdown]
 # ## Half the network, in one call
 #
-# `prune` takes the network, training images, and a budget: the share of multiply–accumulates that remains. It measures
-# how far the outputs move when each group of layers alone loses channels, those with the lowest L1 norm first, and cuts
-# where that moves them least (`allocation="sensitivity"`). It then refits the remaining weights, layer by layer, to the
-# outputs of the dense network on these images (`compensate=True`). It uses no labels and trains nothing.
+# `prune` takes the network, training images, and a budget: the share of multiply–accumulates that remains. In each
+# group of layers the channels go first whose loss the others can best make up for (`score="reconstruction"`). It
+# measures how far the outputs move when each group alone loses some, and cuts where that moves them least
+# (`allocation="sensitivity"`). It then refits the remaining weights, layer by layer, to the outputs of the dense
+# network on these images (`compensate=True`). It uses no labels and trains nothing.
 
 # %%
 slim = prune(model, data.probe_dataloader(), budget=0.5)

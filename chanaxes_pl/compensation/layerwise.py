@@ -48,7 +48,7 @@ _CHECKED = 4
 _CHECK_SHARE = 1e-3
 _GIGABYTE = 1e9
 # The rest of the memory is for what the C library holds between blocks that are in use.
-_FOR_TENSORS = 0.9
+_FOR_TENSORS = 0.8
 # No layer is fitted to fewer samples than this to save memory.
 _FEWEST = 1000
 # Numbers of a weight that are widened to float64 at a time.

@@ -42,6 +42,10 @@ STUDY_PROTOCOL ?= --scores '["input_capture","task_information","random","l1"]' 
 	--budgets '[0.8]' --probe_size 40 $(STUDY_TEST)
 STUDY_COMPENSATION ?= --scores '["l1"]' --compensate '[false,"refit"]' --budgets '[0.8]' \
 	--allocations '["uniform"]' --probe_size 40 $(STUDY_TEST)
+STUDY_SELECTION ?= --scores '["reconstruction","l1"]' --allocations '["uniform","sensitivity"]' \
+	--compensate '[false,"refit"]' --budgets '[0.8]' --probe_size 40 $(STUDY_TEST)
+STUDY_POLISH ?= --scores '["reconstruction"]' --allocations '["sensitivity"]' --compensate '["refit"]' \
+	--budgets '[0.8]' --probe_size 40 $(STUDY_TEST)
 STUDY_REPORT ?= --resamples 20
 else
 STUDY_FIT ?=
@@ -52,13 +56,19 @@ STUDY_LESION ?= --channels 16 --operations '["zero","mean","peer"]' --evaluation
 STUDY_PROTOCOL ?= --compensate '[false]' --budgets '[0.9,0.8,0.7,0.5]' --evaluation_size 2000
 STUDY_COMPENSATION ?= --compensate '[false,"refit"]' --budgets '[0.7,0.5,0.3]' --allocations '["uniform"]' \
 	--scores '["l1","input_capture","task_information","keep_both","taylor","random"]' --evaluation_size 2000
+# joint selection beside the others, under even cuts and measured ones, and what the default gains by polish
+STUDY_SELECTION ?= --scores '["reconstruction","l1","input_capture","minus_peer_r2","task_information","random"]' \
+	--allocations '["uniform","sensitivity"]' --compensate '[false,"refit"]' --budgets '[0.7,0.5,0.3,0.2]' \
+	--evaluation_size 5000 --trainer.precision 32-true
+STUDY_POLISH ?= --scores '["reconstruction"]' --allocations '["sensitivity"]' --compensate '["distill"]' \
+	--budgets '[0.5,0.3]' --evaluation_size 5000 --trainer.precision 32-true
 # 53 convolutions, and three to eight times the others' time an image
 STUDY_LESION_mobilenet_v2 ?= --channels 6
 STUDY_PRUNE_mobilenet_v2 ?= --evaluation_size 1000
 STUDY_REPORT ?=
 endif
 
-STUDY_STEPS := test lesion protocol compensation
+STUDY_STEPS := test lesion protocol compensation selection polish
 STUDY_SEEDED := $(foreach network,$(STUDY_NETWORKS),$(STUDY_SEEDS:%=$(network)/seed_%))
 STUDY_RUNS := $(STUDY_SEEDED) $(STUDY_EXTRA:%=%/seed_0)
 STUDY_DONE = $(foreach network,$(STUDY_NETWORKS),$(patsubst %,$(STUDY)/$(network)/%.done,$(STUDY_SEEDS:%=seed_%/fit) \
@@ -119,6 +129,14 @@ $(STUDY_SEEDED:%=$(STUDY)/%/protocol.done): %/protocol.done: %/fit.done
 $(STUDY_SEEDED:%=$(STUDY)/%/compensation.done): %/compensation.done: %/fit.done
 	$(call study_step,$(chanaxes) prune $(study_config) $(STUDY_ARGS) $(STUDY_COMPENSATION) \
 		$(STUDY_PRUNE_$(study_name)) --out $(study_run)/compensation)
+
+$(STUDY_SEEDED:%=$(STUDY)/%/selection.done): %/selection.done: %/fit.done
+	$(call study_step,$(chanaxes) prune $(study_config) $(STUDY_ARGS) $(STUDY_SELECTION) \
+		$(STUDY_PRUNE_$(study_name)) --out $(study_run)/selection)
+
+$(STUDY_SEEDED:%=$(STUDY)/%/polish.done): %/polish.done: %/fit.done
+	$(call study_step,$(chanaxes) prune $(study_config) $(STUDY_ARGS) $(STUDY_POLISH) \
+		$(STUDY_PRUNE_$(study_name)) --out $(study_run)/polish)
 
 # One report a network, over its seeds; the tables behind the study's claims are kept, the rest can be made again.
 # Notebook 05 reads the grids in $(STUDY_TABLES)/NETWORK/seed_*/protocol/pruning.parquet.
