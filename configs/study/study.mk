@@ -5,13 +5,14 @@
 #   make study STUDY_DATA=DIR TOY=1     # every command on a few images, in minutes: does all of it run?
 #   make study-status                   # what is done, and what is not
 #
-# Measured: 2 hours 20 minutes with JOBS=2 on two cores with bf16 units. Without bf16 units add
-# STUDY_FIT="--trainer.precision 32-true" STUDY_TEST="--trainer.precision 32-true", and expect trainings to take up to
-# twice as long.
-# minutes a seed        fit  lesion  protocol  compensation
-#   resnet18           18.4     3.1       5.1           2.6
-#   vgg16_bn           11.7     1.1       2.9           1.6
-#   mobilenet_v2       22.4     3.9       4.1           4.2
+# Measured with JOBS=2 on two cores with bf16 units: 2 hours 20 minutes without the last two steps, which take another 50
+# for ResNet-18 and VGG-16 (those of MobileNetV2 were not run). Without bf16 units add
+# STUDY_FIT="--trainer.precision 32-true" STUDY_TEST="--trainer.precision 32-true", and expect trainings to take two to
+# four times as long.
+# minutes a seed        fit  lesion  protocol  compensation  selection  polish
+#   resnet18           18.4     3.1       5.1           2.6       15.3     7.4
+#   vgg16_bn           11.7     1.1       2.9           1.6        8.3     3.9
+#   mobilenet_v2       22.4     3.9       4.1           4.2          –       –
 # and 9 minutes for tiny_resnet18, 11 for tiny_convnext.
 #
 # It skips what is done, goes on where it was interrupted, and starts a training anew that never reached its first
