@@ -329,26 +329,27 @@ plot_pruning(refits["ResNet-18"], title="ResNet-18")
 # what follows training); MobileNetV2 was not. The table shows test accuracy (%, 5,000 images) by the share of MACs:
 
 # %%
-chosen = {
-    title: pd.concat(
-        [read_grids(str(FOLDER / key / f"seed_*/{step}/pruning.parquet")) for step in ("selection", "polish")]
-    )
-    for key, title in NETWORKS.items()
-    if (FOLDER / key / "seed_0/selection").exists()
-}
-kept = pd.concat(grid.assign(network=title, accuracy=100 * grid["accuracy"]) for title, grid in chosen.items())
-kept = mean_over_runs(kept, "accuracy", by=["network", "score", "allocation", "compensate", "budget"])
-intervals(kept, ["network", "allocation", "compensate", "score"], "budget", digits=1)
+measured = [key for key in NETWORKS if (FOLDER / key / "seed_0/selection").exists()]
+chosen = {NETWORKS[key]: read_grids(str(FOLDER / key / "seed_*/selection/pruning.parquet")) for key in measured}
+polished = {NETWORKS[key]: read_grids(str(FOLDER / key / "seed_*/polish/pruning.parquet")) for key in measured}
+kept = pd.concat(
+    grid.assign(network=title)
+    for title in chosen
+    for grid in (chosen[title], polished[title][polished[title]["score"] != "dense"])
+)
+kept = mean_over_runs(
+    kept.assign(accuracy=100 * kept["accuracy"]),
+    "accuracy",
+    by=["network", "score", "allocation", "compensate", "budget"],
+)
+intervals(kept, ["network", "allocation", "compensate", "score"], "budget", digits=1).fillna("")
 
 # %% [markdown]
 # The next table compares areas on the same networks, in points of accuracy: joint selection with other scores, and
 # sensitivity with cutting all layers alike.
 
 # %%
-areas = {
-    title: area_under_curve(grid.assign(accuracy=100 * grid["accuracy"])[grid["compensate"] != "distill"])
-    for title, grid in chosen.items()
-}
+areas = {title: area_under_curve(grid.assign(accuracy=100 * grid["accuracy"])) for title, grid in chosen.items()}
 joint = pd.concat(
     paired_difference(area, ["reconstruction"], [other]).assign(network=network, against=other)
     for other in ("l1", "input_capture", "minus_peer_r2", "task_information", "random")
