@@ -20,7 +20,7 @@ FIT = (
     f"--trainer.max_epochs {EPOCHS} --trainer.limit_train_batches 2 --trainer.log_every_n_steps 1 "
     "--data.batch_size 16 --trainer.precision 32-true --trainer.callbacks.init_args.probe_size 40"
 )
-STEPS = ["fit", "test", "lesion", "protocol", "compensation"]
+STEPS = ["fit", "test", "lesion", "protocol", "compensation", "selection", "polish"]
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 
@@ -88,7 +88,7 @@ def test_a_training_without_a_checkpoint_is_begun_anew_and_each_step_has_its_com
     assert planned.returncode == 0, planned.stderr
     run = study / "resnet18" / "seed_0"
     assert f"test -f {run}/checkpoints/last.ckpt || rm -rf {run}" in planned.stdout
-    for step, verb in zip(STEPS, ["fit", "test", "lesion", "prune", "prune"], strict=True):
+    for step, verb in zip(STEPS, ["fit", "test", "lesion", *["prune"] * 4], strict=True):
         assert f"touch {run}/{step}.done" in planned.stdout
         assert f"chanaxes {verb} --config configs/study/resnet18.yaml --run {run}" in planned.stdout
     assert f"chanaxes report {run} --out {study}/resnet18/report" in planned.stdout
