@@ -365,6 +365,9 @@ intervals(joint, ["network", "against"], "under", digits=1)
 # for what goes, and only a refit lets them. Sensitivity gains 1.3 and 0.7 points of area for joint selection and more
 # for all other scores. So local replaceability is the better guide if it is measured jointly and then made use of.
 
+# %%
+plot_pruning(chosen["ResNet-18"], title="ResNet-18")
+
 # %% [markdown]
 # ## A harder task, and a network of another kind
 #
