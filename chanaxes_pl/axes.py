@@ -89,7 +89,8 @@ def compute_axes(
         layers: ``"auto"`` (convolutions, and Linear layers where those hold less than half of the weights, without
             the head), ``"conv"``, ``"conv+linear"``, globs over layer names, or ``(name, module) → bool``; see
             :func:`select_layers`.
-        positions: local samples an image, or ``"all"``.
+        positions: local samples an image, ``"all"``, or ``"mean"``: the local axis then measures image means, as the
+            target axis does, and not single positions.
         target: task variable T: ``"auto"`` (from outputs and labels, see :func:`infer_target`), ``"logit_margin"``,
             ``"log_probability"``, ``"signed_logit"``, ``"log_likelihood"``, ``"label"``, or
             ``(outputs, labels) → [B]`` or ``[B, D]``.

@@ -243,6 +243,18 @@ def test_a_target_function_of_one_number_or_several_is_a_regression_on_it():
     assert_allclose(first["target_excess"], excess, 1e-8)
 
 
+@pytest.mark.parametrize("case", ["plain", "dead channels", "widening 1×1", "linear"])
+def test_the_local_axis_can_be_that_of_image_means(case):
+    model, data = zoo.case(case)
+    outputs, logits, labels = zoo.captured(model, data)
+    table = compute_axes(model, data, layers="conv+linear", positions="mean").table
+    for layer, rows in table.groupby("layer", sort=False):
+        means = np.float64(outputs[layer]).mean(2)
+        expected = reference.layer_columns(means, means, reference.margins(logits, labels))
+        for column, values in expected.items():
+            assert_allclose(rows[column], values, 1e-5, 1e-9, err_msg=f"{layer} {column}")
+
+
 def test_an_image_without_a_labelled_position_is_left_out_of_the_target_axis_alone():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 4, 1)).eval()
@@ -461,10 +473,11 @@ def test_labels_that_are_no_numbers_are_described():
     ("options", "message"),
     [
         ({"target": "margin"}, r"compute_axes\(target='margin'\): expected 'auto', 'logit_margin', 'log_probability'"),
-        ({"positions": 0}, r"compute_axes\(positions=0\): expected a whole number above 0, or 'all'"),
+        ({"positions": 0}, r"compute_axes\(positions=0\): expected a whole number above 0, 'all' or 'mean'"),
         ({"positions": -3}, r"compute_axes\(positions=-3\)"),
         ({"positions": 2.5}, r"compute_axes\(positions=2.5\)"),
         ({"positions": "every"}, r"compute_axes\(positions='every'\)"),
+        ({"positions": "mean", "alignment": True}, r"compute_axes\(alignment=True, positions='mean'\): expected a num"),
         ({"probe_size": 2}, r"compute_axes\(probe_size=2\): expected at least 3 images"),
         ({"noise": "bad"}, r"compute_axes: noise='bad': expected 'median', 'mean'"),
         ({"noise": 0.0}, r"compute_axes: noise=0.0: expected"),

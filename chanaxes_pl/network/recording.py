@@ -123,7 +123,7 @@ class Recorder:
     Args:
         layers: the tracked modules by name.
         target: what T is.
-        positions: local samples an image, or ``"all"``.
+        positions: local samples an image, ``"all"``, or ``"mean"`` for one sample an image, the mean over positions.
         halves: keep even and odd images apart.
         alignment: collect what the gradients of both information terms need, too.
 
@@ -337,9 +337,12 @@ class Recorder:
 
     def _sample(self, name: str, seen: Tensor) -> None:
         batch = self._batch
-        batch.means[name] = image_means(seen)
+        batch.means[name] = means = image_means(seen)
         if name not in self._local:
             self._local[name] = _Parts(self._parts, seen.shape[1], accumulation_device(seen.device))
+        if self._positions == "mean":
+            self._local[name].update(means[part] for part in batch.parts(means.device))
+            return
         places = self._positions_of(seen.shape[2], seen.device)
         self._local[name].update(
             local_samples(seen, part, None if places is None else places[part]) for part in batch.parts(seen.device)
@@ -440,8 +443,13 @@ class Settings:
 
     def __post_init__(self) -> None:
         whole = isinstance(self.positions, int) and self.positions > 0
-        if not whole and self.positions != "all":
-            raise ArgumentError(f"positions={self.positions!r}", "expected a whole number above 0, or 'all'")
+        if not whole and self.positions not in ("all", "mean"):
+            raise ArgumentError(f"positions={self.positions!r}", "expected a whole number above 0, 'all' or 'mean'")
+        if self.alignment and self.positions == "mean":
+            raise ArgumentError(
+                "alignment=True, positions='mean'",
+                "expected a number of positions or 'all': the gradient of input capture is that at single positions",
+            )
         check_sizes(self.probe_size)
         Target(self.target)
         if self.alignment and self.target == "label":

@@ -70,7 +70,8 @@ class AxisTracker(L.Callback):
         target: task variable T: ``"auto"`` (from outputs and labels, see :func:`infer_target`), ``"logit_margin"``,
             ``"log_probability"``, ``"signed_logit"``, ``"log_likelihood"``, ``"label"``, or
             ``(outputs, labels) → [B]`` or ``[B, D]``.
-        positions: local samples an image, or ``"all"``.
+        positions: local samples an image, ``"all"``, or ``"mean"``: the local axis then measures image means, as the
+            target axis does, and not single positions.
         noise: σ₀² of input capture: ``"median"``, ``"mean"``, a quantile such as ``"q0.25"``, a number.
         reliability: keep the probe's two halves apart, for reliabilities.
         alignment: add the cosine between the gradients of input capture and

@@ -3,6 +3,7 @@
 #   make study STUDY_DATA=DIR           # DIR holds cifar100/ (or cifar-100-python/) and tiny-imagenet-200/
 #   make study STUDY_DATA=DIR JOBS=2    # two at once, of one thread each
 #   make study STUDY_DATA=DIR TOY=1     # every command on a few images, in minutes: does all of it run?
+#   make study STUDY_DATA=DIR WIDTH=1 STUDY_NETWORKS=resnet18   # at full width, or any other; one seed, 15 epochs
 #   make study-status                   # what is done, and what is not
 #
 # Measured with JOBS=2 on two cores with bf16 units: 2 hours 20 minutes without the last two steps, which take another 50
@@ -21,12 +22,12 @@
 
 STUDY_DATA ?= data
 JOBS ?= 1
-STUDY ?= runs/study$(if $(TOY),-toy)
-STUDY_TABLES ?= $(if $(TOY),$(STUDY)/tables,notebooks/results/study)
-STUDY_SEEDS ?= 0 1 2
+STUDY ?= runs/study$(if $(WIDTH),-width_$(WIDTH))$(if $(TOY),-toy)
+STUDY_TABLES ?= $(if $(TOY),$(STUDY)/tables,notebooks/results/study$(if $(WIDTH),/width_$(WIDTH)))
+STUDY_SEEDS ?= 0 $(if $(WIDTH),,1 2)
 STUDY_NETWORKS ?= resnet18 vgg16_bn mobilenet_v2
 # one seed each, and no pruning: whether the path works
-STUDY_EXTRA ?= tiny_resnet18 tiny_convnext
+STUDY_EXTRA ?= $(if $(WIDTH),,tiny_resnet18 tiny_convnext)
 
 # What each step is asked for; with TOY, as little as shows that it runs.
 STUDY_ARGS ?= --trainer.enable_progress_bar false --trainer.enable_model_summary false --data.root $(STUDY_DATA) \
@@ -51,6 +52,10 @@ STUDY_REPORT ?= --resamples 20
 else
 STUDY_FIT ?=
 STUDY_TEST ?=
+ifdef WIDTH
+# longer, for wider networks learn more; a smaller probe and fewer refits, for they take up to 16 times as long
+STUDY_FIT_WIDTH ?= --trainer.max_epochs 15 --model.init_args.lr 0.1 --trainer.callbacks.init_args.probe_size 2000
+endif
 # the same 16 channels of each layer in every seed, on 500 test images
 STUDY_LESION ?= --channels 16 --operations '["zero","mean","peer"]' --evaluation_size 500
 # every score, nothing compensated
@@ -67,6 +72,9 @@ STUDY_POLISH ?= --scores '["reconstruction"]' --allocations '["sensitivity"]' --
 STUDY_LESION_mobilenet_v2 ?= --channels 6
 STUDY_PRUNE_mobilenet_v2 ?= --evaluation_size 1000
 STUDY_REPORT ?=
+endif
+ifdef WIDTH
+STUDY_FIT_WIDTH += --model.init_args.width $(WIDTH)
 endif
 
 STUDY_STEPS := test lesion protocol compensation selection polish
@@ -114,7 +122,7 @@ chanaxes = WANDB_MODE=offline $(BIN)/chanaxes
 $(STUDY_RUNS:%=$(STUDY)/%/fit.done):
 	@test -f $(study_run)/checkpoints/last.ckpt || rm -rf $(study_run)
 	@mkdir -p $(study_run) $(STUDY)/logs
-	$(call study_step,$(chanaxes) fit $(study_config) --seed_everything $(study_seed) $(STUDY_ARGS) $(STUDY_FIT))
+	$(call study_step,$(chanaxes) fit $(study_config) --seed_everything $(study_seed) $(STUDY_ARGS) $(STUDY_FIT_WIDTH) $(STUDY_FIT))
 
 $(STUDY_RUNS:%=$(STUDY)/%/test.done): %/test.done: %/fit.done
 	$(call study_step,$(chanaxes) test $(study_config) $(STUDY_ARGS) $(STUDY_TEST))
