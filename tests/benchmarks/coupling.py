@@ -18,7 +18,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -92,23 +91,22 @@ def averages(table: pd.DataFrame) -> Iterator[tuple[str, float, float]]:
     """ρ and null of the study's measurement, averaged in other ways than over all layers alike."""
     live = table[~table["dead"]]
     columns = ["task_information", "task_information_null"]
-    by_layer = pd.DataFrame(
-        {
-            layer: {column: spearmanr(rows["input_capture"], rows[column]).statistic for column in columns}
-            for layer, rows in live.groupby("layer", sort=False)
-        }
-    ).T
+
+    def correlated(rows: pd.DataFrame) -> list[float]:
+        return [rows["input_capture"].corr(rows[column], method="spearman") for column in columns]
+
+    by_layer = pd.DataFrame({layer: correlated(rows) for layer, rows in live.groupby("layer", sort=False)}).T
     sizes = live["layer"].value_counts()[by_layer.index]
     ranked = live.groupby("layer", sort=False)[["input_capture", *columns]].rank(pct=True)
-
-    def pooled(rows: pd.DataFrame) -> list[float]:
-        return [spearmanr(rows["input_capture"], rows[column]).statistic for column in columns]
-
-    yield "average: the median layer", *by_layer.median()
-    yield "average: layers by their channels", *by_layer.mul(sizes, axis=0).sum() / sizes.sum()
-    yield "average: without shortcuts", *by_layer[~by_layer.index.str.contains("downsample")].mean()
-    yield "average: all channels at once, ranked by layer", *pooled(ranked)
-    yield "average: all channels at once, by value", *pooled(live)
+    found = {
+        "the median layer": by_layer.median(),
+        "layers by their channels": by_layer.mul(sizes, axis=0).sum() / sizes.sum(),
+        "without shortcuts": by_layer[~by_layer.index.str.contains("downsample")].mean(),
+        "all channels at once, ranked by layer": correlated(ranked),
+        "all channels at once, by value": correlated(live),
+    }
+    for name, (rho, null) in found.items():
+        yield f"average: {name}", rho, null
 
 
 def measured(choices: Iterator[Choice], **keys: Any) -> Iterator[dict[str, Any]]:
