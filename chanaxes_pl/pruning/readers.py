@@ -89,13 +89,12 @@ class Reader:
         seen = output if self.whole or isinstance(layer, nn.Linear) else inputs
         total = math.prod(seen.shape[1:-1] if isinstance(layer, nn.Linear) else seen.shape[2:])
         count = self._sampling.taken(total, self.inputs)
-        numbers = np.arange(self._images, self._images + len(inputs))
-        self._images += len(inputs)
-        for images in torch.arange(len(inputs)).split(max(1, self._room // count)):
-            places = sample_positions(numbers[images], total, count)
+        for images in inputs.split(max(1, self._room // count)):
+            places = sample_positions(np.arange(self._images, self._images + len(images)), total, count)
             if places is None:
                 places = torch.arange(total).expand(len(images), -1)
-            self._add(self._samples(layer, inputs[images[0] : images[-1] + 1], places, output.shape[2:]))
+            self._images += len(images)
+            self._add(self._samples(layer, images, places, output.shape[2:]))
 
     def inverse(self, group: Group, ridge: float) -> tuple[Tensor, Tensor]:
         """Return what an elimination of a group's units starts from, in float64.
