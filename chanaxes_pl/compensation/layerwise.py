@@ -95,7 +95,7 @@ def compensate(
             or the equations of a layer.
     """
     if compensation not in RIDGE:
-        raise ValueError(f"compensate={compensation!r}: expected one of {', '.join(map(repr, RIDGE))}, True or False")
+        raise ArgumentError(f"compensation={compensation!r}", f"expected {' or '.join(map(repr, RIDGE))}")
     check_memory(memory)
     image, limit = next(iter(batches))[:1], _GIGABYTE * memory
     refused = _refusals(dense, slim, image)
@@ -107,12 +107,14 @@ def compensate(
     for name in refused:
         if places.get(name) != left.get(name) and not refused[name]:
             refused[name] = "some of its positions are channels that are gone"
-    tasks, scales = {}, row_scales(groups, kept)
+    tasks, scales, equations = {}, row_scales(groups, kept), 0
     for name in (name for name, why in refused.items() if not why):
         layer, original = slim.get_submodule(name), dense.get_submodule(name)
         shape = _shape(layer, original, compensation)
         possible = sum(count for count, _ in sizes) * min(positions, places[name])
-        samples = _samples(name, shape, possible, memory)
+        itemsize = torch.promote_types(layer.weight.dtype, torch.float32).itemsize  # type: ignore[union-attr,arg-type]
+        samples = _samples(name, shape, possible, memory, itemsize)
+        equations = max(equations, ridge_bytes(shape, samples, itemsize))
         strength = RIDGE[compensation] if ridge is None else ridge
         inputs, outputs = channels[name]
         factors = scales.get(f"{name}.weight", {})
@@ -120,7 +122,6 @@ def compensate(
         tasks[name] = _Task(
             name, layer, original, inputs, outputs, scale, positions, strength, shape, samples, possible
         )
-    equations = max((ridge_bytes(task.shape, task.samples) for task in tasks.values()), default=0)
     listed = sum(size for _, size in sizes) if isinstance(batches, Sequence) else 0
     fit, take = (_fold, _dense_inputs) if compensation == "fold" else (_refit, _dense_outputs)
     layers, room = list(tasks), _FOR_TENSORS * limit - equations - listed
@@ -329,20 +330,20 @@ def _shape(layer: nn.Module, original: nn.Module, compensation: Compensation) ->
     return blocks, weight[0].numel(), len(weight) // blocks
 
 
-def _samples(name: str, shape: tuple[int, int, int], possible: int, memory: float) -> int:
+def _samples(name: str, shape: tuple[int, int, int], possible: int, memory: float, itemsize: int) -> int:
     """Return how many samples a layer can be fitted to in half of the memory.
 
     Raises:
         ValueError: if they are too few.
     """
-    samples = samples_within(shape, possible, _GIGABYTE * memory / 2)
+    samples = samples_within(shape, possible, _GIGABYTE * memory / 2, itemsize)
     if samples < min(possible, _FEWEST):
-        least = 2 * ridge_bytes(shape, min(possible, _FEWEST)) / _GIGABYTE
+        least = 2 * ridge_bytes(shape, min(possible, _FEWEST), itemsize) / _GIGABYTE
         raise ArgumentError(
             f"memory={memory:g}", f"expected at least {_up(least)} GB, half of it for the {shape[1]} inputs of {name!r}"
         )
     if samples < possible:
-        needed = 2 * ridge_bytes(shape, possible) / _GIGABYTE
+        needed = 2 * ridge_bytes(shape, possible, itemsize) / _GIGABYTE
         warnings.warn(
             f"layer {name!r} has {shape[1]} inputs and is fitted to {samples} of {possible} samples, which memory="
             f"{memory:g} has room for; memory={_up(needed)} has room for all",

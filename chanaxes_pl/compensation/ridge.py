@@ -129,7 +129,7 @@ class Solution:
             yield columns, left @ centred
 
 
-def ridge_bytes(shape: tuple[int, int, int], samples: int, itemsize: int = 4) -> int:
+def ridge_bytes(shape: tuple[int, int, int], samples: int, itemsize: int) -> int:
     """Bytes that a :class:`Ridge` takes at most.
 
     Args:
@@ -149,7 +149,7 @@ def ridge_bytes(shape: tuple[int, int, int], samples: int, itemsize: int = 4) ->
     return blocks * (held + solving)
 
 
-def samples_within(shape: tuple[int, int, int], samples: int, memory: float, itemsize: int = 4) -> int:
+def samples_within(shape: tuple[int, int, int], samples: int, memory: float, itemsize: int) -> int:
     """Return how many of some samples a :class:`Ridge` may have in order to take at most ``memory`` bytes."""
     if ridge_bytes(shape, samples, itemsize) <= memory:
         return samples

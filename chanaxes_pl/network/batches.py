@@ -26,8 +26,9 @@ IMAGE_KEYS = ("image", "images", "pixel_values", "x", "input", "inputs", "img")
 LABEL_KEYS = ("label", "labels", "target", "targets", "y", "class")
 #: Under which of these a mapping or an object holds its logits.
 _OUTPUT_KEYS = ("logits", "out")
-# What a forward pass may raise on images that it was not made for.
-_FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
+#: Errors that a network may raise on other images, or with fewer channels, than it was written for. A device without
+#: memory is another matter, and goes first where they are caught.
+FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
 
 
 def split_batch(batch: Any) -> tuple[Any, Any]:
@@ -121,7 +122,7 @@ def default_step(module: nn.Module, batch: Any) -> tuple[Any, Any]:
         output = module(images)
     except (InputError, torch.OutOfMemoryError):
         raise
-    except _FAILURES as error:
+    except FAILURES as error:
         told = str(error).partition("\n")[0]
         raise InputError(
             f"{type(module).__name__}.forward was called with the images of a batch, {describe(images)}, and failed: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -17,12 +18,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from chanaxes_pl.core.errors import InputError
+from chanaxes_pl.network.batches import FAILURES
 
 # What a copy of a model never changes, or what copy.deepcopy shares.
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, np.ndarray, torch.dtype, torch.device)
 _ATOMIC = (type, FunctionType, BuiltinFunctionType, ReferenceType, property, range)
 # What leads on to other parts of a model; an object of another class is copied or shared as a whole.
 _OPEN = (dict, list, tuple, set, frozenset, deque, partial, MethodType, nn.Module)
+
+# What objects that refuse to be copied raise.
+_UNCOPIABLE = (*FAILURES, OSError, copy.Error, pickle.PickleError)
 
 
 def clone(model: nn.Module, tensors: bool = True) -> nn.Module:
@@ -46,7 +51,9 @@ def clone(model: nn.Module, tensors: bool = True) -> nn.Module:
         memo |= {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     try:
         return copy.deepcopy(model, memo)
-    except Exception as error:  # of any __deepcopy__ or __setstate__
+    except torch.OutOfMemoryError:
+        raise
+    except _UNCOPIABLE as error:
         raise InputError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}): expected a module that "
             "copy.deepcopy takes; keep what cannot be copied out of it, or give its class a __getstate__ without it"
@@ -120,6 +127,6 @@ def _taken(value: Any) -> tuple[Any, list[Any] | None]:
         return value, []
     try:
         made = value.__reduce_ex__(4)
-    except Exception:  # whatever its class raises, copy.deepcopy would raise
+    except _UNCOPIABLE:  # copy.deepcopy would raise it too
         return value, None
     return value, [] if isinstance(made, str) else [list(p) if isinstance(p, Iterator) else p for p in made[1:]]

@@ -40,15 +40,13 @@ def entered(model: nn.Module) -> Iterator[list[str]]:
     After an error they are those in which it was raised.
     """
     names: list[str] = []
-    handles: list[RemovableHandle] = []
-    try:
-        for name, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(lambda _m, _i, name=name: names.append(name)))
-            handles.append(module.register_forward_hook(lambda _m, _i, _o: (names.pop(), None)[1]))
+
+    def leave(_module: nn.Module, _inputs: Any, _output: Any) -> None:
+        names.pop()
+
+    inside = [(module, lambda _m, _i, name=name: names.append(name)) for name, module in model.named_modules()]
+    with hooked(inside, before=True), hooked((module, leave) for module, _ in inside):
         yield names
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class Call(NamedTuple):

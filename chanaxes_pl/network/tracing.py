@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from chanaxes_pl.network.batches import logits_of
-from chanaxes_pl.network.hooks import same_outputs
+from chanaxes_pl.network.hooks import hooked, same_outputs
 from chanaxes_pl.network.layers import CONVOLUTIONS
 
 #: What a module's output is replaced by.
@@ -43,15 +43,11 @@ def edited(model: nn.Module, edits: Mapping[str, Edit]) -> Iterator[None]:
         model: any module.
         edits: name of a submodule → what is made of its output.
     """
-    handles = []
-    try:
-        for name, edit in edits.items():
-            hook = model.get_submodule(name).register_forward_hook
-            handles.append(hook(lambda _module, _inputs, output, edit=edit: edit(output)))
+    with hooked(
+        (model.get_submodule(name), lambda _module, _inputs, output, edit=edit: edit(output))
+        for name, edit in edits.items()
+    ):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class Trace:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
-from chanaxes_pl.network.cloning import clone
-from chanaxes_pl.units.removal import Group, remove
+from chanaxes_pl.units.removal import Group, without
 
 
 class Cost(Protocol):
@@ -82,16 +80,3 @@ def count_parameters(model: nn.Module) -> int:
         224
     """
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def without(model: nn.Module, groups: Sequence[Group], removed: np.ndarray) -> nn.Module:
-    """Return a copy of a model without the first units of each group.
-
-    Args:
-        model: dense network; it does not change.
-        groups: its removable groups.
-        removed: ``[G]``, how many units each group loses.
-    """
-    slim = clone(model)
-    remove(slim, groups, {g.name: torch.arange(int(lost), g.size) for g, lost in zip(groups, removed, strict=True)})
-    return slim

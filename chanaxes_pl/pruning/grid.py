@@ -171,7 +171,7 @@ def pruning_grid(
                 score, allocation, compensation, budget = variant
                 kept = pruner.choose(values, score, allocation, budget, tables.get(score))
                 slim, macs = pruner.cut(kept), pruner.count(kept)
-                pruner.compensate(slim, kept, compensation, experiment.seed)
+                pruner.compensate(slim, kept, compensation, experiment.seed, progress=progress)
                 row = {"score": score, "family": score_family(score), "allocation": allocation}
                 row |= {"compensate": compensation or "none", "budget": budget}
             row |= {"budget_of": experiment.budget_of, "macs_share": macs / pruner.macs.dense, "macs": macs}

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from chanaxes_pl.network.hooks import observed
-from chanaxes_pl.pruning.costs import without
-from chanaxes_pl.units.removal import Group
+from chanaxes_pl.units.removal import Group, without
 
 _TIMED = 9
 # Rounds of a comparison: at most this many, and at least _FEWEST, until _SECONDS have passed.

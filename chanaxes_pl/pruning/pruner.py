@@ -102,8 +102,8 @@ class Slim:
         plan: which units it kept, and how they were chosen.
         report: errors of each layer before and after compensation, see :func:`compensate`; ``None`` without.
         steps: what each step gained: ``step`` (``"cut"``, then those of the compensation), ``divergence`` of the
-            outputs from the dense network's on at most 128 of the probe's images, as in :func:`sensitivity`, and
-            ``seconds``.
+            outputs from the dense network's, as in :func:`sensitivity` but on the first 128 of the probe's images,
+            which compensation has seen too, and ``seconds``.
         sensitivity: what the allocation went by, see :func:`sensitivity`; ``None`` for allocations without it.
     """
 
@@ -146,7 +146,7 @@ class Pruner:
 
     Attributes:
         model: the dense network with plain weights, see :func:`plain`.
-        batches: unlabelled images of the probe, in memory if they take at most a quarter of that.
+        batches: unlabelled images of the probe, in memory if they take at most a quarter of ``memory``.
         units: units that can be removed.
         macs: MACs as a function of the removed units.
         cost: what a budget is a share of, as a function of the removed units.
@@ -268,6 +268,7 @@ class Pruner:
         compensation: Kind | None,
         seed: int = 0,
         done: Callable[[str, nn.Module], None] = lambda _step, _slim: None,
+        progress: bool = True,
     ) -> pd.DataFrame | None:
         """Compensate what :meth:`cut` gave, in place, unless ``compensation`` is ``None``.
 
@@ -277,6 +278,7 @@ class Pruner:
             compensation: its kind.
             seed: random seed of polish.
             done: called with the name of each step after it.
+            progress: whether polish shows a progress bar in a terminal.
 
         Returns:
             The errors of each layer, see :func:`compensate`.
@@ -287,7 +289,8 @@ class Pruner:
             report = compensate(slim, self.model, self.groups, kept, self.batches, layerwise, memory=memory)
             done(layerwise, slim)
         if compensation == "distill":
-            polish(slim, self.model, self.groups, kept, self.batches, memory=self._memory, seed=seed)
+            bounds = {"memory": self._memory, "seed": seed, "progress": progress}
+            polish(slim, self.model, self.groups, kept, self.batches, **bounds)
             done("polish", slim)
         return report
 

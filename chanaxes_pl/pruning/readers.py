@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from chanaxes_pl.core.errors import ArgumentError, InputError
 from chanaxes_pl.core.moments import Moments
+from chanaxes_pl.network.hooks import hooked
 from chanaxes_pl.network.layers import CONVOLUTIONS, by_position, why_not_affine
 from chanaxes_pl.network.sampling import local_samples, patches, sample_positions
 from chanaxes_pl.units.flow import TRANSPOSED
@@ -287,7 +289,31 @@ def _add_ridge(among: Tensor, spread: float, ridge: float) -> None:
     among.diagonal(dim1=1, dim2=2).add_(ridge * spread if spread > 0 else 1.0)
 
 
-def passes(
+def measured(
+    model: nn.Module, groups: Sequence[Group], sampling: Sampling, memory: float, run: Callable[[], object]
+) -> Iterator[tuple[Group, list[Reader]]]:
+    """Give each group with its readers, which have taken in the probe. They forget what no later group needs.
+
+    Args:
+        model: dense network.
+        groups: its groups.
+        sampling: which samples readers take.
+        memory: bytes that readers take at most.
+        run: function that runs the model over the probe; called for every pass that ``memory`` takes.
+    """
+    for share in _passes(model, groups, sampling, memory):
+        uses = Counter(reader for _, found in share for reader in found)
+        with hooked((reader.layer, reader.read) for reader in uses):
+            run()
+        for group, found in share:
+            yield group, found
+            uses.subtract(found)
+            for reader in found:
+                if not uses[reader]:
+                    reader.forget()
+
+
+def _passes(
     model: nn.Module, groups: Sequence[Group], sampling: Sampling, memory: float
 ) -> Iterator[list[tuple[Group, list[Reader]]]]:
     """Share out groups over passes through the probe, so that each takes at most ``memory`` bytes."""

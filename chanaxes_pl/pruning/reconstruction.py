@@ -14,7 +14,6 @@ the least tr((W − W′) H (W − W′)ᵀ) over all W′ that are 0 at B. A su
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -22,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from chanaxes_pl.compensation.layerwise import MEMORY, POSITIONS, RIDGE
-from chanaxes_pl.network.hooks import hooked, observed
-from chanaxes_pl.pruning.readers import Sampling, passes
+from chanaxes_pl.network.hooks import observed
+from chanaxes_pl.pruning.readers import Sampling, measured
 from chanaxes_pl.units.removal import Group
 
 # Columns that removals wait for before H⁻¹ and W are updated.
@@ -80,19 +79,15 @@ def reconstruction_costs(
     groups = list(groups)
     costs: dict[str, Tensor] = {}
     sampling = Sampling(math.inf if positions == "all" else positions, images)
-    for share in passes(model, groups, sampling, memory * _GIGABYTE):
-        readers = {reader.key: reader for _, found in share for reader in found}
-        with observed(model), hooked((reader.layer, reader.read) for reader in readers.values()):
+
+    def run() -> None:
+        with observed(model):
             for batch in batches():
                 forward(batch)
-        uses = Counter(reader.key for _, found in share for reader in found)
-        for group, found in share:
-            order, spent = eliminate([Elimination(*reader.inverse(group, ridge), group.size) for reader in found])
-            costs[group.name] = _rising(order, spent)
-            uses.subtract(reader.key for reader in found)
-            for reader in found:
-                if not uses[reader.key]:
-                    reader.forget()
+
+    for group, found in measured(model, groups, sampling, memory * _GIGABYTE, run):
+        order, spent = eliminate([Elimination(*reader.inverse(group, ridge), group.size) for reader in found])
+        costs[group.name] = _rising(order, spent)
     return costs
 
 
@@ -145,14 +140,6 @@ class Elimination:
         self._width = inverse.shape[1] // size
         self._places = {unit: unit for unit in range(size)}  # unit → its place in the matrices
         self._begin()
-
-    @property
-    def weight(self) -> Tensor:
-        """``[G, O, R]``, the weights that read the R columns of the units that remain, in their order."""
-        self._update()
-        self._drop()
-        self._begin()
-        return self._weight
 
     def costs(self) -> Tensor:
         """``[U]``, the cost of each unit if it went next; infinity for those that are gone."""

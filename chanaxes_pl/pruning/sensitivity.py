@@ -21,9 +21,9 @@ from torch.nn import functional as F
 
 from chanaxes_pl.compensation.layerwise import MEMORY, POSITIONS, RIDGE
 from chanaxes_pl.core.errors import InputError
-from chanaxes_pl.network.hooks import activation_bytes, hooked, observed
+from chanaxes_pl.network.hooks import activation_bytes, observed
 from chanaxes_pl.network.tracing import PartialForward, edited
-from chanaxes_pl.pruning.readers import Sampling, passes
+from chanaxes_pl.pruning.readers import Sampling, measured
 from chanaxes_pl.units.macs import Macs
 from chanaxes_pl.units.removal import Group, masked
 
@@ -52,7 +52,6 @@ def measure_sensitivity(
     divergence: Divergence = "kl",
     levels: int = LEVELS,
     ridge: float = RIDGE["refit"],
-    positions: int = POSITIONS,
     memory: float = MEMORY,
 ) -> pd.DataFrame:
     """Measure how far the outputs move when each group alone loses its lowest units and its readers are refitted.
@@ -68,7 +67,6 @@ def measure_sensitivity(
         divergence: what outputs are compared by.
         levels: number of levels of removal; the last leaves one unit.
         ridge: λ of the refit, as for :func:`compensate`.
-        positions: number of local samples per image.
         memory: gigabytes (10⁹ bytes) to take beside the network: half of it for moments, half for activations. Less
             takes more passes; a kernel too large for it is refitted as if its places were one.
 
@@ -86,28 +84,23 @@ def measure_sensitivity(
     limit, rows = memory * _GIGABYTE / 2, []
     with observed(model):
         outputs = _Outputs(model, divergence, some(batches, compared, images), limit)
-        for share in passes(model, groups, Sampling(positions, fitted), limit):
-            readers = {reader.key: reader for _, found in share for reader in found}
-            with hooked((reader.layer, reader.read) for reader in readers.values()):
-                for seen in some(batches, 0, fitted):
-                    model(seen)
-            for number, (group, found) in enumerate(share):
-                counts = sorted({*np.linspace(0, group.size, levels + 1).round().astype(int)[1:-1], group.size - 1})
-                counts = [int(count) for count in counts if count]
-                order = ranks[group.name].argsort(stable=True)
-                # No layer reads the queries and keys of an attention: such a group has nothing to refit.
-                refits = [reader.refits(group, order, counts, ridge) for reader in found]
-                cuts = [
-                    _Cut(group, order[count:].sort().values, dict(zip(group.consumers, map(next, refits), strict=True)))
-                    for count in counts
-                ]
-                moved = [0.0, *outputs.moved(cuts)]
-                for count, distance in zip([0, *counts], moved, strict=True):
-                    rows.append({"group": group.name, "units": group.size, "removed": count, "divergence": distance})
-                later = {reader.key for _, others in share[number + 1 :] for reader in others}
-                for reader in found:
-                    if reader.key not in later:
-                        reader.forget()
+
+        def run() -> None:
+            for seen in some(batches, 0, fitted):
+                model(seen)
+
+        for group, found in measured(model, groups, Sampling(POSITIONS, fitted), limit, run):
+            counts = sorted({*np.linspace(0, group.size, levels + 1).round().astype(int)[1:-1], group.size - 1})
+            counts = [int(count) for count in counts if count]
+            order = ranks[group.name].argsort(stable=True)
+            # No layer reads the queries and keys of an attention: such a group has nothing to refit.
+            refits = [reader.refits(group, order, counts, ridge) for reader in found]
+            cuts = [
+                _Cut(group, order[count:].sort().values, dict(zip(group.consumers, map(next, refits), strict=True)))
+                for count in counts
+            ]
+            for count, distance in zip([0, *counts], [0.0, *outputs.moved(cuts)], strict=True):
+                rows.append({"group": group.name, "units": group.size, "removed": count, "divergence": distance})
     return pd.DataFrame(rows)
 
 

@@ -22,12 +22,12 @@ from torch.utils._pytree import tree_leaves
 
 from chanaxes_pl.core.errors import ArgumentError, InputError, naming, nearest
 from chanaxes_pl.core.moments import accumulation_device
-from chanaxes_pl.network.batches import logits_of
+from chanaxes_pl.network.batches import FAILURES, logits_of
 from chanaxes_pl.network.cloning import clone
 from chanaxes_pl.network.hooks import calls, entered
 from chanaxes_pl.network.layers import CONVOLUTIONS
 from chanaxes_pl.units.flow import LAYERS, TRANSPOSED, Flow, goes_by_groups
-from chanaxes_pl.units.removal import FAILURES, Cut, Group, disagreement, remove
+from chanaxes_pl.units.removal import Cut, Group, disagreement, remove
 
 # A trial removal keeps these shares of each group's units, because some errors show only if few units stay.
 _KEPT = (1 / 2, 1 / 12)
@@ -130,6 +130,8 @@ def _unused(layer: str, groups: Container[str]) -> str:
 def _run(model: nn.Module, example: Tensor) -> Any:
     try:
         return model(example.clone())
+    except torch.OutOfMemoryError:
+        raise
     except FAILURES as error:
         raise InputError(
             f"{type(model).__name__} does not run on a {example.dtype} batch of shape "
@@ -152,6 +154,8 @@ def _follow_training(flow: Flow, model: nn.Module, example: Tensor) -> None:
     try:
         with flow.following():
             flow.fix(tree_leaves(model(torch.cat([example, example]))), "its channels are the network's output")
+    except torch.OutOfMemoryError:
+        raise
     except FAILURES:  # some networks train on other inputs than they are used on
         pass
     finally:
@@ -449,6 +453,8 @@ def _exactness(model: nn.Module, images: list[Tensor]) -> tuple[float, str]:
         try:
             with _Narrowing() as narrowing:
                 model(images[0].clone())
+        except torch.OutOfMemoryError:
+            raise
         except FAILURES as error:
             failure = failure or f"a removal cannot be tried, because the network does not run in float64 ({error})"
             continue
@@ -475,6 +481,8 @@ def _misfit(model: nn.Module, images: list[Tensor], groups: list[Group], exact: 
         slim = clone(model, tensors=False)  # removal makes new ones
         try:
             remove(slim, groups, kept)
+        except torch.OutOfMemoryError:
+            raise
         except FAILURES as error:
             return f"some of its channels cannot be removed ({error})", ""
         with entered(slim) as within:

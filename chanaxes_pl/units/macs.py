@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from chanaxes_pl.network.batches import FAILURES
 from chanaxes_pl.network.cloning import clone
 from chanaxes_pl.network.hooks import calls, observed
 from chanaxes_pl.network.layers import CONVOLUTIONS, channel_count
 from chanaxes_pl.units.flow import LAYERS, TRANSPOSED
-from chanaxes_pl.units.removal import FAILURES, Group, remove
+from chanaxes_pl.units.removal import Group, without
 
 # PyTorch's flop counter knows attention on other devices only.
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -172,9 +173,7 @@ class Macs:
         for number, group in enumerate(self.groups):
             half = np.zeros(len(self.groups), dtype=int)
             half[number] = group.size // 2
-            slim = clone(model)
-            remove(slim, self.groups, {group.name: torch.arange(half[number], group.size)})
-            rest = count(slim, example) - self._of_layers(half)
+            rest = count(without(model, self.groups, half), example) - self._of_layers(half)
             if half[number] and rest < self._rest:
                 lost[number] = (self._rest - rest) / half[number]  # MACs of a unit
         products: list[_Product] = []
@@ -219,13 +218,14 @@ def _shares_of_positions(
     shares: dict[str, dict[int, float]] = {name: {} for name in whole}
 
     def left(cut: Sequence[Group]) -> dict[str, int]:
-        slim = clone(model)
-        remove(slim, groups, {group.name: torch.arange(group.size // 2, group.size) for group in cut})
-        return _positions(slim, example)
+        halves = np.array([group.size // 2 if group in cut else 0 for group in groups])
+        return _positions(without(model, groups, halves), example)
 
     try:
         if left(groups) == whole:
             return shares
+    except torch.OutOfMemoryError:
+        raise
     except FAILURES:  # the cut to a budget will tell why
         return shares
     for number, group in enumerate(groups):

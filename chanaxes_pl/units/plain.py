@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 from torch.overrides import TorchFunctionMode
 
+from chanaxes_pl.network.batches import FAILURES
 from chanaxes_pl.network.cloning import clone
 from chanaxes_pl.network.layers import CONVOLUTIONS
-from chanaxes_pl.units.removal import FAILURES
 
 # The hooks by which torch.nn.utils computed a weight before there were parametrizations: class → how to write it out.
 _HOOKS = {
@@ -120,6 +120,8 @@ def _convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, kind: type[nn.Module]
     try:
         with torch.no_grad(), Watch():
             layer.eval()(example)
+    except torch.OutOfMemoryError:
+        raise
     except FAILURES:
         return None
     finally:

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from chanaxes_pl.network.batches import logits_of
+from chanaxes_pl.network.batches import FAILURES, logits_of
+from chanaxes_pl.network.cloning import clone
 from chanaxes_pl.network.hooks import hooked, observed, same_outputs
 from chanaxes_pl.network.layers import CONVOLUTIONS, channel_count, crashes_channels_last
 from chanaxes_pl.units.flow import TRANSPOSED, goes_by_groups, width
-
-#: Errors that a network may raise on other images, or with fewer channels, than it was written for.
-FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +112,19 @@ def remove(model: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor]
         module = model.get_submodule(home)
         setattr(module, leaf, getattr(module, leaf) * left // size)
     avoid_crash(model)
+
+
+def without(model: nn.Module, groups: Sequence[Group], removed: np.ndarray) -> nn.Module:
+    """Return a copy of a model without the first units of each group.
+
+    Args:
+        model: dense network; it does not change.
+        groups: its removable groups.
+        removed: ``[G]``, how many units each group loses.
+    """
+    slim = clone(model)
+    remove(slim, groups, {g.name: torch.arange(int(lost), g.size) for g, lost in zip(groups, removed, strict=True)})
+    return slim
 
 
 def row_scales(groups: Iterable[Group], kept: Mapping[str, Tensor]) -> dict[str, dict[int, float]]:
@@ -261,6 +273,8 @@ def disagreement(
             found = logits_of(slim(images))
             with masked(model, groups, kept):
                 wanted = logits_of(model(images))
+        except torch.OutOfMemoryError:
+            raise
         except FAILURES as error:
             return f"the network does not run without some of its channels ({error})"
     if same_outputs(found, wanted, share):

@@ -295,7 +295,7 @@ def test_signals_that_do_not_vary_give_no_figure_and_no_harm(compensation):
 
 def test_an_unknown_strength_is_refused():
     model = build("grouped")
-    with pytest.raises(ValueError, match=r"compensate='bend': expected one of 'fold', 'refit', True or False"):
+    with pytest.raises(ValueError, match=r"compensation='bend': expected 'fold' or 'refit'"):
         compensate(model, model, [], {}, BATCHES, "bend")
 
 

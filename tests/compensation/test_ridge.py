@@ -105,13 +105,14 @@ def test_without_samples_there_is_no_solution():
     assert Ridge((1, 2, 3), 10).solve(1e-2) is None
 
 
+@pytest.mark.parametrize("itemsize", [4, 8])
 @pytest.mark.parametrize("memory", [1e5, 1e6, 1e7, 1e12])
 @pytest.mark.parametrize("samples", [10, 300, 100_000])
 @pytest.mark.parametrize("shape", [(1, 100, 50), (64, 9, 1), (1, 5000, 300)])
-def test_as_many_samples_as_fit(shape, samples, memory):
-    within = samples_within(shape, samples, memory)
+def test_as_many_samples_as_fit(shape, samples, memory, itemsize):
+    within = samples_within(shape, samples, memory, itemsize)
     assert 0 <= within <= samples
-    assert within == 0 or ridge_bytes(shape, within) <= memory
-    assert within == samples or ridge_bytes(shape, samples) > memory
+    assert within == 0 or ridge_bytes(shape, within, itemsize) <= memory
+    assert within == samples or ridge_bytes(shape, samples, itemsize) > memory
     if within < min(samples, shape[1]) - 1:
-        assert ridge_bytes(shape, within + 1) > memory
+        assert ridge_bytes(shape, within + 1, itemsize) > memory

@@ -13,10 +13,9 @@ from torch.utils.data import TensorDataset
 from chanaxes_pl import find_units, load_slim, prune
 from chanaxes_pl.compensation.layerwise import compensate
 from chanaxes_pl.network.cloning import clone
-from chanaxes_pl.pruning.costs import without
 from chanaxes_pl.units.macs import Macs, count_macs
 from chanaxes_pl.units.plain import plain
-from chanaxes_pl.units.removal import remove
+from chanaxes_pl.units.removal import remove, without
 from tests.helpers.networks import Net, head, pooled
 from tests.units.test_plain import Standardised
 

@@ -14,11 +14,11 @@ from torch.utils.data import TensorDataset
 
 from chanaxes_pl.pruning import latency
 from chanaxes_pl.pruning.allocation import fit_budget, uniform_order
-from chanaxes_pl.pruning.costs import Parameters, count_parameters, without
+from chanaxes_pl.pruning.costs import Parameters, count_parameters
 from chanaxes_pl.pruning.latency import Latency
 from chanaxes_pl.pruning.pruner import prune
 from chanaxes_pl.units.groups import find_units
-from chanaxes_pl.units.removal import remove
+from chanaxes_pl.units.removal import remove, without
 from tests.helpers.networks import IMAGES, NETS, ONE, build, halves
 
 DATA = TensorDataset(IMAGES, torch.arange(len(IMAGES)) % 7)

@@ -154,6 +154,15 @@ def test_errors_come_before_the_first_network_is_pruned(monkeypatch, options, me
         grid(**options)
 
 
+@pytest.mark.parametrize("progress", [True, False])
+def test_polish_shows_progress_only_where_the_grid_does(monkeypatch, progress):
+    asked = []
+    monkeypatch.setattr(protocol.Pruner, "compensate", lambda *_, progress, **__: asked.append(progress))
+    experiment = PruningExperiment(budgets=(0.7,), scores=["l1"], allocations=["uniform"])
+    pruning_grid(network(), PROBE, TEST, experiment, progress=progress)
+    assert set(asked) == {progress}
+
+
 def test_every_network_of_the_grid_is_checked():
     class Mixes(nn.Sequential):
         def forward(self, batch):

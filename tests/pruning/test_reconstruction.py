@@ -156,11 +156,8 @@ def test_costs_add_up_to_what_the_ridge_regression_on_the_rest_leaves(monkeypatc
         system.remove(unit)
         gone.append(unit)
         total += float(costs[unit])
-        least, best = objective(weight, h, [c for u in gone for c in columns[u]])
+        least, _ = objective(weight, h, [c for u in gone for c in columns[u]])
         assert total == pytest.approx(least, rel=1e-9)
-        if len(gone) in (3, 10):
-            left = [c for u in range(12) if u not in gone for c in columns[u]]
-            torch.testing.assert_close(system.weight[0], best[:, left], rtol=1e-8, atol=1e-10)
 
 
 def test_blocks_add_up():

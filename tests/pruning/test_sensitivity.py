@@ -16,12 +16,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from chanaxes_pl import PruningExperiment, prune, pruning_grid, sensitivity
 from chanaxes_pl.network.batches import Placement
-from chanaxes_pl.network.hooks import hooked, observed
+from chanaxes_pl.network.hooks import observed
 from chanaxes_pl.plots import plot_sensitivity
 from chanaxes_pl.pruning import sensitivity as home
 from chanaxes_pl.pruning.allocation import fit_budget, uniform_order
 from chanaxes_pl.pruning.pruner import divergence_of
-from chanaxes_pl.pruning.readers import Sampling, passes
+from chanaxes_pl.pruning.readers import Reader, Sampling
+from chanaxes_pl.pruning.readers import measured as measured_readers
 from chanaxes_pl.pruning.scores import channel_scores, default_scores, unit_ranks, unit_values
 from chanaxes_pl.pruning.sensitivity import divergences, mean_divergence, measure_sensitivity, sensitivity_order
 from chanaxes_pl.units.groups import find_units
@@ -39,6 +40,11 @@ def of_size(name: str, size: int) -> Group:
 def ranks_of(groups: Sequence[Group]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(5)
     return {group.name: torch.rand(group.size, generator=generator, dtype=torch.float64) for group in groups}
+
+
+def over_images(model: nn.Module) -> None:
+    for images in BATCHES:
+        model(images)
 
 
 def measured(model: nn.Module, **options: object) -> tuple[list[Group], pd.DataFrame]:
@@ -66,46 +72,36 @@ def test_a_table_has_every_group_at_every_level_and_leaves_the_network_as_it_was
 
 @pytest.mark.parametrize("name", ["concatenating", "grouped", "flattening", "resnet18"])
 @torch.no_grad()
-def test_refits_are_ridge_regressions_on_what_stays(name):
+def test_refits_are_ridge_regressions_on_what_stays(monkeypatch, name):
     """Against the normal equations of each reader, from all samples at once."""
+    samples: dict[Reader, list[Tensor]] = {}
+    add = Reader._add
+    monkeypatch.setattr(Reader, "_add", lambda self, x: (samples.setdefault(self, []).append(x), add(self, x)))
     model, ridge = build(name), 0.02
     groups = list(find_units(model, ONE).groups.values())
     ranks, checked = ranks_of(groups), 0
     with observed(model):
-        for share in passes(model, groups, Sampling(math.inf, None), 1e9):
-            readers = {reader.key: reader for _, found in share for reader in found}
-            samples: dict[object, list[Tensor]] = {key: [] for key in readers}
-            for key, reader in readers.items():
-                add = reader._add
-                kept = samples[key]
-                reader._add = lambda rows, add=add, kept=kept: (kept.append(rows), add(rows))
-            with hooked((reader.layer, reader.read) for reader in readers.values()):
-                for images in BATCHES:
-                    model(images)
-            for group, found in share:
-                order, count = ranks[group.name].argsort(), group.size // 2
-                for reader in found:
-                    ((weight, shift),) = reader.refits(group, order, [count], ridge)
-                    x = torch.cat(samples[reader.key]).double()  # [n, G, F]
-                    rows, fitted = reader._rows().double(), None
-                    columns = reader._columns(group).unflatten(1, (group.size, -1))
-                    expected = torch.zeros_like(rows)
-                    for block in range(len(rows)):
-                        centred = x[:, block] - x[:, block].mean(0)
-                        among = centred.mT @ centred / len(centred)
-                        spread = torch.stack(
-                            [(x[:, b] - x[:, b].mean(0)).square().mean() for b in range(len(rows))]
-                        ).mean()
-                        among += ridge * spread * torch.eye(len(among))
-                        gone = columns[block, order[:count]].flatten().tolist()
-                        kept = [column for column in range(len(among)) if column not in gone]
-                        expected[block][:, kept] = rows[block] @ among[:, kept] @ torch.linalg.inv(among[kept][:, kept])
-                    fitted = reader._placed(expected)
-                    torch.testing.assert_close(weight, fitted, rtol=2e-3, atol=2e-4)
-                    moved = torch.einsum("gof,gf->go", rows - expected, x.mean(0))
-                    if reader.whole:
-                        torch.testing.assert_close(shift.double(), moved.flatten(), rtol=1e-2, atol=1e-4)
-                    checked += 1
+        for group, found in measured_readers(model, groups, Sampling(math.inf, None), 1e9, lambda: over_images(model)):
+            order, count = ranks[group.name].argsort(), group.size // 2
+            for reader in found:
+                ((weight, shift),) = reader.refits(group, order, [count], ridge)
+                x = torch.cat(samples[reader]).double()  # [n, G, F]
+                rows = reader._rows().double()
+                columns = reader._columns(group).unflatten(1, (group.size, -1))
+                expected = torch.zeros_like(rows)
+                for block in range(len(rows)):
+                    centred = x[:, block] - x[:, block].mean(0)
+                    among = centred.mT @ centred / len(centred)
+                    spread = torch.stack([(x[:, b] - x[:, b].mean(0)).square().mean() for b in range(len(rows))]).mean()
+                    among += ridge * spread * torch.eye(len(among))
+                    gone = columns[block, order[:count]].flatten().tolist()
+                    kept = [column for column in range(len(among)) if column not in gone]
+                    expected[block][:, kept] = rows[block] @ among[:, kept] @ torch.linalg.inv(among[kept][:, kept])
+                torch.testing.assert_close(weight, reader._placed(expected), rtol=2e-3, atol=2e-4)
+                moved = torch.einsum("gof,gf->go", rows - expected, x.mean(0))
+                if reader.whole:
+                    torch.testing.assert_close(shift.double(), moved.flatten(), rtol=1e-2, atol=1e-4)
+                checked += 1
     assert checked >= len(groups)
 
 
@@ -116,28 +112,23 @@ def test_a_cut_computes_what_the_network_without_the_units_does(name):
     groups = list(find_units(model, ONE).groups.values())
     ranks = ranks_of(groups)
     with observed(model):
-        for share in passes(model, groups, Sampling(16, len(IMAGES)), 1e9):
-            readers = {reader.key: reader for _, found in share for reader in found}
-            with hooked((reader.layer, reader.read) for reader in readers.values()):
-                for images in BATCHES:
-                    model(images)
-            for group, found in share:
-                order, count = ranks[group.name].argsort(), group.size // 3
-                fitted = {
-                    layer: next(reader.refits(group, order, [count], 1e-2))
-                    for layer, reader in zip(group.consumers, found, strict=True)
-                }
-                kept = {group.name: order[count:].sort().values}
-                with home._Cut(group, kept[group.name], fitted).made(model):
-                    found_logits = model(IMAGES)
-                slim = copy.deepcopy(model)
-                for layer, (weight, shift) in fitted.items():
-                    whole = slim.get_submodule(layer)
-                    whole.weight.copy_(weight)
-                    bias = torch.zeros_like(shift) if whole.bias is None else whole.bias
-                    whole.bias = nn.Parameter(bias + shift)
-                remove(slim, [group], kept)
-                torch.testing.assert_close(found_logits, slim(IMAGES), rtol=1e-3, atol=1e-4)
+        for group, found in measured_readers(model, groups, Sampling(16, len(IMAGES)), 1e9, lambda: over_images(model)):
+            order, count = ranks[group.name].argsort(), group.size // 3
+            fitted = {
+                layer: next(reader.refits(group, order, [count], 1e-2))
+                for layer, reader in zip(group.consumers, found, strict=True)
+            }
+            kept = {group.name: order[count:].sort().values}
+            with home._Cut(group, kept[group.name], fitted).made(model):
+                found_logits = model(IMAGES)
+            slim = copy.deepcopy(model)
+            for layer, (weight, shift) in fitted.items():
+                whole = slim.get_submodule(layer)
+                whole.weight.copy_(weight)
+                bias = torch.zeros_like(shift) if whole.bias is None else whole.bias
+                whole.bias = nn.Parameter(bias + shift)
+            remove(slim, [group], kept)
+            torch.testing.assert_close(found_logits, slim(IMAGES), rtol=1e-3, atol=1e-4)
 
 
 class Separate(nn.Module):
@@ -259,7 +250,6 @@ class Product:
     def __init__(self, groups: Sequence[Group]) -> None:
         self.groups = tuple(groups)
         self.dense = self.of(np.zeros(len(groups), dtype=int))
-        self.coupled = [set(range(len(groups)))] * len(groups)
 
     def freed(self, removed: np.ndarray, group: int) -> float:
         return self.of(removed) - self.of(removed + (np.arange(len(removed)) == group))

@@ -520,3 +520,22 @@ def test_layers_without_gradients_and_outside_of_evaluation_are_named():
         "frozen": "it has a single unit (mean in Net mixes them)",
         "auxiliary": "the forward pass in eval mode does not call it",
     }
+
+
+class Full(nn.Module):
+    """Runs out of memory with fewer channels than it was written with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if x.shape[1] < 8:
+            raise torch.OutOfMemoryError("the device is full")
+        return self.head(self.second(x).mean((2, 3)))
+
+
+def test_a_full_device_is_not_taken_for_a_layer_that_cannot_be_pruned():
+    with pytest.raises(torch.OutOfMemoryError, match="the device is full"):
+        find_units(Full().eval(), ONE)
