@@ -111,7 +111,8 @@ def compensate(
     for name in (name for name, why in refused.items() if not why):
         layer, original = slim.get_submodule(name), dense.get_submodule(name)
         shape = _shape(layer, original, compensation)
-        possible = sum(count for count, _ in sizes) * min(positions, places[name])
+        each, total = places[name]
+        possible = sum(count for count, _ in sizes) * each * min(positions, total)
         itemsize = torch.promote_types(layer.weight.dtype, torch.float32).itemsize  # type: ignore[union-attr,arg-type]
         samples = _samples(name, shape, possible, memory, itemsize)
         equations = max(equations, ridge_bytes(shape, samples, itemsize))
@@ -120,7 +121,7 @@ def compensate(
         factors = scales.get(f"{name}.weight", {})
         scale = torch.tensor([factors.get(output, 1.0) for output in outputs.tolist()]) if factors else None
         tasks[name] = _Task(
-            name, layer, original, inputs, outputs, scale, positions, strength, shape, samples, possible
+            name, layer, original, inputs, outputs, scale, each, positions, strength, shape, samples, possible
         )
     listed = sum(size for _, size in sizes) if isinstance(batches, Sequence) else 0
     fit, take = (_fold, _dense_inputs) if compensation == "fold" else (_refit, _dense_outputs)
@@ -130,7 +131,7 @@ def compensate(
     def taken(name: str, first: int, seen: Seen, gave: Tensor) -> _Goal:
         if not first and not _is_affine(tasks[name].original, seen.read, gave):
             strange.add(name)
-        return take(tasks[name], first, seen, gave)
+        return take(tasks[name], first * tasks[name].rows, seen, gave)
 
     rows = [_row(name, reason=why) for name, why in refused.items() if why]
     with observed(dense), observed(slim):
@@ -147,7 +148,7 @@ def compensate(
 
 def check_memory(memory: float) -> None:
     """Raise ValueError if a bound on memory is not a number above 0, in gigabytes."""
-    if isinstance(memory, bool) or not isinstance(memory, Real) or not memory > 0:
+    if isinstance(memory, bool) or not isinstance(memory, Real) or not 0 < memory < math.inf:
         raise ArgumentError(f"memory={short(memory)}", "expected gigabytes, a number above 0 such as 2.0")
 
 
@@ -166,8 +167,9 @@ def reestimate_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
             norm.momentum = None  # a plain average
             norm.training = True
         try:
-            for images in batches:
-                model(images)
+            for number, images in enumerate(batches):
+                if not number or len(images) > 1:  # values of one image alone may have no variance
+                    model(images)
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
@@ -193,7 +195,7 @@ def kept_channels(
             masks[name][1][indices[gone]] = False
             layer = dense.get_submodule(name)
             if goes_by_groups(layer):
-                assert isinstance(layer, CONVOLUTIONS)
+                assert isinstance(layer, CONVOLUTIONS + TRANSPOSED)
                 inputs = masks[name][0].view(layer.groups, -1)
                 inputs[indices[gone].flatten() // (layer.out_channels // layer.groups)] = False
     return {name: (inputs.nonzero()[:, 0], outputs.nonzero()[:, 0]) for name, (inputs, outputs) in masks.items()}
@@ -210,7 +212,8 @@ class _Task:
         inputs: inputs that stay.
         outputs: outputs that stay.
         scale: ``[outputs]``, factors that go with outputs which removal rescales; ``None`` if there are none.
-        positions: number of local samples per image, at most.
+        rows: number of rows of what it reads for an image, which may be frames or windows.
+        positions: number of local samples per row, at most.
         ridge: λ.
         shape: number of blocks, of inputs and of errors in each, as for :class:`Ridge`.
         samples: number of samples that memory has room for.
@@ -223,6 +226,7 @@ class _Task:
     inputs: Tensor
     outputs: Tensor
     scale: Tensor | None
+    rows: int
     positions: int
     ridge: float
     shape: tuple[int, int, int]
@@ -278,16 +282,20 @@ class _Goal(NamedTuple):
     """What a layer is to be fitted to, for one batch, and the dense input that belongs to it.
 
     Attributes:
+        first: number of the batch's first row.
         values: ``[n, C]``, samples of the dense outputs that stay, or of the dense inputs.
         size: spatial size of the dense output.
         sums: sums of the dense input by channel, by which its like is known.
         beside: ``[n, C]``, samples of what is added to these outputs, see :class:`Seen`; ``None`` if not known.
+        passed: ``[C]``, for which of them that counts; ``None`` for all.
     """
 
+    first: int
     values: Tensor
     size: torch.Size
     sums: Tensor
     beside: Tensor | None = None
+    passed: Tensor | None = None
 
 
 def _is_affine(layer: nn.Module, read: Tensor, gave: Tensor) -> bool:
@@ -297,19 +305,21 @@ def _is_affine(layer: nn.Module, read: Tensor, gave: Tensor) -> bool:
 
 def _dense_outputs(task: _Task, first: int, seen: Seen, gave: Tensor) -> _Goal:
     """What :func:`_refit` needs."""
-    kept, beside = task.outputs.to(gave.device), None
+    kept, beside, passed = task.outputs.to(gave.device), None, None
     if seen.beside is not None and seen.beside.shape == gave.shape and task.scale is None:
         beside = _sampled(task, first, seen.beside)[:, kept]
-    return _Goal(_sampled(task, first, gave)[:, kept], gave.shape[2:], _sums(task, seen.read), beside)
+        passed = None if seen.passed is None else seen.passed[kept]
+    values = _sampled(task, first, gave)[:, kept]
+    return _Goal(first, values, gave.shape[2:], _sums(task, seen.read), beside, passed)
 
 
 def _dense_inputs(task: _Task, first: int, seen: Seen, gave: Tensor) -> _Goal:
     """What :func:`_fold` needs."""
-    return _Goal(_sampled(task, first, seen.read), gave.shape[2:], _sums(task, seen.read))
+    return _Goal(first, _sampled(task, first, seen.read), gave.shape[2:], _sums(task, seen.read))
 
 
 def _sampled(task: _Task, first: int, signal: Tensor) -> Tensor:
-    """Return samples ``[n, C]`` of an input or output of a layer, whose first image has a number in the whole set."""
+    """Return samples ``[n, C]`` of an input or output of a layer, whose first row has a number in the whole set."""
     maps = by_position(task.layer, signal, len(signal), task.name)
     return local_samples(maps, *_places(first, len(maps), maps.shape[2], task.positions))
 
@@ -357,12 +367,13 @@ def _up(gigabytes: float) -> str:
     return f"{gigabytes * 1.05:.2g}"
 
 
-def _positions(model: nn.Module, image: Tensor, side: str) -> dict[str, int]:
-    """Return the number of positions in each layer's input or output."""
+def _positions(model: nn.Module, image: Tensor, side: str) -> dict[str, tuple[int, int]]:
+    """Return for one image the rows of each layer's input or output, and the number of positions in each row."""
     counts = {}
     for call in calls(model, lambda: model(image)):
         shape = call.input_shape if side == "input" else call.output_shape
-        counts[call.name] = math.prod(shape[2:] if isinstance(call.module, CONVOLUTIONS) else shape[1:-1])
+        positions = shape[2:] if isinstance(call.module, CONVOLUTIONS) else shape[1:-1]
+        counts[call.name] = math.prod(shape[:1]), math.prod(positions)
     return counts
 
 
@@ -387,16 +398,18 @@ def _refit(task: _Task, goals: Iterable[tuple[_Goal, Seen]]) -> tuple[float, flo
     weight = layer.weight.to(kind).reshape(blocks, outputs, features)  # type: ignore[operator,union-attr]
     bias = weight.new_zeros(blocks, outputs) if layer.bias is None else layer.bias.to(kind).reshape(blocks, outputs)  # type: ignore[operator,union-attr]
 
-    def sample(goal: _Goal, seen: Seen, first: int) -> tuple[Tensor, Tensor, Tensor]:
+    def sample(goal: _Goal, seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
         read = seen.read
         if isinstance(layer, CONVOLUTIONS):
-            inputs = patches(layer, read, *_places(first, len(read), goal.size.numel(), task.positions), goal.size)
+            places = _places(goal.first, len(read), goal.size.numel(), task.positions)
+            inputs = patches(layer, read, *places, goal.size)
         else:
-            inputs = _sampled(task, first, read)
+            inputs = _sampled(task, goal.first, read)
         given = goal.values.to(kind)
         given = given if task.scale is None else given * task.scale.to(given)
         if goal.beside is not None and seen.beside is not None:
-            given = given + (goal.beside - _sampled(task, first, seen.beside))
+            lacks = goal.beside - _sampled(task, goal.first, seen.beside)
+            given = given + (lacks if goal.passed is None else torch.where(goal.passed, lacks, 0.0))
         inputs = inputs.to(kind).reshape(len(given), blocks, features)
         made = torch.baddbmm(bias[:, None], inputs.transpose(0, 1), weight.mT).transpose(0, 1)
         return inputs, given.reshape(made.shape) - made, given
@@ -424,9 +437,9 @@ def _fold(task: _Task, goals: Iterable[tuple[_Goal, Seen]]) -> tuple[float, floa
     if isinstance(original, CONVOLUTIONS) and original.groups > 1:  # of which the slim layer may have a single one
         return math.nan, math.nan, "its outputs read groups of inputs, which have nothing to fold into"
 
-    def sample(goal: _Goal, seen: Seen, first: int) -> tuple[Tensor, Tensor, Tensor]:
+    def sample(goal: _Goal, seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
         kind = torch.promote_types(seen.read.dtype, torch.float32)
-        inputs, wanted = _sampled(task, first, seen.read).to(kind), goal.values.to(kind)
+        inputs, wanted = _sampled(task, goal.first, seen.read).to(kind), goal.values.to(kind)
         errors = wanted.index_add(1, task.inputs.to(inputs.device), inputs, alpha=-1)
         return inputs[:, None], errors[:, None], wanted
 
@@ -454,33 +467,32 @@ def _fold(task: _Task, goals: Iterable[tuple[_Goal, Seen]]) -> tuple[float, floa
 def _solve(
     task: _Task,
     goals: Iterable[tuple[_Goal, Seen]],
-    sample: Callable[[_Goal, Seen, int], tuple[Tensor, Tensor, Tensor]],
+    sample: Callable[[_Goal, Seen], tuple[Tensor, Tensor, Tensor]],
 ) -> tuple[Solution | None, tuple[float, float]]:
     """Regress the errors of a layer on its inputs, over the batches in which something upstream has changed.
 
     Args:
         task: what to fit.
         goals: of the layer, with what it sees in the slim network.
-        sample: ``(goal, the latter, number of the first image)`` → inputs ``[n, G, F]``, errors ``[n, G, O]``, and what
-            the errors are errors of ``[n, G·O]``.
+        sample: ``(goal, the latter)`` → inputs ``[n, G, F]``, errors ``[n, G, O]``, and what the errors are errors of
+            ``[n, G·O]``.
 
     Returns:
         ``None`` where there are no such batches; the errors before and after as shares of the variance of the latter.
     """
-    regression, spread, first = Ridge(task.shape, task.samples), None, 0
+    regression, spread = Ridge(task.shape, task.samples), None
     for goal, seen in goals:
-        if not _same(task, goal, seen, first):
+        if not _same(task, goal, seen):
             with true_float32(seen.read.device):
-                inputs, errors, wanted = sample(goal, seen, first)
+                inputs, errors, wanted = sample(goal, seen)
             if task.samples < task.possible:  # take some of them, evenly spread over the images
-                rows = torch.arange(len(inputs)) + first * (len(inputs) // len(seen.read))
+                rows = torch.arange(len(inputs)) + goal.first * (len(inputs) // len(seen.read))
                 rows = rows * task.samples % task.possible < task.samples
                 inputs, errors, wanted = inputs[rows], errors[rows], wanted[rows]
             if len(inputs):
                 part = Moments.of(wanted.T[..., None])
                 spread = part if spread is None else spread.merge_(part)
                 regression.add(inputs, errors)
-        first += len(seen.read)
         del goal, seen  # before the next ones come
     solution = regression.solve(task.ridge)
     if solution is None or spread is None:
@@ -495,12 +507,14 @@ def _places(first: int, count: int, total: int, positions: int) -> tuple[Tensor,
     return torch.arange(count), torch.arange(total).expand(count, -1) if places is None else places
 
 
-def _same(task: _Task, goal: _Goal, seen: Seen, first: int) -> bool:
+def _same(task: _Task, goal: _Goal, seen: Seen) -> bool:
     """Return whether nothing upstream has changed, so that there is nothing to compensate."""
     sums = _sums(task, seen.read)
     if sums.shape != goal.sums.shape or not torch.equal(sums, goal.sums):
         return False
-    return goal.beside is None or seen.beside is None or torch.equal(goal.beside, _sampled(task, first, seen.beside))
+    if goal.beside is None or seen.beside is None:
+        return True
+    return torch.equal(goal.beside, _sampled(task, goal.first, seen.beside))
 
 
 def _write(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:

@@ -8,7 +8,8 @@ the head as hints (Romero et al., 2015). Norms keep their statistics.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -32,6 +33,8 @@ BATCH = 128
 TEMPERATURE, RATE, DECAY = 2.0, 1e-3, 1e-4
 # Largest shift of an image, as a share of its side.
 _SHIFT = 1 / 8
+# Of these, AdamW's smallest denominator is 0, or an update is lost in rounding.
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def distillation_loss(
@@ -98,8 +101,6 @@ def polish(
         progress: whether to show a progress bar in a terminal.
     """
     first = next(iter(batches))[:1]
-    # what a step keeps of the slim network, and gradients of it
-    at_once = int(max(1, memory * 1e9 // (2 * activation_bytes(slim, first))))
     head = executed_layers(dense, first)[-1]
     inputs = kept_channels(dense, groups, kept)[head][0].to(first.device)
     trained = [parameter for parameter in slim.parameters() if parameter.is_floating_point()]
@@ -110,9 +111,13 @@ def polish(
         read[layer] = args[0]
 
     heads = [model.get_submodule(head) for model in (dense, slim)]
+    channel = -1 if isinstance(heads[0], nn.Linear) else 1
     generator = torch.Generator().manual_seed(seed)
-    with observed(dense), observed(slim), hooked([(layer, note) for layer in heads], before=True), isolate_rng():
+    noting = hooked([(layer, note) for layer in heads], before=True)
+    with observed(dense), observed(slim), noting, isolate_rng(), _wide(slim) as wide:
         torch.manual_seed(seed)
+        # what a step keeps of the slim network, and gradients of it
+        at_once = int(max(1, memory * 1e9 // (2 * activation_bytes(slim, wide(first)))))
         for parameter in trained:
             parameter.requires_grad_(True)
         optimizer = torch.optim.AdamW(trained, RATE, weight_decay=DECAY)
@@ -120,7 +125,10 @@ def polish(
         images = _endless(batches, generator)
         for _ in tqdm(range(steps), desc="polish", unit="step", disable=None if progress else True):
             batch = _moved(next(images), generator)
-            goals = [(part, logits_of(dense(part)), _features(read[heads[0]], inputs)) for part in batch.split(at_once)]
+            goals = [
+                (wide(part), wide(logits_of(dense(part))), wide(read[heads[0]].index_select(channel, inputs)))
+                for part in batch.split(at_once)
+            ]
             logits, features = (torch.cat([goal[which] for goal in goals]).var() for which in (1, 2))
             for part, wanted, sought in goals:
                 with torch.enable_grad():
@@ -134,15 +142,29 @@ def polish(
         parameter.requires_grad_(flag)
 
 
-def _features(read: Tensor, inputs: Tensor) -> Tensor:
-    """Return the channels that stay of what the last layer reads."""
-    return read.index_select(1 if read.ndim != 3 else 2, inputs)
+@contextmanager
+def _wide(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Let a network of half precision compute in float32 inside the block, in which alone it can learn.
+
+    Gives the function that brings tensors to its precision.
+    """
+    tensors = [tensor for tensor in [*model.parameters(), *model.buffers()] if tensor.dtype in _HALF]
+    dtypes = [tensor.dtype for tensor in tensors]
+    for tensor in tensors:
+        tensor.data = tensor.data.float()
+    try:
+        yield Tensor.float if tensors else lambda tensor: tensor
+    finally:
+        for tensor, dtype in zip(tensors, dtypes, strict=True):
+            tensor.data = tensor.data.to(dtype)
 
 
 def _endless(batches: Iterable[Tensor], generator: torch.Generator) -> Iterator[Tensor]:
-    """Give batches of :data:`BATCH` images in random order: of all, or of some at a time if they are streamed."""
+    """Give batches of :data:`BATCH` images in random order: of all, or of some at a time if they are streamed
+    or of several sizes."""
+    listed = isinstance(batches, (list, tuple)) and len({images.shape[1:] for images in batches}) == 1
     while True:
-        whole = [torch.cat(list(batches))] if isinstance(batches, (list, tuple)) else batches
+        whole = [torch.cat(list(batches))] if listed else batches
         for images in whole:
             order = torch.randperm(len(images), generator=generator).to(images.device)
             size = min(BATCH, len(images))

@@ -20,17 +20,31 @@ def hooked(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]], before: bool =
     """Register forward hooks for the duration of a block.
 
     Args:
-        pairs: pairs ``(module, hook)``; a hook is called as ``hook(module, inputs, output)``.
+        pairs: pairs ``(module, hook)``; a hook is called as ``hook(module, inputs, output)``, and may return another
+            output. Inputs that the module is given by name come last.
         before: whether to call ``hook(module, inputs)`` before the module runs instead.
     """
     handles: list[RemovableHandle] = []
     try:
         for module, hook in pairs:
-            handles.append(module.register_forward_pre_hook(hook) if before else module.register_forward_hook(hook))
+            if before:
+                handles.append(module.register_forward_pre_hook(partial(_enter, hook), with_kwargs=True))
+            else:
+                handles.append(module.register_forward_hook(partial(_leave, hook), with_kwargs=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _enter(hook: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    hook(module, (*args, *kwargs.values()))
+
+
+def _leave(
+    hook: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
+    return hook(module, (*args, *kwargs.values()), output)
 
 
 @contextmanager

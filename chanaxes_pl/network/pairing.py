@@ -32,10 +32,12 @@ class Seen(NamedTuple):
     Attributes:
         read: what the layer reads.
         beside: what will be added to its output, in units of that, see :meth:`Sum.of`; ``None`` if not known.
+        passed: ``[C]``, of which channels the sum is fed by this output; ``None`` of all.
     """
 
     read: Tensor
     beside: Tensor | None = None
+    passed: Tensor | None = None
 
 
 #: ``(layer, number of the batch's first image, what there is before it runs, what it gives)`` → what is kept of them.
@@ -137,8 +139,8 @@ class _Traced:
 
     def seen(self, name: str, values: Mapping[fx.Node, Any]) -> Seen:
         """What there is when a layer is about to run."""
-        total = self._sums[name]
-        return Seen(values[self.nodes[name].all_input_nodes[0]], total and total.of(values))
+        total, read = self._sums[name], values[self.nodes[name].all_input_nodes[0]]
+        return Seen(read, *(total and total.of(values)) or ())
 
     def visit(self, layers: list[str], images: Tensor, note: Callable[[str, Seen, Tensor], None]) -> None:
         """Run some images as far as the last of some layers, and note what each of these sees and gives."""

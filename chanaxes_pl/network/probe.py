@@ -462,6 +462,8 @@ class ImageBatches:
                 raise InputError(f"image {seen + int(bad[0])} of the probe holds NaN or infinity; leave it out")
             yield images[: self._count - seen]
             seen += len(images)
+        if not seen:
+            raise InputError("the probe holds no images; pass a larger probe=")
 
     def within(self, size: float) -> list[Tensor] | ImageBatches:
         """A list of the batches if their images take at most ``size`` bytes, else the batches read anew each time.

@@ -13,7 +13,7 @@ from chanaxes_pl.network.tracing import Trace
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _UNCHANGED = (nn.Identity, nn.modules.dropout._DropoutNd)
-# A norm that multiplies a channel by less than this share of its largest factor passes nothing on.
+# A norm that multiplies a channel by less than this share of its median factor passes nothing on.
 _TINY = 1e-3
 
 
@@ -28,12 +28,13 @@ class Sum(NamedTuple):
     beside: fx.Node
     norms: tuple[nn.Module, ...]
 
-    def of(self, values: Mapping[fx.Node, Any]) -> Tensor | None:
-        """What is added, in units of the layer's output: divided by the factor that each channel gets from norms.
+    def of(self, values: Mapping[fx.Node, Any]) -> tuple[Tensor, Tensor | None] | None:
+        """What is added, and ``[C]``, of which channels norms pass more than next to nothing on, if there are norms.
 
-        It is 0 for channels of which norms pass next to nothing on; ``None`` if it is not a tensor.
+        It is in units of the layer's output: divided by the factor that each channel gets from norms, 0 where that is
+        0. ``None`` if it is not a tensor.
         """
-        added = values[self.beside]
+        added, passed = values[self.beside], None
         if not isinstance(added, Tensor):
             return None
         for norm in self.norms:
@@ -41,10 +42,11 @@ class Sum(NamedTuple):
             assert norm.running_var is not None
             factors = norm.running_var.add(norm.eps).rsqrt()
             factors = factors * norm.weight if norm.affine else factors
-            passed = factors.abs() > _TINY * factors.abs().max()
-            units = torch.where(passed, 1 / factors, 0.0)
+            here = factors.abs() > _TINY * factors.abs().median()
+            passed = here if passed is None else passed & here
+            units = torch.where(factors == 0, 0.0, 1 / factors)
             added = added * units.view(1, -1, *[1] * (added.ndim - 2))
-        return added
+        return added, passed
 
 
 def completed_sum(trace: Trace, layer: fx.Node) -> Sum | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
 from typing import Any
@@ -56,6 +56,7 @@ class Trace:
     Attributes:
         operations: the graph's nodes in order, without its inputs, each with the values that nothing after it reads.
         modules: node → the module that it calls: every convolution, Linear and LayerNorm that runs, and torch's own.
+        holders: node → the module whose parameter or buffer it reads, for a function such as ``F.linear``.
     """
 
     def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
@@ -64,6 +65,8 @@ class Trace:
         self.operations = last_reads(node for node in graph.nodes if node.op != "placeholder")
         calls = (node for node, _ in self.operations if node.op == "call_module")
         self.modules = {node: root.get_submodule(str(node.target)) for node in calls}
+        reads = (node for node, _ in self.operations if node.op == "get_attr")
+        self.holders = {node: root.get_submodule(str(node.target).rpartition(".")[0]) for node in reads}
 
     @classmethod
     def of(cls, model: nn.Module) -> Trace | None:
@@ -182,7 +185,7 @@ class PartialForward:
             self._values = self._trace.values(images, whole)
         return whole
 
-    def rerun(self, changed: Iterable[str] = (), edits: Mapping[str, Edit] | None = None) -> Tensor:
+    def rerun(self, changed: Collection[str] = (), edits: Mapping[str, Edit] | None = None) -> Tensor:
         """Logits of the last batch now that some modules have changed; a change has to be named while it lasts.
 
         Args:
@@ -198,7 +201,7 @@ class PartialForward:
             raise RuntimeError(
                 "PartialForward.rerun() before PartialForward.run(images): there is no batch to run again"
             )
-        if self._trace is None or self._values is None:
+        if self._trace is None or self._values is None or not self._shows(changed, edits):
             with edited(self._model, edits):
                 return logits_of(self._model(self._images))
         repeat = {self._model.get_submodule(name) for name in changed}
@@ -214,14 +217,22 @@ class PartialForward:
                 fresh.pop(used, None)
         return value
 
+    def _shows(self, changed: Collection[str], edits: Collection[str]) -> bool:
+        """Whether the trace has all these modules; those inside a module of torch's own are not in it."""
+        assert self._trace is not None
+        called, held = ({*of.values()} for of in (self._trace.modules, self._trace.holders))
+        repeat, rewrite = ({self._model.get_submodule(name) for name in names} for names in (changed, edits))
+        return repeat <= called | held and rewrite <= called
+
     def _plan(self, names: tuple[str, ...]) -> list[tuple[fx.Node, list[fx.Node]]]:
         """What lies downstream of some modules, each with the values that nothing after it reads."""
         assert self._trace is not None
         if names not in self._plans:
             sources = {self._model.get_submodule(name) for name in names}
+            modules = self._trace.modules | self._trace.holders
             nodes: dict[fx.Node, None] = {}
             for node, _ in self._trace.operations:
-                if self._trace.modules.get(node) in sources or not nodes.keys().isdisjoint(node.all_input_nodes):
+                if modules.get(node) in sources or not nodes.keys().isdisjoint(node.all_input_nodes):
                     nodes[node] = None
             self._plans[names] = last_reads(nodes)
         return self._plans[names]

@@ -105,10 +105,11 @@ def check_reachable(cost: Cost, budget: float, round_to: int = 1) -> None:
     least = cost.of(np.array(ends)) / cost.dense
     if budget < least:
         fewest = "one unit" if round_to == 1 else f"{round_to} channels"
+        from_here = math.ceil(least * 1e4) / 1e4
         raise ArgumentError(
             f"budget={budget}",
             f"{least:.4f} of the {cost.unit} remain when every group is down to {fewest}, protected and "
-            f"unprunable layers included; expected a budget from {least:.4f} to 1, or a shorter protect="
+            f"unprunable layers included; expected a budget from {from_here:.4f} to 1, or a shorter protect="
             f"{'' if round_to == 1 else ' or a smaller round_to='}",
         )
 

@@ -586,7 +586,18 @@ def check_sensitivity(table: pd.DataFrame | None, allocation: str, groups: Seque
                 f"is of another network: the group {group.name!r} of {group.size} units has {has}; expected the table "
                 "of this network with the same protect=",
             )
-    return table
+    parts = []
+    for name, rows in table.assign(group=table["group"].astype(str)).groupby("group", sort=False):
+        rows = rows.sort_values("removed")
+        removed, divergence = (rows[column].to_numpy(float) for column in ("removed", "divergence"))
+        if removed[0] != 0 or not (np.diff(removed) > 0).all() or not np.isfinite(divergence).all():
+            raise ArgumentError(
+                "sensitivity=…",
+                f"has the rows {short(rows[['removed', 'divergence']].values.tolist())} for the group {name!r}; "
+                "expected one for 0 removed units and one for each other number of them, with finite divergences",
+            )
+        parts.append(rows)
+    return pd.concat(parts, ignore_index=True)
 
 
 def divergence_of(model: nn.Module, probe: ProbeSource, step: Step | None, place: Placement) -> Divergence:

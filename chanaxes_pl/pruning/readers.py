@@ -290,7 +290,12 @@ def _add_ridge(among: Tensor, spread: float, ridge: float) -> None:
 
 
 def measured(
-    model: nn.Module, groups: Sequence[Group], sampling: Sampling, memory: float, run: Callable[[], object]
+    model: nn.Module,
+    groups: Sequence[Group],
+    sampling: Sampling,
+    memory: float,
+    share: float,
+    run: Callable[[], object],
 ) -> Iterator[tuple[Group, list[Reader]]]:
     """Give each group with its readers, which have taken in the probe. They forget what no later group needs.
 
@@ -298,14 +303,19 @@ def measured(
         model: dense network.
         groups: its groups.
         sampling: which samples readers take.
-        memory: bytes that readers take at most.
+        memory: gigabytes (10⁹ bytes) that there are.
+        share: share of them that readers take at most.
         run: function that runs the model over the probe; called for every pass that ``memory`` takes.
+
+    Raises:
+        ValueError: if there is no room for the readers of one group.
     """
-    for share in _passes(model, groups, sampling, memory):
-        uses = Counter(reader for _, found in share for reader in found)
+    wanted = [(group, _readers(model, group, sampling, memory, share)) for group in groups]
+    for together in _passes(wanted, memory * share * _GIGABYTE):
+        uses = Counter(reader for _, found in together for reader in found)
         with hooked((reader.layer, reader.read) for reader in uses):
             run()
-        for group, found in share:
+        for group, found in together:
             yield group, found
             uses.subtract(found)
             for reader in found:
@@ -313,14 +323,11 @@ def measured(
                     reader.forget()
 
 
-def _passes(
-    model: nn.Module, groups: Sequence[Group], sampling: Sampling, memory: float
-) -> Iterator[list[tuple[Group, list[Reader]]]]:
+def _passes(wanted: Iterable[tuple[Group, list[Reader]]], memory: float) -> Iterator[list[tuple[Group, list[Reader]]]]:
     """Share out groups over passes through the probe, so that each takes at most ``memory`` bytes."""
     share: list[tuple[Group, list[Reader]]] = []
     known: dict[Any, Reader] = {}
-    for group in groups:
-        readers = _readers(model, group, sampling, memory)
+    for group, readers in wanted:
         joined = known | {reader.key: known.get(reader.key, reader) for reader in readers}
         working = [_working(found) for _, found in share] + [_working(readers)]
         if share and _held(joined.values()) + max(working) > memory:
@@ -332,23 +339,24 @@ def _passes(
         yield share
 
 
-def _readers(model: nn.Module, group: Group, sampling: Sampling, memory: float) -> list[Reader]:
+def _readers(model: nn.Module, group: Group, sampling: Sampling, memory: float, share: float) -> list[Reader]:
     """Return the consumers of a group, the widest of them place by place if they take too much memory."""
+    limit = memory * share * _GIGABYTE
     readers = []
     for name in group.consumers:
         layer = model.get_submodule(name)
         whole = not isinstance(layer, TRANSPOSED) and not why_not_affine(layer)
         readers.append(Reader(name, layer, whole, sampling))
-    while _held(readers) + _working(readers) > memory:
+    while _held(readers) + _working(readers) > limit:
         parts = [reader.by_place(group) for reader in readers]
         saved = [reader.size - part.size for reader, part in zip(readers, parts, strict=True)]
         widest = max(range(len(readers)), key=saved.__getitem__)
         if saved[widest] <= 0:
-            least = (_held(readers) + _working(readers)) / _GIGABYTE
+            least = (_held(readers) + _working(readers)) / share / _GIGABYTE
             raise ArgumentError(
-                f"memory={memory / _GIGABYTE:g}",
-                f"expected at least {least * 1.05:.2g} GB, which score='reconstruction' takes for the consumers of "
-                f"{group.name!r}",
+                f"memory={memory:g}",
+                f"expected at least {least * 1.05:.2g} GB{', half of it' if share < 1 else ''} for the moments of what "
+                f"reads {group.name!r}",
             )
         readers[widest] = parts[widest]
     return readers

@@ -32,7 +32,6 @@ _KEPT = 0.75
 # Costs rise by at least this share from one unit to the next, so that they order the units without ties.
 _RISE = 1e-9
 _LEAST = 1e-12
-_GIGABYTE = 1e9
 
 
 def reconstruction_costs(
@@ -85,7 +84,7 @@ def reconstruction_costs(
             for batch in batches():
                 forward(batch)
 
-    for group, found in measured(model, groups, sampling, memory * _GIGABYTE, run):
+    for group, found in measured(model, groups, sampling, memory, 1.0, run):
         order, spent = eliminate([Elimination(*reader.inverse(group, ridge), group.size) for reader in found])
         costs[group.name] = _rising(order, spent)
     return costs

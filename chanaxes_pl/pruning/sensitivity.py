@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from chanaxes_pl.compensation.layerwise import MEMORY, POSITIONS, RIDGE
-from chanaxes_pl.core.errors import InputError
+from chanaxes_pl.core.errors import ArgumentError, InputError
 from chanaxes_pl.network.hooks import activation_bytes, observed
 from chanaxes_pl.network.tracing import PartialForward, edited
 from chanaxes_pl.pruning.readers import Sampling, measured
@@ -78,6 +78,8 @@ def measure_sensitivity(
         ValueError: if a reader's inputs or the outputs are not finite, or ``memory`` has no room for the moments of one
             group.
     """
+    if not isinstance(levels, int) or isinstance(levels, bool) or levels < 1:
+        raise ArgumentError(f"levels={levels!r}", "expected a whole number from 1 on, such as 8")
     groups = list(groups)
     held = min(images // 4, COMPARED) if images >= _FEW else 0
     fitted, compared = images - held, images - held if held else 0
@@ -87,9 +89,10 @@ def measure_sensitivity(
 
         def run() -> None:
             for seen in some(batches, 0, fitted):
-                model(seen)
+                for part in seen.split(outputs.at_once):
+                    model(part)
 
-        for group, found in measured(model, groups, Sampling(POSITIONS, fitted), limit, run):
+        for group, found in measured(model, groups, Sampling(POSITIONS, fitted), memory, 0.5, run):
             counts = sorted({*np.linspace(0, group.size, levels + 1).round().astype(int)[1:-1], group.size - 1})
             counts = [int(count) for count in counts if count]
             order = ranks[group.name].argsort(stable=True)
@@ -99,7 +102,10 @@ def measure_sensitivity(
                 _Cut(group, order[count:].sort().values, dict(zip(group.consumers, map(next, refits), strict=True)))
                 for count in counts
             ]
-            for count, distance in zip([0, *counts], [0.0, *outputs.moved(cuts)], strict=True):
+            moved = [0.0, *outputs.moved(cuts)]
+            if not np.isfinite(moved).all():
+                raise InputError(f"the outputs hold NaN or infinity where {group.name!r} loses units; use float32")
+            for count, distance in zip([0, *counts], moved, strict=True):
                 rows.append({"group": group.name, "units": group.size, "removed": count, "divergence": distance})
     return pd.DataFrame(rows)
 
@@ -198,7 +204,8 @@ class _Outputs:
 
     def __init__(self, model: nn.Module, divergence: Divergence, images: Iterator[Tensor], memory: float) -> None:
         first = next(images)
-        size = int(max(1, memory // activation_bytes(model, first[:1])))
+        #: Number of images for whose activations there is room.
+        self.at_once = size = int(max(1, memory // activation_bytes(model, first[:1])))
         self._model = model
         self._divergence: Divergence = divergence
         self._parts = [part.clone() for batch in (first, *images) for part in batch.split(size)]
@@ -208,6 +215,12 @@ class _Outputs:
         self._logits = [forward.run(part) for forward, part in zip(self._cycled(), self._parts, strict=True)]
         if not all(bool(logits.isfinite().all()) for logits in self._logits):
             raise InputError("the outputs hold NaN or infinity on this probe; leave out the images that give them")
+        if divergence == "square" and len(torch.cat(self._logits).unique(dim=0)) < 2:
+            count = sum(map(len, self._parts))
+            raise InputError(
+                f"the outputs are the same for all of the last {count} images of the probe, where they are compared: "
+                "expected some that differ; pass a larger or shuffled probe, or allocation='uniform'"
+            )
 
     def moved(self, cuts: Sequence[_Cut]) -> list[float]:
         """Return the mean divergence that each cut makes."""

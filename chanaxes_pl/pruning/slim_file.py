@@ -40,6 +40,10 @@ _Shapes = Mapping[str, Sequence[int]]
 _FAILURES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
+# The note of buffers that have lost channels and are in no state dict.
+_UNSAVED = "buffers without persistent=True"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Record of how a dense network was pruned.
@@ -95,17 +99,21 @@ class Plan:
         """
         groups = list(groups)
         counts = {path: path.rpartition(".")[::2] for group in groups for path in group.attributes}
+        shapes, notes = _shapes(_tensors(dense)), dict(notes or {})
+        cut = (cut.path for group in groups if group.name in kept for cut in group.cuts if cut.dimension is not None)
+        if unsaved := sorted({path for path in cut if path not in shapes}):
+            notes[_UNSAVED] = unsaved
         return cls(
             kept={name: tuple(sorted(units.tolist())) for name, units in kept.items()},
             sizes={group.name: group.size for group in groups},
             input_shape=tuple(input_shape),
-            shapes=_shapes(_tensors(dense)),
+            shapes=shapes,
             norms={name: width(module) for name, module in slim.named_modules() if _is_bare_norm(module)},
             attributes={path: getattr(slim.get_submodule(home), leaf) for path, (home, leaf) in counts.items()},
             backbone=_backbone_of(dense),
             macs=macs,
             dense_macs=dense_macs,
-            notes=dict(notes or {}),
+            notes=notes,
         )
 
     def to_json(self) -> str:
@@ -253,6 +261,11 @@ def save_slim(path: str | Path, model: nn.Module, plan: Plan) -> None:
         found = _tensors(model)
         _check_kept(plan)
         _check_shapes(plan, _shapes(found), type(model).__name__)
+        if unsaved := plan.notes.get(_UNSAVED):
+            raise InputError(
+                f"the buffers {', '.join(unsaved)} of {type(model).__name__} have lost channels, but its state dict "
+                "leaves them out: register them with persistent=True, and prune again"
+            )
         tensors = {
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in found.items()
         }
@@ -472,7 +485,7 @@ def _check_model(model: nn.Module, plan: Plan, shapes: _Shapes) -> None:
             f"the plan is for another network than this {kind}: {', '.join(parts + more)}; pass a model "
             "built with the settings of the one that was pruned, before any pruning"
         )
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name in shapes:
         layer = modules.get(name.removesuffix(".bias"))
         if name not in own and not (isinstance(layer, LAYERS) and layer.bias is None):
@@ -528,7 +541,7 @@ def fill(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
             new = value.detach().to("cpu" if like.is_meta else like.device, copy=True)
             new = new.contiguous(memory_format=_memory_format(like) if old is not None else torch.contiguous_format)
             if old is None or isinstance(old, nn.Parameter):
-                new = nn.Parameter(new, requires_grad=old is None or old.requires_grad)
+                new = nn.Parameter(new, requires_grad=like.requires_grad)
         setattr(modules[home], leaf, new)
     for name, module in model.named_modules():
         resize(module, plan.norms.get(name))

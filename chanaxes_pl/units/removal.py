@@ -70,9 +70,9 @@ class Group:
 
     @property
     def masks(self) -> tuple[str, ...]:
-        """Names of the layers and norms that compute something else if units are masked."""
-        read = {cut.path.rpartition(".")[0] for cut in self.cuts if cut.reads}
-        return (*self.consumers, *self.layer_norms, *(name for name in self.producers if name in read))
+        """Names of the modules that compute something else, or whose parameters a function reads, with masked units."""
+        read = (cut.path.rpartition(".")[0] for cut in self.cuts if cut.reads)
+        return tuple(dict.fromkeys([*self.consumers, *self.layer_norms, *read]))
 
 
 def remove(model: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor]) -> None:
@@ -213,7 +213,7 @@ def add_bias(layer: nn.Module) -> None:
     """
     if layer.bias is None:
         assert isinstance(layer.weight, Tensor)
-        layer.bias = nn.Parameter(layer.weight.new_zeros(channel_count(layer)))
+        layer.bias = nn.Parameter(layer.weight.new_zeros(channel_count(layer)), layer.weight.requires_grad)
 
 
 @contextmanager

@@ -53,8 +53,12 @@ else
 STUDY_FIT ?=
 STUDY_TEST ?=
 ifdef WIDTH
-# longer, for wider networks learn more; a smaller probe and fewer refits, for they take up to 16 times as long
+# Longer, for wider networks learn more; a smaller probe, fewer lesions and refits, for they take up to 16 times as long.
 STUDY_FIT_WIDTH ?= --trainer.max_epochs 15 --model.init_args.lr 0.1 --trainer.callbacks.init_args.probe_size 2000
+STUDY_LESION ?= --channels 8 --operations '["zero"]' --evaluation_size 500
+STUDY_SELECTION ?= --scores '["reconstruction","l1"]' --allocations '["uniform","sensitivity"]' \
+	--compensate '[false,"refit"]' --budgets '[0.5,0.3]' --evaluation_size 5000 --trainer.precision 32-true
+STUDY_STEPS ?= test lesion selection polish
 endif
 # the same 16 channels of each layer in every seed, on 500 test images
 STUDY_LESION ?= --channels 16 --operations '["zero","mean","peer"]' --evaluation_size 500
@@ -77,7 +81,7 @@ ifdef WIDTH
 STUDY_FIT_WIDTH += --model.init_args.width $(WIDTH)
 endif
 
-STUDY_STEPS := test lesion protocol compensation selection polish
+STUDY_STEPS ?= test lesion protocol compensation selection polish
 STUDY_SEEDED := $(foreach network,$(STUDY_NETWORKS),$(STUDY_SEEDS:%=$(network)/seed_%))
 STUDY_RUNS := $(STUDY_SEEDED) $(STUDY_EXTRA:%=%/seed_0)
 STUDY_DONE = $(foreach network,$(STUDY_NETWORKS),$(patsubst %,$(STUDY)/$(network)/%.done,$(STUDY_SEEDS:%=seed_%/fit) \

@@ -573,3 +573,94 @@ def test_memory_that_is_no_size_is_refused(memory):
     model = build("grouped")
     with pytest.raises(ValueError, match=rf"memory={re.escape(repr(memory))}: expected gigabytes, a number above 0"):
         compensate(model, model, [], {}, BATCHES, memory=memory)
+
+
+@torch.no_grad()
+def test_a_channel_that_is_gone_and_never_varied_changes_no_other(monkeypatch):
+    """Its norm multiplies by hundreds what is constant, so that all others look as if next to nothing passed."""
+    found = []
+    for variance in (1.0, 0.0):
+        torch.manual_seed(0)
+        model = Net(
+            lambda net, x: net.head(pooled((net.last(net.first(x := net.stem(x).relu()).relu()) + x).relu())),
+            stem=nn.Conv2d(3, 8, 3, stride=4),
+            first=branch(8, 12, True),
+            last=branch(12, 8, True),
+            head=head(8),
+        ).eval()
+        conv, norm = model.last[0], model.last[1]
+        norm.weight.fill_(0.1)
+        conv.weight[3], norm.running_mean[3], norm.weight[3] = 0.0, 0.0, 1.0
+        norm.running_var[3] = variance
+        groups = find_units(model, ONE).groups.values()
+        kept = {"stem": torch.tensor([0, 1, 2, 4, 5, 6, 7]), "first.0": torch.arange(6)}
+        slim = cut(model, kept, groups)
+        compensate(slim, model, groups, kept, BATCHES)
+        found.append(slim.last[0].weight.clone())
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+class Clips(nn.Module):
+    """Frames are images of the convolutions: rows of a layer are more than images of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c(self.b(self.a(x.flatten(0, 1)).relu()).relu()).relu()
+        return self.head(x.mean((2, 3)).unflatten(0, (-1, 4)).mean(1))
+
+
+@pytest.mark.parametrize("compensation", ["fold", "refit"])
+@torch.no_grad()
+def test_layers_with_more_rows_than_images_are_fitted_alike_whatever_the_batches(compensation):
+    torch.manual_seed(0)
+    model, clips, found = Clips().eval(), torch.randn(24, 4, 3, 12, 12), []
+    groups = find_units(model, clips[:1]).groups.values()
+    kept = halves(groups)
+    for size in (24, 5):
+        slim = cut(model, kept, groups)
+        report = compensate(slim, model, groups, kept, clips.split(size), compensation)
+        found.append((report[["before", "after"]].to_numpy(), slim(clips)))
+    assert (found[0][0][1:, 1] < found[0][0][1:, 0]).all()
+    np.testing.assert_allclose(found[0][0][1:], found[1][0][1:], rtol=1e-3)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("compensation", ["fold", "refit"])
+@torch.no_grad()
+def test_a_transposed_convolution_of_groups_loses_outputs_with_its_inputs(compensation):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(8, 8, 4, 2, 1, groups=8, bias=False),
+        nn.Conv2d(8, 6, 3, padding=1),
+    ).eval()
+    groups = find_units(model, ONE).groups.values()
+    kept = halves(groups)
+    slim = cut(model, kept, groups)
+    report = compensate(slim, model, groups, kept, BATCHES, compensation).set_index("layer")
+    assert slim[2].weight.shape == (4, 1, 4, 4)
+    assert report.after["3"] < report.before["3"]
+
+
+def test_statistics_are_reestimated_where_the_last_batch_is_one_image():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    images = torch.randn(17, 3)
+    reestimate_norms(model, images.split(8))
+    expected = torch.stack([model[0](part).mean(0) for part in images.split(8)[:2]]).mean(0)
+    torch.testing.assert_close(model[1].running_mean, expected.detach())
+
+
+def test_a_bias_of_a_frozen_layer_is_frozen():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 4, 3, bias=False)).eval()
+    model.requires_grad_(False)
+    groups = find_units(model, ONE).groups.values()
+    kept = halves(groups)
+    slim = cut(model, kept, groups)
+    compensate(slim, model, groups, kept, BATCHES)
+    assert slim[2].bias is not None
+    assert not slim[2].bias.requires_grad

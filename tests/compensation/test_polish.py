@@ -165,3 +165,59 @@ def test_prune_tells_what_each_step_gained(compensate_, monkeypatch):
     last = float((wanted.exp() * (wanted - found)).sum(1).mean())
     assert slim.steps["divergence"].iloc[-1] == pytest.approx(last, rel=1e-3)
     assert slim.plan.notes["compensate"] == (compensate_ or "none")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_network_of_half_precision_learns_and_stays_one(dtype):
+    model, slim, groups, kept = pruned("concatenating")
+    model, slim = model.to(dtype), slim.to(dtype)
+    before = copy.deepcopy(slim.state_dict())
+    polish(slim, model, groups, kept, [images.to(dtype) for images in BATCHES], steps=2)
+    for name, value in slim.state_dict().items():
+        assert value.dtype == before[name].dtype
+        assert value.isfinite().all()
+    assert not torch.equal(slim.state_dict()["head.weight"], before["head.weight"])
+
+
+class Sequences(nn.Module):
+    """Ends in a Conv1d, whose channels come before its positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv1d(3, 8, 3), nn.Conv1d(8, 6, 3), nn.Conv1d(6, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(self.a(x).relu()).relu()).mean(2)
+
+
+class LastChannels(nn.Module):
+    """Ends in a Linear layer on ``[B, H, W, C]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(self.a(x).relu()).relu().movedim(1, -1)).mean((1, 2))
+
+
+@pytest.mark.parametrize(
+    ("module", "images"),
+    [
+        (Sequences, [torch.randn(20, 3, 16)]),
+        (LastChannels, [torch.randn(20, 3, 9, 9)]),
+        (LastChannels, [torch.randn(20, 3, 9, 9), torch.randn(12, 3, 11, 8)]),
+    ],
+    ids=["Conv1d", "channels last", "two sizes"],
+)
+def test_other_heads_and_images_of_several_sizes(module, images):
+    torch.manual_seed(0)
+    model = module().eval()
+    groups = list(find_units(model, images[0][:1]).groups.values())
+    kept = halves(groups)
+    slim = copy.deepcopy(model)
+    remove(slim, groups, kept)
+    before = slim.head.weight.clone()
+    polish(slim, model, groups, kept, images, steps=2)
+    assert not torch.equal(slim.head.weight, before)
+    assert all(value.isfinite().all() for value in slim.state_dict().values())

@@ -37,7 +37,7 @@ def test_calls_are_all_runs_in_order():
     model = Twice().train()
     found = calls(model, lambda: model(x=torch.zeros(3, 4)))
     assert [call[0] for call in found] == ["first", "first", "drop", "last", ""]
-    assert [call[2:] for call in found] == [((3, 4), (3, 4))] * 3 + [((3, 4), (3, 2)), ((), ())]
+    assert [call[2:] for call in found] == [((3, 4), (3, 4))] * 3 + [((3, 4), (3, 2)), ((3, 4), ())]
     assert found[3].module is model.last
     assert model.training
     assert hooks_of(model) == 0

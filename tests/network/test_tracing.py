@@ -248,3 +248,40 @@ def test_flags_and_hooks_are_as_before_after_an_error(module):
 def test_rerun_before_run_says_so():
     with pytest.raises(RuntimeError, match=r"before PartialForward\.run\(images\): there is no batch"):
         PartialForward(nn.Linear(2, 2)).rerun()
+
+
+class Encoder(nn.Module):
+    """A module of torch's own whose members are in no trace, and a weight that a function reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.body = nn.TransformerEncoderLayer(8, 2, 12, 0.0, batch_first=True)
+        self.weight, self.head = nn.Parameter(torch.randn(4, 8)), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.body(self.stem(x).flatten(2).mT).mean(1)
+        return self.head(x) + F.linear(x, self.weight)
+
+
+@torch.no_grad()
+def test_what_changes_inside_a_module_of_torchs_own_counts():
+    model, images = build(Encoder).eval(), batch()
+    with observed(model):
+        forward = PartialForward(model)
+        forward.run(images)
+        assert forward.partial
+        for name in ("body.linear1", "body", "stem", "head"):
+            agree(model, images, forward, name)
+
+
+@torch.no_grad()
+def test_a_weight_that_a_function_reads_counts_where_its_module_is_named():
+    model, images = build(Encoder).eval(), batch()
+    with observed(model):
+        forward = PartialForward(model)
+        before = forward.run(images)
+        model.weight.mul_(2)
+        found = forward.rerun([""])
+        torch.testing.assert_close(found, model(images), rtol=1e-12, atol=1e-12)
+        assert not found.allclose(before)

@@ -328,9 +328,7 @@ def test_a_flattened_map_too_wide_for_memory_counts_place_by_place():
 
 
 def test_too_little_memory_is_an_error_that_names_the_group():
-    with pytest.raises(
-        ValueError, match=r"memory=1e-06: expected at least .* GB, which score='reconstruction' takes .*"
-    ):
+    with pytest.raises(ValueError, match=r"memory=1e-06: expected at least .* GB for the moments of what reads .*"):
         costs_of(residual()[0], zoo.images_2d(20), memory=1e-6)
 
 

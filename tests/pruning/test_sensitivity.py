@@ -81,7 +81,9 @@ def test_refits_are_ridge_regressions_on_what_stays(monkeypatch, name):
     groups = list(find_units(model, ONE).groups.values())
     ranks, checked = ranks_of(groups), 0
     with observed(model):
-        for group, found in measured_readers(model, groups, Sampling(math.inf, None), 1e9, lambda: over_images(model)):
+        for group, found in measured_readers(
+            model, groups, Sampling(math.inf, None), 1.0, 1.0, lambda: over_images(model)
+        ):
             order, count = ranks[group.name].argsort(), group.size // 2
             for reader in found:
                 ((weight, shift),) = reader.refits(group, order, [count], ridge)
@@ -112,7 +114,9 @@ def test_a_cut_computes_what_the_network_without_the_units_does(name):
     groups = list(find_units(model, ONE).groups.values())
     ranks = ranks_of(groups)
     with observed(model):
-        for group, found in measured_readers(model, groups, Sampling(16, len(IMAGES)), 1e9, lambda: over_images(model)):
+        for group, found in measured_readers(
+            model, groups, Sampling(16, len(IMAGES)), 1.0, 1.0, lambda: over_images(model)
+        ):
             order, count = ranks[group.name].argsort(), group.size // 3
             fitted = {
                 layer: next(reader.refits(group, order, [count], 1e-2))
@@ -414,3 +418,73 @@ def test_a_grid_measures_each_score_of_its_own():
         slim = prune(model, images, budget=0.6, score=score, allocation="sensitivity")
         row = grid[(grid["score"] == score) & (grid["allocation"] == "sensitivity")].iloc[0]
         assert row["macs"] == slim.macs
+
+
+class Bare(nn.Module):
+    """What a layer reads is also read by a function with a weight of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.w, self.h = nn.Linear(12, 16), nn.Parameter(torch.randn(4, 16)), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        return 0.01 * self.h(x) + F.linear(x, self.w)
+
+
+def test_units_that_a_function_reads_too_are_gone_from_it(monkeypatch):
+    torch.manual_seed(0)
+    model, data = Bare(), [torch.randn(64, 12)]
+    found = sensitivity(model, data, levels=4, score="l1")
+    monkeypatch.setattr("chanaxes_pl.network.tracing.Trace.of", lambda _model: None)
+    whole = sensitivity(model, data, levels=4, score="l1")
+    np.testing.assert_allclose(found["divergence"], whole["divergence"], rtol=1e-5, atol=1e-9)
+    assert (found["divergence"].to_numpy()[1:] > 1e-3).all()
+
+
+def test_a_table_read_back_from_a_file_serves_as_it_did(tmp_path):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    model, data = nn.Sequential(*layers, nn.Linear(8, 4)), [torch.randn(64, 3, 8, 8)]
+    table = sensitivity(model, data, levels=4)
+    table.sample(frac=1, random_state=0).to_csv(tmp_path / "table.csv", index=False)
+    read = pd.read_csv(tmp_path / "table.csv")
+    assert read["group"].tolist() != table["group"].tolist()
+    slim, again = (prune(model, data, budget=0.5, sensitivity=given) for given in (table, read))
+    assert all(torch.equal(slim.model.state_dict()[key], value) for key, value in again.model.state_dict().items())
+    for spoilt in (table.iloc[1:], pd.concat([table, table]), table.assign(divergence=math.nan)):
+        with pytest.raises(ValueError, match=r"sensitivity=…\): has the rows .* for the group '0'; expected one for 0"):
+            prune(model, data, budget=0.5, sensitivity=spoilt)
+
+
+@pytest.mark.parametrize("levels", [0, -5, 2.5, True])
+def test_levels_that_are_no_number_of_levels_are_refused(levels):
+    with pytest.raises(ValueError, match=rf"sensitivity\(levels={levels}\): expected a whole number from 1 on"):
+        sensitivity(Bare(), [torch.randn(8, 12)], levels=levels)
+
+
+def test_outputs_that_never_differ_are_refused():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+    with pytest.raises(ValueError, match="the outputs are the same for all of the last 4 images of the probe"):
+        sensitivity(model, [torch.cat([torch.randn(12, 4), torch.ones(4, 4)])])
+
+
+class ByName(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(input=self.b(input=self.a(x).relu()).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("compensate", ["refit", "distill"])
+def test_layers_whose_inputs_are_given_by_name_are_pruned(compensate):
+    slim = prune(ByName(), [torch.randn(32, 3, 8, 8)], budget=0.5, compensate=compensate)
+    assert slim.macs < 0.55 * slim.dense_macs
+    assert (slim.report["reason"] == "").all()
+
+
+def test_a_probe_of_no_images_is_refused():
+    with pytest.raises(ValueError, match=r"prune: the probe holds no images; pass a larger probe="):
+        prune(ByName(), [], budget=0.5)

@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from chanaxes_pl import prune
 from chanaxes_pl.models import Classifier, build_backbone
 from chanaxes_pl.pruning import slim_file
 from chanaxes_pl.pruning.slim_file import Plan, fill, load_slim, save_slim
@@ -410,3 +411,44 @@ def test_a_damaged_file_loads_as_it_was_or_ends_in_a_value_error(
     assert peak < 2e7
     assert len(errors) > count / 2
     assert all(error.startswith(str(file)) and "\n" not in error for error in errors)
+
+
+class Named(nn.Module):
+    """Its layers have two names each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 6, 3, bias=False), nn.ReLU())
+        self.last, self.head = self.base[2:], nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.last(self.base[:2](x)).mean((2, 3)))
+
+
+class Buffered(nn.Module):
+    """Scales channels by a buffer that its state dict has or leaves out."""
+
+    def __init__(self, persistent: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3), nn.Linear(6, 4)
+        self.register_buffer("gain", torch.rand(1, 8, 1, 1), persistent=persistent)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(self.a(x).relu() * self.gain).mean((2, 3)))
+
+
+def test_a_layer_of_two_names_gets_its_bias_under_both(tmp_path):
+    images = torch.randn(32, 3, 8, 8)
+    slim = prune(Named(), [images], budget=0.5)
+    slim.save(tmp_path / "slim")
+    assert torch.equal(load_slim(tmp_path / "slim", Named())(images), slim.model(images))
+
+
+def test_a_buffer_that_has_lost_channels_and_is_not_saved_is_named(tmp_path):
+    images = torch.randn(32, 3, 8, 8)
+    saved = prune(Buffered(True), [images], budget=0.5)
+    saved.save(tmp_path / "slim")
+    assert torch.equal(load_slim(tmp_path / "slim", Buffered(True))(images), saved.model(images))
+    with pytest.raises(ValueError, match=r"the buffers gain of Buffered have lost channels, .*persistent=True"):
+        prune(Buffered(False), [images], budget=0.5).save(tmp_path / "other")
+    assert not (tmp_path / "other.safetensors").exists()
