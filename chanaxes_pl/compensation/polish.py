@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from chanaxes_pl.compensation.layerwise import MEMORY, kept_channels
 from chanaxes_pl.core.errors import InputError
+from chanaxes_pl.core.moments import accumulation_device
 from chanaxes_pl.network.batches import logits_of
 from chanaxes_pl.network.hooks import activation_bytes, hooked, observed
 from chanaxes_pl.units.groups import executed_layers
@@ -96,7 +97,7 @@ def polish(
         batches: unlabelled images ``[B, C, …]`` on the networks' device, iterated as often as it takes.
         steps: number of steps.
         memory: gigabytes (10⁹ bytes) for activations and their gradients: a step takes its images in as many parts as
-            that needs, which changes nothing, because norms do not look at the batch.
+            that needs, which changes nothing but that the dense network runs twice: norms do not look at the batch.
         seed: random seed of the order of the images, flips and shifts.
         progress: whether to show a progress bar in a terminal.
     """
@@ -120,26 +121,41 @@ def polish(
         at_once = int(max(1, memory * 1e9 // (2 * activation_bytes(slim, wide(first)))))
         for parameter in trained:
             parameter.requires_grad_(True)
+
+        def goal(part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            """The images, and what the slim network is to give and its last layer to read."""
+            wanted = wide(logits_of(dense(part)))
+            return part, wanted, wide(read[heads[0]].index_select(channel, inputs))
+
         optimizer = torch.optim.AdamW(trained, RATE, weight_decay=DECAY)
         schedule = OneCycleLR(optimizer, RATE, total_steps=steps)
         images = _endless(batches, generator)
         for _ in tqdm(range(steps), desc="polish", unit="step", disable=None if progress else True):
-            batch = _moved(next(images), generator)
-            goals = [
-                (wide(part), wide(logits_of(dense(part))), wide(read[heads[0]].index_select(channel, inputs)))
-                for part in batch.split(at_once)
-            ]
-            logits, features = (torch.cat([goal[which] for goal in goals]).var() for which in (1, 2))
-            for part, wanted, sought in goals:
+            parts = _moved(next(images), generator).split(at_once)
+            held = [goal(part) for part in parts] if len(parts) == 1 else []  # there may be room for no more
+            logits, features = _variances(held or map(goal, parts))
+            for part, wanted, sought in held or map(goal, parts):
                 with torch.enable_grad():
-                    loss = distillation_loss(logits_of(slim(part)), wanted, variance=logits)
+                    loss = distillation_loss(logits_of(slim(wide(part))), wanted, variance=logits)
                     loss = loss + (read[heads[1]] - sought).square().mean() / features.clamp_min(1e-12)
-                    (loss * (len(part) / len(batch))).backward()
+                    (loss * (len(part) / sum(map(len, parts)))).backward()
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
     for parameter, flag in zip(trained, flags, strict=True):
         parameter.requires_grad_(flag)
+
+
+def _variances(goals: Iterable[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
+    """Return the variance of all numbers that outputs hold, and that of all that last layers read."""
+    count, first, second = torch.zeros(3, 2, dtype=torch.float64)
+    both: list[Tensor] = []
+    for _, *both in goals:
+        values = [each.to(accumulation_device(each.device)).double() for each in both]
+        count += torch.tensor([each.numel() for each in values])
+        first += torch.stack([each.sum() for each in values]).cpu()
+        second += torch.stack([each.square().sum() for each in values]).cpu()
+    return list(((second - first.square() / count) / (count - 1)).clamp_min(0.0).to(both[0]))
 
 
 @contextmanager
@@ -165,7 +181,9 @@ def _endless(batches: Iterable[Tensor], generator: torch.Generator) -> Iterator[
     listed = isinstance(batches, (list, tuple)) and len({images.shape[1:] for images in batches}) == 1
     while True:
         whole = [torch.cat(list(batches))] if listed else batches
-        for images in whole:
+        for number, images in enumerate(whole):
+            if number and len(images) == 1:  # one output alone has no variance
+                continue
             order = torch.randperm(len(images), generator=generator).to(images.device)
             size = min(BATCH, len(images))
             for chosen in order.split(size):

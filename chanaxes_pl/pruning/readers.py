@@ -80,6 +80,12 @@ class Reader:
         """Numbers in the moments."""
         return self._blocks * self.inputs**2
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the layer's weight."""
+        weight: Tensor = self.layer.weight  # type: ignore[assignment]
+        return weight.nbytes
+
     def by_place(self, group: Group) -> Reader:
         """Return a reader of the same layer that takes every place of its kernel, or of the flattened map, alone."""
         members = group.consumers[self._name] if isinstance(self.layer, nn.Linear) else None

@@ -67,8 +67,9 @@ def measure_sensitivity(
         divergence: what outputs are compared by.
         levels: number of levels of removal; the last leaves one unit.
         ridge: λ of the refit, as for :func:`compensate`.
-        memory: gigabytes (10⁹ bytes) to take beside the network: half of it for moments, half for activations. Less
-            takes more passes; a kernel too large for it is refitted as if its places were one.
+        memory: gigabytes (10⁹ bytes) to take beside the network: half of it for moments, an eighth for refitted
+            weights, the rest for activations. Less takes more passes; a kernel too large for it is refitted as if its
+            places were one.
 
     Returns:
         One row per group and level, the first with nothing removed: ``group``, ``units`` of the group, ``removed`` of
@@ -85,7 +86,7 @@ def measure_sensitivity(
     fitted, compared = images - held, images - held if held else 0
     limit, rows = memory * _GIGABYTE / 2, []
     with observed(model):
-        outputs = _Outputs(model, divergence, some(batches, compared, images), limit)
+        outputs = _Outputs(model, divergence, some(batches, compared, images), 0.75 * limit)
 
         def run() -> None:
             for seen in some(batches, 0, fitted):
@@ -98,11 +99,14 @@ def measure_sensitivity(
             order = ranks[group.name].argsort(stable=True)
             # No layer reads the queries and keys of an attention: such a group has nothing to refit.
             refits = [reader.refits(group, order, counts, ridge) for reader in found]
-            cuts = [
-                _Cut(group, order[count:].sort().values, dict(zip(group.consumers, map(next, refits), strict=True)))
-                for count in counts
-            ]
-            moved = [0.0, *outputs.moved(cuts)]
+            moved, weights = [0.0], sum(reader.weight_bytes for reader in found)
+            at_once = int(max(1, limit // 4 // max(weights, 1)))
+            for start in range(0, len(counts), at_once):
+                cuts = [
+                    _Cut(group, order[count:].sort().values, dict(zip(group.consumers, map(next, refits), strict=True)))
+                    for count in counts[start : start + at_once]
+                ]
+                moved += outputs.moved(cuts)
             if not np.isfinite(moved).all():
                 raise InputError(f"the outputs hold NaN or infinity where {group.name!r} loses units; use float32")
             for count, distance in zip([0, *counts], moved, strict=True):
