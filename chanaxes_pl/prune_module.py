@@ -33,7 +33,7 @@ from chanaxes_pl.models.checkpoints import load_classifier
 from chanaxes_pl.network.batches import Placement, logits_of, split_batch
 from chanaxes_pl.network.cloning import clone
 from chanaxes_pl.network.layers import select_layers
-from chanaxes_pl.network.probe import MIN_IMAGES, Probe, ProbeSource, find_probe, first_loader, image_batches
+from chanaxes_pl.network.probe import MIN_IMAGES, ImageBatches, Probe, ProbeSource, find_probe, first_loader
 from chanaxes_pl.network.recording import Settings
 from chanaxes_pl.plots import plot_lesions, plot_pruning
 from chanaxes_pl.pruning.grid import PruningExperiment, pruning_grid
@@ -198,7 +198,7 @@ class PruneModule(ImageClassifier):
         """Make this process's lesions, with the axes and scores of their channels."""
         probe, place = find_probe(self._probe, self.trainer), self._place
         size, seed = experiment.probe_size, experiment.seed
-        example = image_batches(probe, MIN_IMAGES, place)[0]
+        example = next(iter(ImageBatches(probe, MIN_IMAGES, place)))
         units = find_units(self.network, example)
         layers = select_layers(self.network, experiment.layers, whole=True)  # what is lesioned
         settings = Settings(layers=layers, reliability=False, probe_size=size)

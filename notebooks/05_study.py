@@ -23,7 +23,7 @@
 # ResNet-18, VGG-16 and MobileNetV2 at a quarter of their width, three seeds each, were trained on all 50,000 training
 # images for one cycle of 10, 12 and 4 epochs. A sample of the channels of every layer was then lesioned, the same in
 # every seed, and every network was pruned by every score. `make study STUDY_DATA=DIR JOBS=2` repeats the study;
-# `configs/study/study.mk` lists its steps and their times. This notebook reads only the tables in `results/study`.
+# `configs/study/study.mk` lists its steps and their times. This notebook reads only tables in `results`.
 #
 # A cell like 0.20 ± 0.05 [0.15, 0.25] gives mean, standard deviation and 95 % bootstrap over seeds. With three seeds,
 # the interval is little more than the range.
@@ -129,10 +129,11 @@ apart = pd.concat(
 apart[["network", "run", "first", "highest", "step_highest", "step", "epoch", "last"]].round(2)
 
 # %% [markdown]
-# **Holds, more weakly.** The axes are coupled at initialisation in every network and seed, but below the published
-# 0.71, and they are apart after an epoch or two. ρ does not fall steadily: it dips within the first steps and rises
-# again before it falls for good. Part of the dip is noise and not decoupling. After one step of MobileNetV2 the halves
-# of the probe set hardly agree on task information, so no metric could correlate with it. The reliabilities show this.
+# **Holds, more weakly.** The axes are coupled at initialisation in every network, though in one seed of VGG-16 no
+# more than a random target could be, and below the published 0.71, and they are apart after an epoch or two. ρ does
+# not fall steadily: it dips within the first steps and rises again before it falls for good. Part of the dip is noise
+# and not decoupling. After one step of MobileNetV2 the halves of the probe set hardly agree on task information, so
+# no metric could correlate with it. The reliabilities show this.
 
 # %%
 plot_correlations(correlations[correlations["network"] == "ResNet-18"], title="ResNet-18")
@@ -380,8 +381,7 @@ kept = mean_over_runs(
 intervals(kept, ["network", "allocation", "compensate", "score"], "budget", digits=1).fillna("")
 
 # %% [markdown]
-# The next table compares areas on the same networks, in points of accuracy: joint selection with other scores, and
-# sensitivity with cutting all layers alike.
+# The next table compares areas on the same networks, in points of accuracy: joint selection with other scores.
 
 # %%
 areas = {title: area_under_curve(grid.assign(accuracy=100 * grid["accuracy"])) for title, grid in chosen.items()}
@@ -394,11 +394,11 @@ joint["under"] = joint["allocation"] + ", " + joint["compensate"].map({"none": "
 intervals(joint, ["network", "against"], "under", digits=1)
 
 # %% [markdown]
-# **Chosen together and refitted, it is the best of all scores** in both networks, under both allocations and in every
-# seed. Peer R², which measures the same one channel at a time, does no better than random channels. Without a refit
-# joint selection is level with norms, and under sensitivity on ResNet-18 worse than L1: it counts on peers that make up
-# for what goes, and only a refit lets them. Sensitivity gains 1.3 and 0.7 points of area for joint selection and more
-# for all other scores. So local replaceability is the better guide if it is measured jointly and then made use of.
+# **Chosen together and refitted, it is the best of the scores compared** in both networks, under both allocations and
+# in every seed. Peer R², which measures the same one channel at a time, trails even random channels. Without a refit
+# joint selection is level with norms, and under sensitivity on ResNet-18 worse than L1: it relies on peers to replace
+# what is lost, which needs a refit. So local replaceability is the better guide if it is measured jointly and then
+# made use of.
 
 # %%
 plot_pruning(chosen["ResNet-18"], title="ResNet-18")

@@ -21,7 +21,7 @@ from chanaxes_pl.core.statistics import MIN_CHANNELS, spearman
 from chanaxes_pl.core.targets import TargetSpec
 from chanaxes_pl.network.batches import Placement, Step
 from chanaxes_pl.network.layers import LayerSpec, select_layers
-from chanaxes_pl.network.probe import MIN_IMAGES, Probe, ProbeSource, image_batches
+from chanaxes_pl.network.probe import MIN_IMAGES, ImageBatches, Probe, ProbeSource
 from chanaxes_pl.network.recording import LayerMoments, Settings, record
 from chanaxes_pl.tables import associations, measure
 
@@ -97,7 +97,8 @@ def layer_structure(
         if nulls < 2:
             raise ArgumentError(f"nulls={nulls}", "expected at least 2, to compute their mean and spread")
         place = Placement.of(model)
-        example = image_batches(probe, MIN_IMAGES, place)[0][:1] if example_input is None else example_input
+        images = ImageBatches(probe, MIN_IMAGES, place)
+        example = next(iter(images))[:1] if example_input is None else example_input
         with input_spread(tracked) as spread:
             recorder = record(model, Probe(probe, probe_size), settings, place)
         rows, metrics, missing = [], {}, recorder.left_out()

@@ -425,10 +425,8 @@ def _count(batch: Any) -> int:
         raise InputError(f"a batch is {describe(batch)}: expected (images, labels)") from None
 
 
-def image_batches(
-    source: ProbeSource, count: int, place: Placement, images_of: Callable[[Any], Any] | None = None
-) -> list[Tensor]:
-    """The images of a :class:`Probe` of at most ``count``, in its batches.
+class ImageBatches:
+    """The images of a :class:`Probe`, in its batches ``[B, …]``, read anew whenever they are iterated.
 
     Args:
         source: as for :class:`Probe`.
@@ -437,13 +435,9 @@ def image_batches(
         images_of: function from a batch to its images; default the first result of :func:`split_batch`.
 
     Raises:
-        ValueError: if a batch's images are not found or no tensor, or an image is not finite.
+        ValueError: while they are read, if a batch's images are not found or no tensor, an image is not finite, or
+            there is none.
     """
-    return list(ImageBatches(source, count, place, images_of))
-
-
-class ImageBatches:
-    """The same as :func:`image_batches`, read anew from the probe whenever it is iterated."""
 
     def __init__(
         self, source: ProbeSource, count: int, place: Placement, images_of: Callable[[Any], Any] | None = None

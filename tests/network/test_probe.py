@@ -27,7 +27,7 @@ from torch.utils.data import (
 )
 
 from chanaxes_pl.network.batches import Placement
-from chanaxes_pl.network.probe import FixedDraws, ImageBatches, Probe, find_probe, image_batches, too_small
+from chanaxes_pl.network.probe import FixedDraws, ImageBatches, Probe, find_probe, too_small
 from tests.helpers.training import QUIET, build, images, loaders, trainer
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]
@@ -482,7 +482,7 @@ def test_validation_that_was_not_set_up_is_set_up_to_be_asked(tmp_path):
 
 def test_image_batches_are_the_first_images():
     place = Placement.of(build())
-    found = image_batches(DataLoader(images(), 16), 20, place)
+    found = list(ImageBatches(DataLoader(images(), 16), 20, place))
     assert [len(batch) for batch in found] == [16, 4]
     assert torch.equal(torch.cat(found), images().tensors[0][:20])
 
@@ -499,8 +499,8 @@ def test_images_that_are_too_many_to_hold_are_read_anew():
 def test_image_batches_refuse_what_no_network_reads():
     place = Placement.of(build())
     with pytest.raises(ValueError, match=r"the images of a batch are a list of 2: .*expected a tensor \[B, C, …\]"):
-        image_batches([([VIEW, VIEW], torch.zeros(4))], 9, place)
+        list(ImageBatches([([VIEW, VIEW], torch.zeros(4))], 9, place))
     bad = VIEW.clone()
     bad[2] = torch.nan
     with pytest.raises(ValueError, match="image 6 of the probe holds NaN or infinity"):
-        image_batches([(VIEW, torch.zeros(4)), (bad, torch.zeros(4))], 9, place)
+        list(ImageBatches([(VIEW, torch.zeros(4)), (bad, torch.zeros(4))], 9, place))
