@@ -16,6 +16,7 @@ from chanaxes_pl.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, styled
 HERE = Path(__file__).parent
 STUDY = HERE.parent / "results" / "study"
 NETWORKS = {"resnet18": "ResNet-18", "vgg16_bn": "VGG-16", "mobilenet_v2": "MobileNetV2"}
+WIDE = {"width_1/resnet18": "ResNet-18, full width"}
 #: Optimiser steps of one epoch: 50,000 images in full batches of 128.
 EPOCH = 390
 #: (score, allocation, compensation) → label and look of its curve.
@@ -37,8 +38,9 @@ CURVES = {
 def axes_over_training() -> Figure:
     """Rank correlation of input capture and task information over training: a panel a network, a thin line a seed."""
     with styled(), sns.plotting_context("talk", font_scale=0.85):
-        figure = Figure(figsize=(13, 5), layout="constrained")
-        for axes, (folder, network) in zip(figure.subplots(1, 3, sharey=True), NETWORKS.items(), strict=True):
+        shown = WIDE | NETWORKS
+        figure = Figure(figsize=(16, 5), layout="constrained")
+        for axes, (folder, network) in zip(figure.subplots(1, len(shown), sharey=True), shown.items(), strict=True):
             rows = main_correlation(pd.read_csv(STUDY / folder / "correlations.csv.gz"))
             seeds, null = (rows.pivot_table(index="step", columns="run", values=name) for name in ("rho", "null"))
             # Step 0 has no place on a logarithmic scale: half a step stands for it.
