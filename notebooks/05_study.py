@@ -444,8 +444,8 @@ intervals(mean_over_runs(by_run, "value", by=["width", "measure"]), "measure", "
 # %% [markdown]
 # **Full width changes no verdict.** The axes start as coupled as at quarter width, below the published 0.71, and are
 # apart after two epochs. They dip earlier and further within the first 16 steps, while task information is unreliable.
-# In hidden layers the gradients end further apart, in the first layer closer together, and the groupings have nothing
-# in common. One seed cannot say more.
+# In hidden layers the gradients end further apart, in the first layer about as far as at quarter width, and the
+# groupings have nothing in common. One seed cannot say more.
 
 # %%
 plot_correlations(wide[wide["width"] == "full width"], title="ResNet-18 at full width")
