@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from chanaxes_pl import compute_axes
 from chanaxes_pl.analysis.correlations import main_correlation
+from chanaxes_pl.compensation.layerwise import reestimate_norms
 from chanaxes_pl.data import CIFAR100DataModule
 from chanaxes_pl.models import Classifier, build_backbone
 
@@ -46,16 +47,10 @@ def default(width: float, seed: int) -> nn.Module:
     return model
 
 
-@torch.no_grad()
 def informed(model: nn.Module, images: Tensor) -> nn.Module:
     """The model with norms that know the mean and variance of the images, as they do in training mode."""
-    for layer in model.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = None  # the mean over batches
-    model.train()
-    for batch in images.split(250):
-        model(batch)
-    return model.eval()
+    reestimate_norms(model, images.split(250))
+    return model
 
 
 def certainty(logits: Tensor, labels: Tensor) -> Tensor:
