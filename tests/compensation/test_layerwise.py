@@ -119,7 +119,7 @@ def test_fits_see_the_errors_upstream():
         alone = cut(model, kept, groups)
         layer, original = alone.get_submodule(name), model.get_submodule(name)
         shape, many = home._shape(layer, original, "refit"), 16 * len(images)
-        task = home._Task(name, layer, original, *channels[name], None, 16, RIDGE["refit"], shape, many, many)
+        task = home._Task(name, layer, original, *channels[name], None, 1, 16, RIDGE["refit"], shape, many, many)
         take = partial(taken_for, task)
         for _, goals in paired(model, alone, BATCHES, [name], take, images=len(images)):
             home._refit(task, goals)

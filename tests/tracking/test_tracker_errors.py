@@ -44,7 +44,7 @@ def test_schedules_that_mean_something_are_taken(schedule):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"positions": 0}, r"AxisTracker\(positions=0\): expected a whole number above 0, or 'all'"),
+        ({"positions": 0}, r"AxisTracker\(positions=0\): expected a whole number above 0, 'all' or 'mean'"),
         ({"positions": "most"}, r"AxisTracker\(positions='most'\)"),
         ({"probe_size": 2}, r"AxisTracker\(probe_size=2\): expected at least 3 images"),
         ({"target": "margin"}, r"AxisTracker\(target='margin'\): expected 'auto', 'logit_margin'"),
