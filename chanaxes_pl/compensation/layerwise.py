@@ -15,7 +15,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -25,7 +24,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from chanaxes_pl.compensation.ridge import Ridge, Solution, ridge_bytes, samples_within
-from chanaxes_pl.core.errors import ArgumentError, short
+from chanaxes_pl.core.errors import ArgumentError
+from chanaxes_pl.core.memory import GIGABYTE, MEMORY, check_memory
 from chanaxes_pl.core.moments import Moments, accumulation_device, true_float32
 from chanaxes_pl.network.hooks import calls, observed, same_outputs
 from chanaxes_pl.network.layers import CONVOLUTIONS, by_position, why_not_affine
@@ -41,12 +41,9 @@ Compensation = Literal["fold", "refit"]
 RIDGE: dict[Compensation, float] = {"fold": 1e-3, "refit": 1e-2}
 #: Number of positions per image that a fit uses.
 POSITIONS = 16
-#: Gigabytes (10⁹ bytes) that compensation takes by default.
-MEMORY = 2.0
 # The check that a layer is affine uses this many images, and tolerates this share of the largest output.
 _CHECKED = 4
 _CHECK_SHARE = 1e-3
-_GIGABYTE = 1e9
 # The rest of the memory is for what the C library holds between blocks that are in use.
 _FOR_TENSORS = 0.8
 # No layer is fitted to fewer samples than this to save memory.
@@ -97,7 +94,7 @@ def compensate(
     if compensation not in RIDGE:
         raise ArgumentError(f"compensation={compensation!r}", f"expected {' or '.join(map(repr, RIDGE))}")
     check_memory(memory)
-    image, limit = next(iter(batches))[:1], _GIGABYTE * memory
+    image, limit = next(iter(batches))[:1], GIGABYTE * memory
     refused = _refusals(dense, slim, image)
     sizes = [(len(images), images.nbytes) for images in batches]
     groups = list(groups)
@@ -144,12 +141,6 @@ def compensate(
                 found = fit(tasks[name], goals)
             rows.append(_row(name, *found))
     return pd.DataFrame(rows)
-
-
-def check_memory(memory: float) -> None:
-    """Raise ValueError if a bound on memory is not a number above 0, in gigabytes."""
-    if isinstance(memory, bool) or not isinstance(memory, Real) or not 0 < memory < math.inf:
-        raise ArgumentError(f"memory={short(memory)}", "expected gigabytes, a number above 0 such as 2.0")
 
 
 def reestimate_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
@@ -346,14 +337,14 @@ def _samples(name: str, shape: tuple[int, int, int], possible: int, memory: floa
     Raises:
         ValueError: if they are too few.
     """
-    samples = samples_within(shape, possible, _GIGABYTE * memory / 2, itemsize)
+    samples = samples_within(shape, possible, GIGABYTE * memory / 2, itemsize)
     if samples < min(possible, _FEWEST):
-        least = 2 * ridge_bytes(shape, min(possible, _FEWEST), itemsize) / _GIGABYTE
+        least = 2 * ridge_bytes(shape, min(possible, _FEWEST), itemsize) / GIGABYTE
         raise ArgumentError(
             f"memory={memory:g}", f"expected at least {_up(least)} GB, half of it for the {shape[1]} inputs of {name!r}"
         )
     if samples < possible:
-        needed = 2 * ridge_bytes(shape, possible, itemsize) / _GIGABYTE
+        needed = 2 * ridge_bytes(shape, possible, itemsize) / GIGABYTE
         warnings.warn(
             f"layer {name!r} has {shape[1]} inputs and is fitted to {samples} of {possible} samples, which memory="
             f"{memory:g} has room for; memory={_up(needed)} has room for all",

@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
-from chanaxes_pl.compensation.layerwise import MEMORY, kept_channels
+from chanaxes_pl.compensation.layerwise import kept_channels
 from chanaxes_pl.core.errors import InputError
+from chanaxes_pl.core.memory import GIGABYTE, MEMORY
 from chanaxes_pl.core.moments import accumulation_device
 from chanaxes_pl.network.batches import logits_of
 from chanaxes_pl.network.hooks import activation_bytes, hooked, observed
@@ -118,7 +119,7 @@ def polish(
     with observed(dense), observed(slim), noting, isolate_rng(), _wide(slim) as wide:
         torch.manual_seed(seed)
         # what a step keeps of the slim network, and gradients of it
-        at_once = int(max(1, memory * 1e9 // (2 * activation_bytes(slim, wide(first)))))
+        at_once = int(max(1, memory * GIGABYTE // (2 * activation_bytes(slim, wide(first)))))
         for parameter in trained:
             parameter.requires_grad_(True)
 

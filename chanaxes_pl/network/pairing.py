@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from chanaxes_pl.core.errors import InputError
+from chanaxes_pl.core.memory import GIGABYTE
 from chanaxes_pl.network.batches import logits_of
 from chanaxes_pl.network.hooks import calls, hooked
 from chanaxes_pl.network.sums import completed_sum
@@ -90,8 +91,8 @@ def paired(
         running = max(running, most)
     if running > memory:
         raise InputError(
-            f"{max(memory, 0) / 1e9:.2g} GB are left for activations, and those of one image take "
-            f"{running / 1e9:.2g} GB in {type(dense).__name__} or its slim copy; raise memory="
+            f"{max(memory, 0) / GIGABYTE:.2g} GB are left for activations, and those of one image take "
+            f"{running / GIGABYTE:.2g} GB in {type(dense).__name__} or its slim copy; raise memory="
         )
     at_once = int(max(1.0, min(memory / 8 / max(running, 1), _MANY)))
     parts = _Parts(batches, at_once)

@@ -13,8 +13,8 @@ from torch import nn
 from tqdm import tqdm
 
 from chanaxes_pl.analysis.scores import score_family
-from chanaxes_pl.compensation.layerwise import MEMORY, check_memory
 from chanaxes_pl.core.errors import ArgumentError, naming
+from chanaxes_pl.core.memory import MEMORY, check_memory
 from chanaxes_pl.core.targets import check_classes, image_scores
 from chanaxes_pl.network.batches import Placement, Step, default_step
 from chanaxes_pl.network.hooks import observed

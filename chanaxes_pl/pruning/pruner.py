@@ -15,16 +15,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from chanaxes_pl.compensation.layerwise import (
-    MEMORY,
-    RIDGE,
-    Compensation,
-    check_memory,
-    compensate,
-    reestimate_norms,
-)
+from chanaxes_pl.compensation.layerwise import RIDGE, Compensation, compensate, reestimate_norms
 from chanaxes_pl.compensation.polish import polish
 from chanaxes_pl.core.errors import ArgumentError, InputError, naming, short
+from chanaxes_pl.core.memory import GIGABYTE, MEMORY, check_memory
 from chanaxes_pl.core.moments import true_float32
 from chanaxes_pl.core.targets import infer_target
 from chanaxes_pl.network.batches import Placement, Step, logits_of, split_batch
@@ -66,7 +60,6 @@ IMAGES = 2000
 # Before compensation, a slim network's logits equal those of the dense network with the removed channels masked, up to
 # this share of the largest logit, or to this multiple of the logits' precision.
 _AGREE, _ROUNDINGS = 1e-3, 16
-_GIGABYTE = 1e9
 # Images that tell what a step gained, few of them at once.
 _TOLD, _AT_ONCE = 128, 16
 
@@ -175,7 +168,7 @@ class Pruner:
         check_memory(memory)
         self._place = place = replace(place or Placement.of(model), rank=0, world=1)
         self._probe, self._step, self._size, self._memory = probe, step, probe_size, memory
-        kept = memory / 4 * _GIGABYTE
+        kept = memory / 4 * GIGABYTE
         self.batches = ImageBatches(probe, probe_size, place, _images_of(model, step)).within(kept)
         given = None if example is None else place.to_device(example)
         images: Tensor = next(iter(self.batches)) if given is None else given

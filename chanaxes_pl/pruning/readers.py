@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from chanaxes_pl.core.errors import ArgumentError, InputError
+from chanaxes_pl.core.memory import GIGABYTE
 from chanaxes_pl.core.moments import Moments
 from chanaxes_pl.network.hooks import hooked
 from chanaxes_pl.network.layers import CONVOLUTIONS, by_position, why_not_affine
@@ -23,7 +24,6 @@ from chanaxes_pl.units.removal import Group
 _ROWS = 256
 # Samples that are enough, for each input of a consumer, and at least.
 _PER_INPUT, _ENOUGH = 3, 10_000
-_GIGABYTE = 1e9
 
 
 class Sampling(NamedTuple):
@@ -317,7 +317,7 @@ def measured(
         ValueError: if there is no room for the readers of one group.
     """
     wanted = [(group, _readers(model, group, sampling, memory, share)) for group in groups]
-    for together in _passes(wanted, memory * share * _GIGABYTE):
+    for together in _passes(wanted, memory * share * GIGABYTE):
         uses = Counter(reader for _, found in together for reader in found)
         with hooked((reader.layer, reader.read) for reader in uses):
             run()
@@ -347,7 +347,7 @@ def _passes(wanted: Iterable[tuple[Group, list[Reader]]], memory: float) -> Iter
 
 def _readers(model: nn.Module, group: Group, sampling: Sampling, memory: float, share: float) -> list[Reader]:
     """Return the consumers of a group, the widest of them place by place if they take too much memory."""
-    limit = memory * share * _GIGABYTE
+    limit = memory * share * GIGABYTE
     readers = []
     for name in group.consumers:
         layer = model.get_submodule(name)
@@ -358,7 +358,7 @@ def _readers(model: nn.Module, group: Group, sampling: Sampling, memory: float, 
         saved = [reader.size - part.size for reader, part in zip(readers, parts, strict=True)]
         widest = max(range(len(readers)), key=saved.__getitem__)
         if saved[widest] <= 0:
-            least = (_held(readers) + _working(readers)) / share / _GIGABYTE
+            least = (_held(readers) + _working(readers)) / share / GIGABYTE
             raise ArgumentError(
                 f"memory={memory:g}",
                 f"expected at least {least * 1.05:.2g} GB{', half of it' if share < 1 else ''} for the moments of what "

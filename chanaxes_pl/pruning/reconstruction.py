@@ -20,7 +20,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from chanaxes_pl.compensation.layerwise import MEMORY, POSITIONS, RIDGE
+from chanaxes_pl.compensation.layerwise import POSITIONS, RIDGE
+from chanaxes_pl.core.memory import MEMORY
 from chanaxes_pl.network.hooks import observed
 from chanaxes_pl.pruning.readers import Sampling, measured
 from chanaxes_pl.units.removal import Group

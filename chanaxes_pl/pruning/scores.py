@@ -14,8 +14,8 @@ from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from chanaxes_pl.analysis.scores import OWN_SCORES, REVERSE, SCORES, base_score, from_maximum, own_scores, score_family
-from chanaxes_pl.compensation.layerwise import MEMORY
 from chanaxes_pl.core.errors import ArgumentError, InputError
+from chanaxes_pl.core.memory import MEMORY
 from chanaxes_pl.core.moments import Moments
 from chanaxes_pl.network.batches import Placement, Step, default_step, split_batch
 from chanaxes_pl.network.layers import channel_count

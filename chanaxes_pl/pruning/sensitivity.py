@@ -19,8 +19,9 @@ from scipy.interpolate import PchipInterpolator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from chanaxes_pl.compensation.layerwise import MEMORY, POSITIONS, RIDGE
+from chanaxes_pl.compensation.layerwise import POSITIONS, RIDGE
 from chanaxes_pl.core.errors import ArgumentError, InputError
+from chanaxes_pl.core.memory import GIGABYTE, MEMORY
 from chanaxes_pl.network.hooks import activation_bytes, observed
 from chanaxes_pl.network.tracing import PartialForward, edited
 from chanaxes_pl.pruning.readers import Sampling, measured
@@ -38,7 +39,6 @@ COMPARED = 128
 _FEW = 8
 # As other groups shrink, what a step frees changes: no step takes more than this part of what a group has left.
 _PIECES = 8
-_GIGABYTE = 1e9
 _LEAST = 1e-9
 
 
@@ -84,7 +84,7 @@ def measure_sensitivity(
     groups = list(groups)
     held = min(images // 4, COMPARED) if images >= _FEW else 0
     fitted, compared = images - held, images - held if held else 0
-    limit, rows = memory * _GIGABYTE / 2, []
+    limit, rows = memory * GIGABYTE / 2, []
     with observed(model):
         outputs = _Outputs(model, divergence, some(batches, compared, images), 0.75 * limit)
 
