@@ -210,8 +210,8 @@ class Reader:
             self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(among))
         return self._inverse
 
-    def _covariance(self) -> tuple[Tensor, float, Tensor]:
-        """Return Cov(x) ``[G, F, F]``, the mean variance and the mean ``[G, F]``; the moments are used up."""
+    def _covariance(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return Cov(x) ``[G, F, F]``, the mean variances ``[G]`` and means ``[G, F]``; the moments are used up."""
         self._sum_up()
         assert self._moments is not None
         among, mean = self._moments.scatter.div_(self._moments.count), self._moments.mean
@@ -221,7 +221,7 @@ class Reader:
                 "leave out the images that give them, or protect= what it reads"
             )
         self._moments = None
-        return among, float(among.diagonal(dim1=1, dim2=2).mean()), mean
+        return among, among.diagonal(dim1=1, dim2=2).mean(1), mean
 
     def _parts(self) -> list[Tensor]:
         """Return views ``[G, r, F]`` of the weights, whose rows read the inputs."""
@@ -289,10 +289,11 @@ class Reader:
         return channels.flatten(1)
 
 
-def _add_ridge(among: Tensor, spread: float, ridge: float) -> None:
+def _add_ridge(among: Tensor, spread: Tensor, ridge: float) -> None:
+    """Make H of Cov(x) ``[G, F, F]`` with the mean variances ``[G]`` of its blocks."""
     # Moments of float32 samples are good to 1e-7 of the sum of variances, which is far below λ times their mean
     # even for thousands of inputs. Inputs that never vary cost nothing, whatever stands in for H.
-    among.diagonal(dim1=1, dim2=2).add_(ridge * spread if spread > 0 else 1.0)
+    among.diagonal(dim1=1, dim2=2).add_(torch.where(spread > 0, ridge * spread, 1.0)[:, None])
 
 
 def measured(

@@ -88,7 +88,6 @@ def consumer(
     k, width = rows.shape[1] // channels, rows.shape[1] // blocks
     covariances = [torch.cov(rows[:, b * width : (b + 1) * width].T, correction=0) for b in range(blocks)]
     weights = weight.chunk(blocks)
-    spread = torch.stack([cov.diagonal() for cov in covariances]).mean()
     total = torch.stack([(w @ cov @ w.T).trace() for w, cov in zip(weights, covariances, strict=True)]).sum()
     parts = []
     for block, (cov, w) in enumerate(zip(covariances, weights, strict=True)):
@@ -96,7 +95,7 @@ def consumer(
             [c * k + j - block * width for c in unit for j in range(k) if c * k // width == block]
             for unit in group.consumers[name].tolist()
         ]
-        parts.append((w / total.sqrt(), cov + ridge * spread * torch.eye(width), columns))
+        parts.append((w / total.sqrt(), cov + ridge * cov.diagonal().mean() * torch.eye(width), columns))
     return parts
 
 
