@@ -270,6 +270,7 @@ class PruneModule(ImageClassifier):
             plot_pruning(self.table).savefig(folder / "pruning.png", dpi=150)
             return
         write_parquet(self.table, folder / "lesions.parquet")
+        (folder / "lesions.png").unlink(missing_ok=True)  # may be of an earlier table
         assert experiment is not None
         damage = f"{experiment.operations[0]}_loss"
         metrics = [*METRICS, "peer_r2"]

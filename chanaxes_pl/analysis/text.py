@@ -9,6 +9,7 @@ from chanaxes_pl.analysis.correlations import NETWORK
 from chanaxes_pl.analysis.damage import matched_comparison, rank_regression, score_damage_correlation
 from chanaxes_pl.analysis.grids import score_differences
 from chanaxes_pl.analysis.scores import SCORE_COLUMN
+from chanaxes_pl.core.errors import InputError
 from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.core.statistics import mean_over_runs
 from chanaxes_pl.tables import DENSE, VARIANT, budget_words
@@ -162,12 +163,19 @@ def describe_lesions(table: pd.DataFrame) -> str:
     """
     operations = [operation for operation in _DOES if f"{operation}_loss" in table]
     means = [f"{_DOES[operation]} {table[f'{operation}_loss'].mean():+.4f}" for operation in operations]
-    damage = f"{operations[0]}_loss"
+    lines = [f"{len(table)} lesioned channels; mean change of cross-entropy in nats: {', '.join(means)}"]
+    try:
+        lines += _correlated(table, f"{operations[0]}_loss")
+    except InputError as error:
+        lines.append(f"no correlations with the axes: {error.text}")
+    return "\n".join(lines)
+
+
+def _correlated(table: pd.DataFrame, damage: str) -> list[str]:
     scores = [str(column) for column in table if str(column).startswith(SCORE_COLUMN)]
     correlations = score_damage_correlation(table.replace(-np.inf, np.nan), [*METRICS, "peer_r2", *scores], damage)
     lines = [
-        f"{len(table)} lesioned channels; mean change of cross-entropy in nats: {', '.join(means)}",
-        f"Spearman ρ with {damage} within layers, mean over layers [95 % over units]; {SCORE_COLUMN}…: low = remove",
+        f"Spearman ρ with {damage} within layers, mean over layers [95 % over units]; {SCORE_COLUMN}…: low = remove"
     ]
     lines += [
         f"  {row['score']:24}{row['rho']:6.2f} [{row['low']:.2f}, {row['high']:.2f}]"
@@ -184,7 +192,7 @@ def describe_lesions(table: pd.DataFrame) -> str:
         f"{rank['much']:.2f} and {rank['little']:.2f}, difference {rank['difference']:+.2f} "
         f"[{rank['low']:.2f}, {rank['high']:.2f}], {rank['pairs']} pairs"
     )
-    return "\n".join(lines)
+    return lines
 
 
 def describe_pruning(grid: pd.DataFrame) -> str:

@@ -109,7 +109,9 @@ class PruningTrainer(Trainer):
             pruned = isinstance(module.experiment, PruningExperiment)
             stem, describe = ("pruning", describe_pruning) if pruned else ("lesions", describe_lesions)
             print(describe(module.table))
-            print(f"table:  {module.folder / stem}.parquet\nfigure: {module.folder / stem}.png")
+            print(f"table:  {module.folder / stem}.parquet")
+            if (module.folder / f"{stem}.png").exists():
+                print(f"figure: {module.folder / stem}.png")
 
 
 class TrainerCLI(LightningCLI):

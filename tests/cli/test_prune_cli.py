@@ -87,6 +87,20 @@ def test_lesion_writes_where_it_is_told(chanaxes, checkpoint, tmp_path):
     assert {"zero_loss", "mean_loss", "input_capture"} <= set(table)
 
 
+def test_few_lesions_are_described_without_correlations(chanaxes, checkpoint, tmp_path, capsys):
+    chanaxes("lesion", *CONFIG, *TINY, *LESION, "--ckpt_path", checkpoint, "--out=there")
+    capsys.readouterr()
+    few = ["--layers=[network.conv1]", "--channels=2", "--operations=[zero]"]
+    with pytest.warns(UserWarning, match="is written, without a figure .* lesion more channels a layer"):
+        chanaxes("lesion", *CONFIG, *TINY, *few, "--ckpt_path", checkpoint, "--out=there")
+    told = capsys.readouterr().out
+    assert "2 lesioned channels; mean change of cross-entropy in nats: removed" in told
+    assert "no correlations with the axes: no layer has 3 channels for which zero_loss are defined" in told
+    assert "table:  there/lesions.parquet" in told
+    assert "figure" not in told
+    assert not (tmp_path / "there" / "lesions.png").exists()  # the earlier one is of other lesions
+
+
 def refused(chanaxes, capsys, *arguments: str) -> str:
     with pytest.raises(SystemExit) as exit:
         chanaxes(*arguments)
