@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,7 +16,7 @@ from chanaxes_pl.core.targets import TargetSpec
 from chanaxes_pl.network.batches import Placement, Step
 from chanaxes_pl.network.layers import LayerSpec, channel_count
 from chanaxes_pl.network.probe import Probe, ProbeSource
-from chanaxes_pl.network.recording import Settings, record
+from chanaxes_pl.network.recording import UNREACHED, Settings, record
 from chanaxes_pl.tables import axes_table
 
 
@@ -31,7 +32,14 @@ def measure_axes(
     """
     recorder = record(model, probe, settings, place)
     widths = {name: channel_count(layer) for name, layer in recorder.layers.items()}
-    reasons = recorder.left_out() | recorder.without_alignment()
+    missing = recorder.left_out()
+    if all(missing.get(name) == UNREACHED for name in widths):
+        warnings.warn(
+            f"the forward pass reached none of the {len(widths)} tracked layers ({', '.join(list(widths)[:3])}"
+            f"{', …' if len(widths) > 3 else ''}), so nothing was measured: choose others with layers=",
+            stacklevel=2,
+        )
+    reasons = missing | recorder.without_alignment()
     table = axes_table(recorder.moments(), widths, settings.noise, reasons)
     return table.assign(target=recorder.target.name)
 

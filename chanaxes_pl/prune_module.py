@@ -16,7 +16,6 @@ import lightning.pytorch as L
 import numpy as np
 import pandas as pd
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from torchmetrics import Metric
@@ -32,6 +31,7 @@ from chanaxes_pl.models import ImageClassifier
 from chanaxes_pl.models.checkpoints import load_classifier
 from chanaxes_pl.network.batches import Placement, logits_of, split_batch
 from chanaxes_pl.network.cloning import clone
+from chanaxes_pl.network.hooks import isolated_rng
 from chanaxes_pl.network.layers import select_layers
 from chanaxes_pl.network.probe import MIN_IMAGES, ImageBatches, Probe, ProbeSource, find_probe, first_loader
 from chanaxes_pl.network.recording import Settings
@@ -258,7 +258,7 @@ class PruneModule(ImageClassifier):
         # again would make this process wait for the others.
         stand_in = copy.copy(datamodule)
         stand_in.prepare_data = None
-        with isolate_rng():  # every network trains on the same draws, on whichever process
+        with isolated_rng():  # every network trains on the same draws, on whichever process
             torch.manual_seed(experiment.seed)
             trainer.fit(module, datamodule=stand_in)
         slim.to(self.device)

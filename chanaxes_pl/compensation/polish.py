@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import OneCycleLR
@@ -23,7 +22,7 @@ from chanaxes_pl.core.errors import InputError
 from chanaxes_pl.core.memory import GIGABYTE, MEMORY
 from chanaxes_pl.core.moments import accumulation_device
 from chanaxes_pl.network.batches import logits_of
-from chanaxes_pl.network.hooks import activation_bytes, hooked, observed
+from chanaxes_pl.network.hooks import activation_bytes, hooked, isolated_rng, observed
 from chanaxes_pl.units.groups import executed_layers
 from chanaxes_pl.units.removal import Group
 
@@ -116,7 +115,7 @@ def polish(
     channel = -1 if isinstance(heads[0], nn.Linear) else 1
     generator = torch.Generator().manual_seed(seed)
     noting = hooked([(layer, note) for layer in heads], before=True)
-    with observed(dense), observed(slim), noting, isolate_rng(), _wide(slim) as wide:
+    with observed(dense), observed(slim), noting, isolated_rng(), _wide(slim) as wide:
         torch.manual_seed(seed)
         # what a step keeps of the slim network, and gradients of it
         at_once = int(max(1, memory * GIGABYTE // (2 * activation_bytes(slim, wide(first)))))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -62,7 +64,7 @@ def _noise_power(power: Tensor, noise: str | float) -> Tensor:
         value = float("nan")
     if text.startswith("q") and 0 < value <= 1:
         return torch.quantile(power, value)
-    if not text.startswith("q") and value > 0:
+    if not text.startswith("q") and 0 < value < math.inf:
         return power.new_tensor(value)
     raise ValueError(f"noise={noise!r}: expected 'median', 'mean', a quantile such as 'q0.25', or a number above 0")
 

@@ -22,7 +22,7 @@ TargetSpec = TargetName | TargetFunction
 
 #: Targets of dense prediction too, where an image may have no labelled position.
 MAP_TARGETS = ("logit_margin", "signed_logit")
-#: Class indices that mark a position of a map as not labelled, beside all negative ones.
+#: Class index that marks a position of a map as not labelled, beside all negative ones, if there are no more classes.
 _IGNORED = 255
 
 
@@ -41,7 +41,7 @@ def logit_margin(logits: Tensor, labels: Tensor) -> Tensor:
         >>> logit_margin(torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([2]))
         tensor([-1.])
     """
-    labelled = _labelled(labels)
+    labelled = _labelled(labels, logits.shape[1])
     index = labels.where(labelled, 0)[:, None]
     correct = logits.gather(1, index)[:, 0]
     return _mean(correct - logits.scatter(1, index, -torch.inf).amax(1), labelled)
@@ -68,7 +68,7 @@ def signed_logit(logits: Tensor, labels: Tensor) -> Tensor:
         tensor([ 2., -3.])
     """
     labels = labels.reshape(logits.shape)
-    return _mean(((2 * labels - 1) * logits), _labelled(labels))
+    return _mean(((2 * labels - 1) * logits), _labelled(labels, 1))
 
 
 def log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ def infer_target(outputs: Any, labels: Any) -> str:
             return "log_likelihood" if _are_bits(labels) else "label"
     elif _same_numbers(outputs, labels):
         dense = outputs.ndim > 2
-        if _are_bits(labels if not dense else labels[_labelled(labels)]):
+        if _are_bits(labels if not dense else labels[_labelled(labels, 1)]):
             return "signed_logit"
         if not dense:
             return "label"
@@ -218,7 +218,7 @@ def _check_classes(outputs: Any, labels: Any) -> None:
     if labels.is_floating_point():
         raise InputError(f"labels of type {labels.dtype}: expected whole numbers, the index of each image's class")
     if outputs.ndim > 2:
-        labels = labels[_labelled(labels)]
+        labels = labels[_labelled(labels, outputs.shape[1])]
     if not labels.numel():
         return
     low, high = int(labels.min()), int(labels.max())
@@ -245,7 +245,7 @@ def _check_bits(outputs: Any, labels: Any) -> None:
         raise InputError(
             f"outputs: {describe(outputs)}, labels: {describe(labels)}. Expected one label of 0 or 1 for each output"
         )
-    known = labels[_labelled(labels)] if outputs.ndim > 2 else labels
+    known = labels[_labelled(labels, 1)] if outputs.ndim > 2 else labels
     if not _are_bits(known):
         other = known[(known != 0) & (known != 1)].flatten()[0]
         raise InputError(
@@ -305,8 +305,10 @@ def _are_bits(labels: Tensor) -> bool:
     return bool(((labels == 0) | (labels == 1)).all())
 
 
-def _labelled(labels: Tensor) -> Tensor:
-    return (labels >= 0) & (labels != _IGNORED)
+def _labelled(labels: Tensor, classes: int) -> Tensor:
+    """Mask of the labels that name a class; where there are more than 255 classes, 255 is one of them."""
+    known = labels >= 0
+    return known if classes > _IGNORED else known & (labels != _IGNORED)
 
 
 def _mean(values: Tensor, labelled: Tensor) -> Tensor:

@@ -125,17 +125,35 @@ def observed(model: nn.Module) -> Iterator[None]:
     """
     training = {module: module.training for module in model.modules()}
     copies = model.register_forward_pre_hook(_copied, with_kwargs=True)
+    with isolated_rng():
+        try:
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                model.eval()
+                yield
+        finally:
+            _restore(training)
+            copies.remove()
+
+
+@contextmanager
+def isolated_rng() -> Iterator[None]:
+    """Restore the RNG streams at the end of the block, also after an exception, where ``isolate_rng`` would not."""
     streams = isolate_rng()
     streams.__enter__()
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            model.eval()
-            yield
+        yield
     finally:
-        for module, flag in training.items():
-            module.training = flag
-        copies.remove()
-        streams.__exit__(None, None, None)  # given an exception, isolate_rng would restore nothing
+        streams.__exit__(None, None, None)
+
+
+def _restore(training: dict[nn.Module, bool]) -> None:
+    """Bring modules back into their modes, by their own ``train`` where they have one: it may unmerge a LoRA."""
+    for module, flag in training.items():
+        if module.training != flag and type(module).train is not nn.Module.train:
+            module.train(flag)
+        module.training = flag
+    for module, flag in training.items():  # which the train of another may have changed
+        module.training = flag
 
 
 def _copied(_model: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -281,7 +281,8 @@ def used_elsewhere(model: nn.Module, layers: Mapping[str, nn.Module], forward: C
 
 def channel_count(layer: nn.Module) -> int:
     """Output features of a tracked layer."""
-    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels  # type: ignore[return-value]
+    count = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    return int(count)  # type: ignore[arg-type]  # not a NumPy number, which a checkpoint could not hold
 
 
 def by_position(layer: nn.Module, tensor: Tensor, images: int, name: str) -> Tensor:
@@ -316,6 +317,8 @@ def misfit(layer: nn.Module, tensor: Any, images: int, what: str = "an output") 
     if not isinstance(tensor, Tensor) or tensor.is_nested:
         kind = "nested tensor" if isinstance(tensor, Tensor) else type(tensor).__name__
         return f"{what} that is a {kind} for a batch of {images} images: expected one tensor"
+    if tensor.is_complex():
+        return f"{what} of complex numbers: expected real ones"
     if tensor.ndim < (3 if convolution else 2) or len(tensor) != images:
         return (
             f"{what} of shape {tuple(tensor.shape)} for a batch of {images} images: "

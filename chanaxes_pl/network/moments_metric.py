@@ -18,6 +18,7 @@ class MomentsMetric(Metric, Generic[Kind]):
 
     Args:
         empty: neutral element of ``merge_``; its tensors become the metric's states.
+        shared: whether each of several processes holds a part.
 
     Example:
         >>> import torch
@@ -30,8 +31,8 @@ class MomentsMetric(Metric, Generic[Kind]):
 
     full_state_update = False
 
-    def __init__(self, empty: Kind) -> None:
-        super().__init__()
+    def __init__(self, empty: Kind, shared: bool = False) -> None:
+        super().__init__(sync_on_compute=shared)
         self._kind = type(empty)
         self._shapes = {field.name: getattr(empty, field.name).shape for field in fields(empty)}
         for name, shape in self._shapes.items():
@@ -56,7 +57,7 @@ class MomentsMetric(Metric, Generic[Kind]):
 
     @property
     def merged(self) -> Kind:
-        """Moments merged over all processes; a collective call if there are several."""
+        """Moments merged over the processes that share them, then a collective call."""
         # torchmetrics squeezes results of one number.
         states = zip(self.compute(), self._shapes.values(), strict=True)
         return self._kind(*(state.reshape(shape) for state, shape in states))

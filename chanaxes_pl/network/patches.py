@@ -31,9 +31,15 @@ class PatchMoments:
 
 
 class PatchRecorder:
-    """Recorder of the :class:`PatchMoments` of one layer: for each batch, first its inputs, then the target."""
+    """Recorder of the :class:`PatchMoments` of one layer: for each batch, first its inputs, then the target.
 
-    def __init__(self, layer: nn.Module) -> None:
+    Args:
+        layer: convolution or Linear layer.
+        shared: whether each of several processes reads a part of the probe.
+    """
+
+    def __init__(self, layer: nn.Module, shared: bool = False) -> None:
+        self._shared = shared
         self._layer = layer
         self._blocks = layer.groups if isinstance(layer, CONVOLUTIONS) else 1
         # Of a convolution; where it has a forward of its own, this tells what is convolved.
@@ -148,4 +154,4 @@ class PatchRecorder:
 
     def _metric(self, right: int, device: torch.device) -> MomentsMetric[CrossMoments]:
         empty = CrossMoments.empty(self._blocks, self._means.shape[2], right)
-        return MomentsMetric(empty).to(accumulation_device(device))
+        return MomentsMetric(empty, self._shared).to(accumulation_device(device))

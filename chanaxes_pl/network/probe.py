@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import count, islice
+from numbers import Integral
 from typing import Any
 from zlib import crc32
 
@@ -17,7 +18,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.data import extract_batch_size
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -29,11 +29,13 @@ from torch.utils.data import (
     Sampler,
     SequentialSampler,
     SubsetRandomSampler,
+    WeightedRandomSampler,
 )
 
 from chanaxes_pl.core.errors import ArgumentError, ArgumentTypeError, InputError, short
 from chanaxes_pl.core.targets import describe
 from chanaxes_pl.network.batches import Placement, split_batch
+from chanaxes_pl.network.hooks import isolated_rng
 
 #: A data set, or anything that gives batches each time it is iterated (or called).
 ProbeSource = Dataset | DataLoader | Iterable[Any] | Callable[[], Iterable[Any]]
@@ -120,14 +122,17 @@ class Probe:
         """The items of all batches, in order."""
         return [item for group in self._groups or () for item in group]
 
-    def sample(self, size: int = 64) -> Any:
-        """A batch of images from all over the probe, or the first batch of a stream; read in this process."""
+    def sample(self, size: int = 64) -> list[Any]:
+        """Batches of some images from all over the probe, or the first batch of a stream; read in this process."""
         if self._groups is None:
-            return next((batch for _, batch in self._streamed(0, 1)), None)
-        chosen = self._items[:: -(-self._images // size)] if self._dealt_singly else self._groups[0]
+            return [batch for _, batch in islice(self._streamed(0, 1), 1)]
+        chosen = self._groups[:1]
+        if self._dealt_singly:
+            items, at_once = self._items[:: -(-self._images // size)], len(self._groups[0])
+            chosen = [items[start : start + at_once] for start in range(0, len(items), at_once)]
         source: Any = self._source
         here = {"num_workers": 0, "prefetch_factor": None, "multiprocessing_context": None, "timeout": 0}
-        return next(_same_draws(_again(source, batch_sampler=[chosen], **here)))
+        return list(_same_draws(_again(source, batch_sampler=chosen, **here)))
 
     def batches(self, rank: int = 0, world: int = 1) -> Iterator[tuple[np.ndarray, Any]]:
         """This process's share, as ``(indices [B] of the images in the probe, batch)``.
@@ -173,16 +178,16 @@ class Probe:
             source = _again(source, batch_size=source.batch_size, drop_last=source.drop_last)
         elif callable(source) and not isinstance(source, Iterable):
             source = source()
-        seen = number = 0
-        for number, batch in enumerate(_same_draws(source)):
+        seen = dealt = 0
+        for batch in _same_draws(source):
             if seen >= self._size:
                 break
             images = _count(batch)
-            if number % world == rank:
+            if dealt % world == rank:
                 yield np.arange(seen, seen + images), batch
-            seen += images
-        if number + 1 < world:
-            raise InputError(f"a probe of {number + 1} batches for {world} processes: expected one for each at least")
+            seen, dealt = seen + images, dealt + 1
+        if dealt < world:
+            raise InputError(f"a probe of {dealt} batches for {world} processes: expected one for each at least")
 
 
 class FixedDraws(Dataset):
@@ -207,7 +212,8 @@ def find_probe(given: ProbeSource | None, trainer: Trainer) -> ProbeSource:
     """Find the images to probe a Trainer's model with.
 
     The first there is of: the images given, the datamodule's ``probe_dataloader()``, the first
-    validation loader, and with a warning the first training loader's data set.
+    validation loader, and with a warning the first training loader's data set. Of the latter two a fixed random subset
+    is taken where they hold more images than the probe, for the first of them may be of few classes.
 
     Raises:
         ValueError: if there is none of these.
@@ -224,7 +230,7 @@ def find_probe(given: ProbeSource | None, trainer: Trainer) -> ProbeSource:
         loaders = trainer.val_dataloaders
     loader = first_loader(loaders)
     if loader is not None:
-        return loader
+        return _shuffled(loader)
     loader = first_loader(trainer.train_dataloader)
     if loader is None:
         raise InputError(
@@ -245,6 +251,18 @@ def find_probe(given: ProbeSource | None, trainer: Trainer) -> ProbeSource:
     return _again(loader, dataset=data, batch_sampler=loader.batch_sampler)
 
 
+def _shuffled(loader: Any) -> Any:
+    """A loader whose order is that of its data set, as one that shuffles; any other as it is."""
+    if not isinstance(loader, DataLoader) or not _reads_items(loader) or type(loader.batch_sampler) is not BatchSampler:
+        return loader
+    sampler = loader.sampler
+    if type(sampler) is SequentialSampler or (
+        type(sampler) is DistributedSampler and sampler.dataset is loader.dataset and not sampler.shuffle
+    ):
+        return _again(loader, batch_size=loader.batch_size, shuffle=True)
+    return loader
+
+
 def first_loader(loaders: Any) -> Any:
     """Return the first loader in lists and mappings of loaders, or ``None``."""
     if isinstance(loaders, CombinedLoader):
@@ -262,10 +280,10 @@ def check_sizes(probe_size: int, evaluation_size: int | None = None) -> None:
     Raises:
         ValueError: if either is too few.
     """
-    if probe_size < MIN_IMAGES:
-        raise ArgumentError(f"probe_size={probe_size}", f"expected at least {MIN_IMAGES} images")
-    if evaluation_size is not None and evaluation_size < 1:
-        raise ArgumentError(f"evaluation_size={evaluation_size}", "expected at least 1 image, or None for all")
+    if not isinstance(probe_size, Integral) or probe_size < MIN_IMAGES:
+        raise ArgumentError(f"probe_size={short(probe_size)}", f"expected at least {MIN_IMAGES} images")
+    if evaluation_size is not None and (not isinstance(evaluation_size, Integral) or evaluation_size < 1):
+        raise ArgumentError(f"evaluation_size={short(evaluation_size)}", "expected at least 1 image, or None for all")
 
 
 def too_small(images: int) -> str:
@@ -279,7 +297,7 @@ def too_small(images: int) -> str:
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Draw the same random numbers every time, and leave the global generators as they were."""
-    with isolate_rng():
+    with isolated_rng():
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002  # transforms draw from the global generator
         random.seed(seed)
@@ -321,10 +339,10 @@ def _again(loader: DataLoader, **changed: Any) -> DataLoader:
 def _members(sampler: Any, data: Any) -> tuple[list[Any], bool]:
     """What a sampler gives, in its order, and whether that order is random: then all that may come up, sorted."""
     data = data.data if isinstance(data, FixedDraws) else data
-    if type(sampler) is SequentialSampler:
-        return list(range(len(data))), False
-    if isinstance(sampler, RandomSampler):
-        return list(range(len(data))), True
+    if type(sampler) is SequentialSampler or isinstance(sampler, RandomSampler):
+        return list(range(len(sampler.data_source))), isinstance(sampler, RandomSampler)
+    if isinstance(sampler, WeightedRandomSampler):
+        return torch.as_tensor(sampler.weights).nonzero().flatten().tolist(), True
     if isinstance(sampler, SubsetRandomSampler):
         return sorted(int(index) for index in sampler.indices), True
     if type(sampler) is DistributedSampler and sampler.dataset is data:

@@ -75,8 +75,8 @@ class _Parts:
     wait in one buffer each, made once: many small tensors that live on would fragment the heap.
     """
 
-    def __init__(self, parts: int, width: int, device: torch.device) -> None:
-        self._metrics = [MomentsMetric(Moments.empty(width)).to(device) for _ in range(parts)]
+    def __init__(self, parts: int, width: int, device: torch.device, shared: bool) -> None:
+        self._metrics = [MomentsMetric(Moments.empty(width), shared).to(device) for _ in range(parts)]
         self._capacity = max(_WAITING // width, width // 2)
         self._buffers: list[Tensor | None] = [None] * parts
         self._filled = [0] * parts
@@ -126,6 +126,8 @@ class Recorder:
         positions: local samples an image, ``"all"``, or ``"mean"`` for one sample an image, the mean over positions.
         halves: keep even and odd images apart.
         alignment: collect what the gradients of both information terms need, too.
+        shared: whether several processes record, each another part of the probe; then all of them call what is
+            collective.
 
     Attributes:
         layers: as given.
@@ -140,8 +142,10 @@ class Recorder:
         positions: int | str = 16,
         halves: bool = True,
         alignment: bool = False,
+        shared: bool = False,
     ) -> None:
         self.layers = layers
+        self._shared = shared
         self.images = 0
         self.target = target
         self._positions = positions
@@ -176,7 +180,10 @@ class Recorder:
         batch = self._batch
         values = self.target(logits, labels)
         if len(values) != len(indices):
-            raise InputError(f"the target has {len(values)} rows for a batch of {len(indices)} images")
+            raise InputError(
+                f"the target has {len(values)} rows for a batch of {len(indices)} images: expected one for each; if "
+                "collate_fn drops images, pass a probe= without those, such as a Subset"
+            )
         if self._patches and values.shape[1] > 1:
             raise InputError(
                 f"alignment=True with a target of {values.shape[1]} numbers an image: expected one, for there is one "
@@ -195,7 +202,7 @@ class Recorder:
         for name, means in batch.means.items():
             rows = torch.cat([means, values, null], 1)
             if name not in self._joint:
-                self._joint[name] = _Parts(self._parts, rows.shape[1], rows.device)
+                self._joint[name] = _Parts(self._parts, rows.shape[1], rows.device, self._shared)
             self._joint[name].update(rows[part] for part in parts)
             if name in self._patches:
                 self._patches[name].learn(values)
@@ -214,7 +221,8 @@ class Recorder:
     def left_out(self) -> dict[str, str]:
         """Why layers have no moments, by name; the same in all processes, a collective call."""
         narrow = {name for name, mapped in self._maps.items() if mapped is not None}
-        shares = _of_all_processes(_Told(self.images, self._ran, self._unfit, narrow))
+        told_here = _Told(self.images, self._ran, self._unfit, narrow)
+        shares = _of_all_processes(told_here) if self._shared else [told_here]
         images = sum(share.images for share in shares)
         reasons = {}
         for name in self.layers:
@@ -272,7 +280,7 @@ class Recorder:
         if not self._alignment:
             return {}
         shown = (name for name, layer in self.layers.items() if not isinstance(layer, Projection) or layer.reads)
-        return {name: PatchRecorder(self.layers[name]) for name in shown}
+        return {name: PatchRecorder(self.layers[name], self._shared) for name in shown}
 
     def _listen(self, name: str, layer: nn.Module, read: Any, gave: Any) -> None:
         batch = self._batch
@@ -339,7 +347,7 @@ class Recorder:
         batch = self._batch
         batch.means[name] = means = image_means(seen)
         if name not in self._local:
-            self._local[name] = _Parts(self._parts, seen.shape[1], accumulation_device(seen.device))
+            self._local[name] = _Parts(self._parts, seen.shape[1], accumulation_device(seen.device), self._shared)
         if self._positions == "mean":
             self._local[name].update(means[part] for part in batch.parts(means.device))
             return
@@ -399,9 +407,7 @@ class _Told(NamedTuple):
 
 
 def _of_all_processes(told: _Told) -> list[_Told]:
-    """What every process tells, in order of their ranks; a collective call where several run."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [told]
+    """What every process tells, in order of their ranks; a collective call."""
     shares: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(shares, told)
     return shares
@@ -442,7 +448,7 @@ class Settings:
     alignment: bool = False
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.positions, int) and self.positions > 0
+        whole = isinstance(self.positions, int) and self.positions > 0 and self.positions is not True
         if not whole and self.positions not in ("all", "mean"):
             raise ArgumentError(f"positions={self.positions!r}", "expected a whole number above 0, 'all' or 'mean'")
         if self.alignment and self.positions == "mean":
@@ -484,7 +490,9 @@ def record(
     layers = select_layers(model, settings.layers)
     step = settings.step or default_step
     target = Target(settings.target)
-    recorder = Recorder(layers, target, settings.positions, settings.reliability, settings.alignment)
+    recorder = Recorder(
+        layers, target, settings.positions, settings.reliability, settings.alignment, shared=place.world > 1
+    )
     moved: Any = None
 
     def forward() -> Any:

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from chanaxes_pl.axes import Axes
-from chanaxes_pl.core.errors import ArgumentError, ArgumentTypeError, InputError, naming
+from chanaxes_pl.core.errors import ArgumentError, ArgumentTypeError, InputError, naming, short
 from chanaxes_pl.core.files import replacing
 from chanaxes_pl.run_folder import ABOUT, DEFAULT_TRACKER, RunFolder, check_tracker_name, checkpoint_path, table_paths
 from chanaxes_pl.tables import read_parquet, write_parquet
@@ -64,6 +64,10 @@ class History:
     ) -> None:
         with naming(type(self).__name__):
             check_tracker_name(name)
+            try:
+                json.dumps(about)
+            except (TypeError, ValueError) as error:
+                raise ArgumentTypeError(f"about={short(about)}", f"expected what JSON can hold ({error})") from None
         self.run = ""
         self.checkpoints: list[tuple[float, int]] = []
         self.table = pd.DataFrame()
@@ -173,15 +177,14 @@ class History:
         kept = {checkpoint_path(folder, step).name for _, step in self.checkpoints}
         for path in table_paths(folder):
             if path.name not in kept:  # measured after the state that training goes on from
-                (folder / "set-aside").mkdir(exist_ok=True)
-                path.replace(folder / "set-aside" / path.name)
-        paths = [checkpoint_path(folder, step) for _, step in self.checkpoints]
+                _set_aside(path)
+        paths, damaged = [checkpoint_path(folder, step) for _, step in self.checkpoints], set()
         for path in paths:
             if not path.exists() and self._came_from and (self._came_from / path.name).exists():
                 shutil.copyfile(self._came_from / path.name, path)
-            if path.exists():
-                self._check(path)
-        missing = [path.name for path in paths if not path.exists() and not (folder / "set-aside" / path.name).exists()]
+            if path.exists() and _is_damaged(path):
+                damaged.add(path)
+        missing = [path.name for path in paths if not path.exists() and path not in damaged]
         if missing:
             warnings.warn(
                 f"{folder} lacks {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}, and "
@@ -189,14 +192,6 @@ class History:
                 f"channels has a gap of {len(missing)} checkpoints; the correlations are complete",
                 stacklevel=2,
             )
-
-    def _check(self, path: Path) -> None:
-        try:
-            read_parquet(path)
-        except ValueError as error:
-            (path.parent / "set-aside").mkdir(exist_ok=True)
-            path.replace(path.parent / "set-aside" / path.name)
-            warnings.warn(f"{error}; moved to {path.parent / 'set-aside'}, training goes on", stacklevel=2)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and builtins only, so that a checkpoint loads with ``weights_only=True``."""
@@ -212,10 +207,11 @@ class History:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Go on from :meth:`state_dict`; tables of later steps are set aside."""
         self._resumed = True
+        before = self.last_step
         if self.folder is not None and state["folder"] != str(self.folder.absolute()):
-            self.folder = None  # else training stands where it stood, after a search for a learning rate
+            self.folder = None  # else training goes back within one process, as after a search for a learning rate
         self.run = state["run"]
         self.checkpoints = [(float(epoch), int(step)) for epoch, step in state["checkpoints"]]
         columns = {
@@ -226,6 +222,29 @@ class History:
         whole = {name: "int64" for name in ("step", "n") if name in frame}
         self.correlations = frame.astype(whole)
         self._came_from = Path(state["folder"]) if state["folder"] else None
+        if self.last_step != before:
+            self.table = pd.DataFrame()
+        if self.folder is not None:
+            self._bring_tables(self.folder)
+
+
+def _set_aside(path: Path) -> Path:
+    """Move a table out of the way, beside those that were before; return where it is."""
+    folder, number = path.parent / "set-aside", 0
+    folder.mkdir(exist_ok=True)
+    while (aside := folder / f"{path.stem}{f'-{number}' if number else ''}{path.suffix}").exists():
+        number += 1
+    return path.replace(aside)
+
+
+def _is_damaged(path: Path) -> bool:
+    """Whether a table cannot be read; it is then set aside, with a warning."""
+    try:
+        read_parquet(path)
+    except ValueError as error:
+        warnings.warn(f"{error}; moved to {_set_aside(path)}, training goes on", stacklevel=2)
+        return True
+    return False
 
 
 def _channels(table: pd.DataFrame) -> list[tuple[str, int]]:

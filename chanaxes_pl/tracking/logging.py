@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities.seed import isolate_rng
 
 from chanaxes_pl.analysis.correlations import MAIN_PAIR, NETWORK, PAIRS, main_correlation, reliabilities, task_masses
 from chanaxes_pl.core.metrics import METRICS
+from chanaxes_pl.network.hooks import isolated_rng
 from chanaxes_pl.run_folder import ABOUT, checkpoint_path
 from chanaxes_pl.tables import ALIGNMENT, COLUMNS, write_parquet
 
@@ -61,7 +61,7 @@ def log(logger: Logger, shown: Measurement, media: bool = True) -> None:
         media: whether to log anything but scalars: true on one process.
     """
     more: dict[str, Any] = {}
-    with isolate_rng():  # what loggers draw, such as names, is not taken from training
+    with isolated_rng():  # what loggers draw, such as names, is not taken from training
         if media and isinstance(logger, WandbLogger):
             more = _to_wandb(logger, shown)
         elif media and isinstance(logger, TensorBoardLogger):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from hashlib import sha256
+from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from chanaxes_pl.network.hooks import isolated_rng
 from chanaxes_pl.network.probe import Probe
 from chanaxes_pl.network.recording import Settings
 
@@ -22,12 +24,13 @@ def fingerprint(settings: Settings, probe: Probe) -> dict[str, str | int | float
     Functions are told apart by name only; pictures by their shapes only, because decoders differ.
     """
     found = {name: _plain(getattr(settings, name)) for name in _COMPARED}
-    with isolate_rng():
+    with isolated_rng():
         digest = sha256()
-        for tensor in _tensors(probe.sample()):
-            digest.update(f"{tensor.dtype}{tuple(tensor.shape[1:])}".encode())
-            if not tensor.is_floating_point() and (tensor.ndim < 3 or tensor.dtype != torch.uint8):
-                digest.update(str(tensor.tolist()).encode())
+        for parts in zip(*(_tensors(batch) for batch in probe.sample()), strict=False):  # of every batch the same
+            shapes = dict.fromkeys(f"{part.dtype}{tuple(part.shape[1:])}" for part in parts)
+            digest.update("".join(shapes).encode())
+            if not parts[0].is_floating_point() and (parts[0].ndim < 3 or parts[0].dtype != torch.uint8):
+                digest.update(str([row for part in parts for row in torch.atleast_1d(part).tolist()]).encode())
     return found | {"images in the probe": probe.images or "a stream", "labels of the probe": digest.hexdigest()[:12]}
 
 
@@ -64,8 +67,12 @@ def check_same_layers(before: dict[str, int], now: dict[str, int]) -> None:
 
 
 def _plain(value: Any) -> str | int | float | bool | None:
-    if value is None or isinstance(value, (str, int, float)):
-        return value
+    """A value that a checkpoint can hold without pickling anything but builtins, which NumPy's numbers are not."""
+    for kind, builtin in ((bool, bool), (np.bool_, bool), (str, str), (Integral, int), (Real, float)):
+        if isinstance(value, kind):
+            return builtin(value)
+    if value is None:
+        return None
     return getattr(value, "__qualname__", type(value).__qualname__)
 
 

@@ -70,15 +70,24 @@ class Schedule:
         """Whether nothing is asked for but random initialisation."""
         return not (self.every_epochs or self.every_steps or self.doubling or self.steps - {0})
 
-    def due(self, step: int, epoch: int, epoch_ends: bool) -> bool:
-        """Whether to measure after ``step`` optimiser steps, in epoch number ``epoch`` (from 0)."""
-        if step == 0 or step in self.steps:
+    def due(self, step: int, epoch: int, epoch_ends: bool, before: int | None = None) -> bool:
+        """Whether to measure after ``step`` optimiser steps, in epoch number ``epoch`` (from 0).
+
+        Args:
+            step: number of steps so far.
+            epoch: number of whole epochs before this one.
+            epoch_ends: whether this one is at its end.
+            before: number of steps when it was last asked, default one less; where a batch makes several, as those of
+                several optimisers do, what comes due at any of them is due.
+        """
+        before = step - 1 if before is None else before
+        if step == 0 or any(before < chosen <= step for chosen in self.steps):
             return True
         if epoch_ends and self.every_epochs and (epoch + 1) % self.every_epochs == 0:
             return True
-        if self.doubling and epoch == 0 and step & (step - 1) == 0:
+        if self.doubling and epoch == 0 and before < 1 << (step.bit_length() - 1):
             return True
-        return bool(self.every_steps) and step % self.every_steps == 0
+        return bool(self.every_steps) and step // self.every_steps > before // self.every_steps
 
 
 @dataclass

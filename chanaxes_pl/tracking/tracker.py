@@ -204,8 +204,9 @@ class AxisTracker(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Measure where the schedule says so: before validation, so that checkpoints of this epoch hold it."""
+        before = self._clock.step
         self._clock.tick(trainer, batch_idx)
-        due = self.schedule.due(trainer.global_step, trainer.current_epoch, trainer.is_last_batch)
+        due = self.schedule.due(trainer.global_step, trainer.current_epoch, trainer.is_last_batch, before)
         if due and trainer.global_step != self._history.last_step:  # else gradients still accumulate
             self._measure(trainer, pl_module, self._clock.epoch)
 
@@ -216,12 +217,18 @@ class AxisTracker(L.Callback):
             self._measure(trainer, pl_module, self._clock.epoch)
         if never and not _fast(trainer):
             warnings.warn(_never_due(self._asked, trainer.global_step), stacklevel=2)
+        if trainer.global_step == 0 < self._clock.epoch and not _fast(trainer):
+            warnings.warn(
+                "AxisTracker: the Trainer counted no optimiser step, so only random initialisation was measured: let "
+                "training_step use the optimisers of self.optimizers(), which Lightning counts",
+                stacklevel=2,
+            )
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure initialisation even where not a single batch was trained on."""
         if not self._history.checkpoints:
             self._begin(trainer, pl_module)
-            self._measure(trainer, pl_module, 0.0)
+            self._measure(trainer, pl_module, self._clock.epoch)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure the network that ``trainer.validate`` was given; not in a training's own validation."""
@@ -233,6 +240,8 @@ class AxisTracker(L.Callback):
         self._evaluate(trainer, pl_module, "test")
 
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._history.last_step > trainer.global_step:  # of another training by the same Trainer
+            self._history, self._widths, self._fingerprint = History(), {}, {}
         probe, widths = self._prepare(trainer, pl_module)
         with naming(type(self).__name__):
             now = {} if _fast(trainer) else fingerprint(self.settings, probe)

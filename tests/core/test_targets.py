@@ -10,6 +10,7 @@ from chanaxes_pl.core.targets import (
     describe,
     image_scores,
     infer_target,
+    logit_margin,
     null_target,
 )
 from tests.helpers import reference
@@ -292,3 +293,14 @@ def test_scores_of_images_are_cross_entropy_hits_and_margins():
     wanted = [-log_probability(logits.numpy(), CLASSES.numpy()), logits.argmax(1).numpy() == CLASSES.numpy()]
     wanted.append(margin(logits.numpy(), CLASSES.numpy()))
     np.testing.assert_allclose(image_scores(logits, CLASSES).numpy(), np.stack(wanted, 1), rtol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(), (2, 3)], ids=["images", "maps"])
+def test_among_more_than_255_classes_255_is_one(shape):
+    logits, labels = torch.randn(6, 300, *shape).double(), torch.randint(250, 260, (6, *shape))
+    labels[:2] = 255
+    others = logits.masked_fill(torch.nn.functional.one_hot(labels, 300).movedim(-1, 1).bool(), -torch.inf).amax(1)
+    margins = logits.gather(1, labels[:, None])[:, 0] - others
+    expected = margins.flatten(1).mean(1) if shape else margins
+    assert torch.allclose(logit_margin(logits, labels), expected)
+    assert torch.allclose(Target("auto")(logits, labels)[:, 0], expected)

@@ -1,10 +1,12 @@
 """Hooks live as long as their block, and calls are told in order with their shapes."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 from torch import nn
 
-from chanaxes_pl.network.hooks import calls, hooked, observed, same_outputs
+from chanaxes_pl.network.hooks import calls, hooked, isolated_rng, observed, same_outputs
 
 
 def hooks_of(model: nn.Module) -> int:
@@ -69,3 +71,57 @@ def test_a_network_that_writes_into_its_images_is_given_copies():
     assert hooks_of(model) == 0
     model(images, {"bias": bias})
     assert images.eq(0).all()
+
+
+class Lora(nn.Linear):
+    """Adds a low-rank part to its weight in eval mode, and takes it off again in training mode."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.low, self.merged, self.calls = nn.Parameter(torch.randn(4, 4)), False, 0
+
+    def train(self, mode: bool = True) -> "Lora":
+        super().train(mode)
+        if self.merged == mode:
+            self.weight.data += -self.low.data if mode else self.low.data
+            self.merged, self.calls = not mode, self.calls + 1
+        return self
+
+
+@pytest.mark.parametrize("outer", [True, False])
+@pytest.mark.parametrize("inner", [True, False])
+def test_what_modules_do_as_they_change_mode_is_undone(outer, inner):
+    model = nn.Sequential(nn.Sequential(Lora(), nn.Dropout()), nn.BatchNorm1d(4))
+    model.train(outer)
+    model[0].train(inner)
+    model[0][1].training = not inner
+    lora, flags = model[0][0], [module.training for module in model.modules()]
+    before = lora.weight.clone()
+    with observed(model):
+        assert lora.merged
+        assert not any(module.training for module in model.modules())
+    assert lora.merged is not inner
+    assert [module.training for module in model.modules()] == flags
+    assert torch.allclose(lora.weight, before, atol=1e-6)
+
+
+def test_a_train_that_changes_other_modules_does_not_keep_its_way():
+    class Frozen(nn.Sequential):
+        def train(self, mode: bool = True) -> "Frozen":
+            super().train(mode)
+            self[0].eval()
+            return self
+
+    model = Frozen(nn.BatchNorm1d(4), nn.Linear(4, 4)).train()
+    model[0].training = True  # someone thawed it
+    with observed(model):
+        pass
+    assert [module.training for module in model.modules()] == [True, True, True]
+
+
+def test_random_streams_are_restored_after_an_error_too():
+    state = torch.get_rng_state()
+    with suppress(KeyError), isolated_rng():
+        torch.rand(3)
+        raise KeyError
+    assert torch.equal(torch.get_rng_state(), state)

@@ -433,9 +433,80 @@ def test_a_probe_is_looked_for_in_order():
     everything = {"datamodule": offers, "val_dataloaders": c, "train_dataloader": d}
     assert find_probe(a, stand_in(**everything)) is a
     assert find_probe(None, stand_in(**everything)) is b
-    assert find_probe(None, stand_in(**everything | {"datamodule": SimpleNamespace()})) is c
-    for held in ([c, d], {"x": c, "y": d}, [[c], d], CombinedLoader([c, d], "sequential")):
-        assert find_probe(None, stand_in(val_dataloaders=held, train_dataloader=d)) is c
+    for more in (
+        everything | {"datamodule": SimpleNamespace()},
+        *(
+            {"val_dataloaders": held}
+            for held in ([c, d], {"x": c, "y": d}, [[c], d], CombinedLoader([c, d], "sequential"))
+        ),
+    ):
+        found = find_probe(None, stand_in(**{"train_dataloader": d} | more))
+        assert (found.dataset, found.batch_size) == (c.dataset, c.batch_size)
+
+
+def probed(source, size: int) -> list[int]:
+    return read(Probe(source, size))[1]
+
+
+def distributed(data):
+    return DataLoader(data, 5, sampler=DistributedSampler(data, 2, 1, shuffle=False))
+
+
+@pytest.mark.parametrize("make", [lambda data: DataLoader(data, 5), distributed])
+def test_validation_images_in_order_of_class_give_a_probe_of_all_classes(make):
+    """The first images of a folder of classes would be of few."""
+    data = Numbers(200)
+    found = probed(find_probe(None, stand_in(val_dataloaders=make(data))), 20)
+    assert len(found) == 20
+    assert max(found) > 150
+    assert found == probed(find_probe(None, stand_in(val_dataloaders=make(data))), 20)
+    assert probed(find_probe(None, stand_in(val_dataloaders=make(data))), 500) == list(range(200))
+    chosen = DataLoader(data, 5, sampler=Ordered(list(range(30))))  # another order is the user's
+    assert probed(find_probe(None, stand_in(val_dataloaders=chosen)), 20) == list(range(20))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "wanted"),
+    [
+        (SequentialSampler(range(10)), list(range(10))),
+        (RandomSampler(range(10)), list(range(10))),
+        (WeightedRandomSampler([float(index % 2) for index in range(COUNT)], 5), list(range(1, COUNT, 2))),
+    ],
+)
+def test_a_sampler_of_some_items_gives_all_of_these_and_no_others(sampler, wanted):
+    assert probed(DataLoader(Numbers(), 4, sampler=sampler), 500) == wanted
+
+
+def test_a_sample_is_read_in_the_loaders_own_batches():
+    """Images of several sizes fit into no larger ones."""
+
+    class Sizes(Numbers):
+        def __getitem__(self, index):
+            return torch.zeros(3, 8 + index % 5, 8), index
+
+    batches = Probe(DataLoader(Sizes(), 1)).sample(8)
+    assert [labels.tolist() for _, labels in batches] == [[index] for index in range(0, COUNT, 3)]
+
+
+@pytest.mark.parametrize("size", [3, 8])
+def test_a_stream_of_too_few_batches_for_all_processes_is_refused(size):
+    """Of the batch that lies beyond the probe nobody is given anything."""
+    stream = [(torch.zeros(8, 1), torch.arange(8))] * 4
+    probe = Probe(stream, size)
+    assert len(list(probe.batches(0, 1))) == 1
+    with pytest.raises(ValueError, match="a probe of 1 batches for 2 processes: expected one for each at least"):
+        list(probe.batches(1, 2))
+
+
+def test_a_data_set_that_fails_leaves_the_random_streams_alone():
+    class Failing(Numbers):
+        def __getitem__(self, index):
+            raise KeyError(index)
+
+    before = streams()
+    with pytest.raises(KeyError):
+        list(Probe(DataLoader(Failing(), 4)).batches())
+    assert streams() == before
 
 
 @pytest.mark.parametrize("loaders", [None, [], {}])

@@ -194,3 +194,50 @@ def test_a_folder_that_cannot_be_made_is_named_with_the_cure(tmp_path):
     with pytest.raises(OSError, match=r"History cannot write its tables to .*file/axis.*: give it another folder"):
         history.add(0, 0, AXES)
     assert history.checkpoints == []
+
+
+def test_what_about_cannot_be_json_is_refused_at_once(tmp_path):
+    with pytest.raises(TypeError, match=r"History\(about=.*\): expected what JSON can hold \(Object of type float32"):
+        History(tmp_path, about={"lr": np.float32(0.1)})
+    assert not list(tmp_path.iterdir())
+
+
+def steps(folder) -> list[int]:
+    return sorted(set(read_run(folder / "axis")["step"]))
+
+
+def test_going_back_within_a_process_sets_later_tables_aside(tmp_path):
+    history = History(tmp_path)
+    for step in (0, 10):
+        history.add(step, step / 10, AXES)
+    state = history.state_dict()
+    history.add(20, 2, AXES)
+    history.load_state_dict(state)
+    assert steps(tmp_path) == [0, 10]
+    history.add(15, 1.5, AXES)
+    assert steps(tmp_path) == [0, 10, 15]
+    assert [step for _, step in history.checkpoints] == [0, 10, 15]
+    assert [path.name for path in (tmp_path / "axis" / "set-aside").iterdir()] == ["step-000000020.parquet"]
+
+
+def test_nothing_that_was_set_aside_is_written_over(tmp_path):
+    history = History(tmp_path)
+    history.add(0, 0, AXES)
+    start = history.state_dict()
+    for _ in range(3):
+        history.load_state_dict(start)
+        history.add(10, 1, AXES)
+    names = sorted(path.name for path in (tmp_path / "axis" / "set-aside").iterdir())
+    assert names == ["step-000000010-1.parquet", "step-000000010.parquet"]
+
+
+def test_going_on_from_a_state_whose_tables_were_set_aside_is_warned_of(tmp_path):
+    history = History(tmp_path)
+    for step in (0, 10, 20):
+        history.add(step, step / 10, AXES)
+    last = history.state_dict()
+    history.load_state_dict({**last, "checkpoints": last["checkpoints"][:1]})
+    again = History(tmp_path)
+    again.load_state_dict(last)
+    with pytest.warns(UserWarning, match=r"lacks step-000000010.parquet, step-000000020.parquet, .*a gap of 2 check"):
+        again.add(30, 3, AXES)

@@ -1,6 +1,9 @@
 """When the tracker measures, and what it logs where."""
 
+import itertools
+
 import lightning.pytorch as L
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -10,7 +13,8 @@ from torch.utils.data import DataLoader
 
 from chanaxes_pl import AxisTracker, compute_axes, read_run
 from chanaxes_pl.analysis.correlations import main_correlation
-from tests.helpers.training import QUIET, STEPS, WIDTHS, RecordingLogger, build, images, loaders, trainer
+from chanaxes_pl.tracking.schedules import Schedule
+from tests.helpers.training import QUIET, STEPS, WIDTHS, RecordingLogger, Small, build, images, loaders, trainer
 
 pytestmark = [
     *(pytest.mark.filterwarnings(text) for text in QUIET),
@@ -324,3 +328,57 @@ def test_early_stopping_stops_by_an_axis_correlation(tmp_path):
     fitter.fit(build(), **loaders())
     assert fitter.current_epoch == 2
     assert float(stopper.best_score) == pytest.approx(rhos(tracker)[1])
+
+
+@pytest.mark.parametrize(
+    ("spec", "asked", "due"),
+    [
+        ([1, 3, 5, 9], [2, 4, 6, 8], [2, 4, 6]),
+        ("3 steps", [2, 4, 6, 8], [4, 6]),
+        ("log", [2, 4, 6, 8, 12, 24], [2, 4, 8, 24]),
+        ("log", [3, 6, 9, 12, 15], [3, 6, 9]),
+        ([3, 4], [3, 3, 4], [3, 4]),
+    ],
+)
+def test_what_comes_due_between_two_batches_is_due(spec, asked, due):
+    """A batch may take several optimiser steps, or none."""
+    schedule = Schedule.parse(spec)
+    found = [now for before, now in itertools.pairwise([0, *asked]) if schedule.due(now, 0, False, before)]
+    assert found == due
+
+
+class ByHand(Small):
+    """Steps an optimiser that Lightning does not know."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.own = getattr(self, "own", torch.optim.SGD(self.parameters(), 0.01))
+        self.own.zero_grad()
+        super().training_step(batch, batch_idx).backward()
+        self.own.step()
+
+
+def test_a_training_whose_steps_nobody_counts_is_warned_of(tmp_path):
+    tracker = AxisTracker()
+    with pytest.warns(UserWarning, match=r"counted no optimiser step, so only random .*self.optimizers\(\)"):
+        trainer(tmp_path, tracker).fit(ByHand(), **loaders())
+    assert [step for _, step in tracker._history.checkpoints] == [0]
+
+
+def test_widths_and_settings_that_are_numpy_numbers_leave_a_checkpoint_that_loads(tmp_path):
+    model = build()
+    model.net[0] = torch.nn.Conv2d(3, np.int64(6), 3)
+    fitter = trainer(tmp_path, AxisTracker(noise=np.float64(0.5)), max_epochs=1)
+    fitter.fit(model, **loaders())
+    fitter.save_checkpoint(tmp_path / "here.ckpt")
+    state = torch.load(tmp_path / "here.ckpt", weights_only=True)["callbacks"]["AxisTracker(axis)"]
+    assert (state["fingerprint"]["noise"], state["layers"]) == (0.5, WIDTHS)
+
+
+def test_layers_none_of_which_runs_are_warned_of():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4))
+    model.unused = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 9), torch.nn.Conv2d(64, 64, 9))
+    model.forward = lambda images: model[1](model[0](images))
+    with pytest.warns(UserWarning, match=r"reached none of the 2 tracked layers \(unused.0, unused.1\).*with layers="):
+        compute_axes(model, images())
