@@ -26,6 +26,7 @@ from chanaxes_pl.axes import measure_axes
 from chanaxes_pl.compensation.polish import distillation_loss
 from chanaxes_pl.core.errors import InputError, naming
 from chanaxes_pl.core.metrics import METRICS
+from chanaxes_pl.core.targets import are_classes
 from chanaxes_pl.lesions.damage_table import LesionExperiment, join_shares, lesion_table
 from chanaxes_pl.models import ImageClassifier
 from chanaxes_pl.models.checkpoints import load_classifier
@@ -33,7 +34,15 @@ from chanaxes_pl.network.batches import Placement, logits_of, split_batch
 from chanaxes_pl.network.cloning import clone
 from chanaxes_pl.network.hooks import isolated_rng
 from chanaxes_pl.network.layers import select_layers
-from chanaxes_pl.network.probe import MIN_IMAGES, ImageBatches, Probe, ProbeSource, find_probe, first_loader
+from chanaxes_pl.network.probe import (
+    MIN_IMAGES,
+    ImageBatches,
+    Probe,
+    ProbeSource,
+    find_probe,
+    first_loader,
+    items_of,
+)
 from chanaxes_pl.network.recording import Settings
 from chanaxes_pl.plots import plot_lesions, plot_pruning
 from chanaxes_pl.pruning.grid import PruningExperiment, pruning_grid
@@ -102,7 +111,7 @@ class PruneModule(ImageClassifier):
         source = Path(model) if isinstance(model, (str, Path)) else None
         network = _network(model)
         classes = num_classes or _outputs(network)
-        super().__init__(network, classes)
+        super().__init__(network, max(classes, 2))  # a single output has no accuracy
         self.save_hyperparameters("lr", "momentum", "weight_decay")
         self.plan = model.plan if isinstance(model, Slim) else None
         self.experiment = _experiment(experiment, self.plan)
@@ -128,11 +137,11 @@ class PruneModule(ImageClassifier):
         if not self._teacher:
             return super().training_step(batch, batch_idx)
         images, labels = split_batch(batch)
-        logits = self(images)
+        logits = logits_of(self(images))
         with torch.no_grad():
             wanted = logits_of(self._teacher[0](images))
         values: dict[str, Any] = {"train/loss": (loss := distillation_loss(logits, wanted))}
-        if labels is not None:
+        if labels is not None and are_classes(logits, labels):
             self.train_top1.update(logits, labels)
             values["train/top1"] = self.train_top1
         self._log_epoch(values, len(images))
@@ -267,6 +276,7 @@ class PruneModule(ImageClassifier):
         folder, experiment = self.folder, self.experiment
         if isinstance(experiment, PruningExperiment):
             write_parquet(self.table, folder / "pruning.parquet")
+            (folder / "pruning.png").unlink(missing_ok=True)  # may be of an earlier table
             plot_pruning(self.table).savefig(folder / "pruning.png", dpi=150)
             return
         write_parquet(self.table, folder / "lesions.parquet")
@@ -315,11 +325,15 @@ def _outputs(network: nn.Module) -> int:
 def _evaluation(trainer: L.Trainer, size: int | None) -> Iterable[Any]:
     """Return all test images or a fixed random choice, on every process: the processes share the variants instead."""
     loader, limit = first_loader(trainer.test_dataloaders), trainer.limit_test_batches
-    images = loader.dataset
-    if size is not None and size < len(images):
-        images = Subset(images, np.sort(np.random.default_rng(0).permutation(len(images))[:size]).tolist())
-    if trainer.world_size > 1 or images is not loader.dataset:
-        loader = DataLoader(images, loader.batch_size, collate_fn=loader.collate_fn, num_workers=loader.num_workers)
+    if trainer.world_size > 1 or size is not None:
+        items, at_once = (
+            items_of(loader),
+            loader.batch_size or 1,
+        )  # batches of the user's own may be of images of a size
+        if size is not None and size < len(items):
+            items = [items[place] for place in np.sort(np.random.default_rng(0).permutation(len(items))[:size])]
+        images = Subset(loader.dataset, items)
+        loader = DataLoader(images, at_once, collate_fn=loader.collate_fn, num_workers=loader.num_workers)
     if isinstance(limit, float) and limit == 1.0:
         return loader
     # A share of all batches, not of this process's, so that the result does not depend on the number of processes.

@@ -318,5 +318,7 @@ def read_run(folder: str | Path) -> pd.DataFrame:
 
 #: Name of the dense network in the column ``score``.
 DENSE = "dense"
+#: Prefix of columns that were measured after fine-tuning.
+TUNED = "tuned_"
 #: Columns that tell the rows of a grid apart.
 VARIANT = ("score", "allocation", "compensate", "budget")

@@ -14,14 +14,14 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset, default_collate
 
 from chanaxes_pl import LesionExperiment, PruningExperiment
 from chanaxes_pl.lesions.damage_table import lesion_table
 from chanaxes_pl.models import Classifier, build_backbone
 from chanaxes_pl.models.checkpoints import load_classifier, load_weights, read_checkpoint
 from chanaxes_pl.network.batches import Placement
-from chanaxes_pl.prune_module import PruneModule
+from chanaxes_pl.prune_module import PruneModule, _evaluation
 from chanaxes_pl.pruning.grid import evaluate, pruning_grid
 from chanaxes_pl.pruning.pruner import prune
 from chanaxes_pl.pruning.slim_file import Plan, load_slim
@@ -444,3 +444,92 @@ def test_settings_and_weights_of_another_kind_are_refused_before_anything_is_bui
     torch.save(torch.load(checkpoint, weights_only=True) | change, checkpoint)
     with pytest.raises(ValueError, match=f"last.ckpt: .*{message}"):
         load_classifier(checkpoint)
+
+
+# --- data and networks of one's own -------------------------------------------------------------------------------
+
+
+class Marked(Data):
+    """Test images 40 to 59 of a data set; those before are no test images."""
+
+    def test_dataloader(self) -> DataLoader:
+        torch.manual_seed(0)
+        return DataLoader(images(60, 3), 10, sampler=SubsetRandomSampler(range(40, 60)))
+
+
+@pytest.mark.parametrize("size", [None, 15, 40])
+def test_only_test_images_count_whatever_the_sampler(tmp_path, size):
+    module = PruneModule(network(), made("prune", evaluation_size=size, scores=("l1",)))
+    fitter = trainer(tmp_path)
+    fitter.test(module, datamodule=Marked(), verbose=False)
+    seen = torch.cat([pictures for pictures, _ in _evaluation(fitter, size)])
+    last = images(60, 3).tensors[0][40:]
+    assert len(seen) == min(size or 20, 20)
+    assert all(any(torch.equal(one, other) for other in last) for one in seen)
+
+
+def test_test_images_in_batches_of_the_users_own_are_drawn_from_too(tmp_path):
+    class Own(Data):
+        def test_dataloader(self) -> DataLoader:
+            return DataLoader(images(12, 3), batch_sampler=[[0, 1], [2, 3, 4], [9, 10]])
+
+    fitter = trainer(tmp_path)
+    fitter.test(PruneModule(slim()), datamodule=Own(), verbose=False)
+    assert sum(len(labels) for _, labels in _evaluation(fitter, 5)) == 5
+
+
+@pytest.mark.parametrize(
+    "collate",
+    [
+        lambda items: {"image": default_collate(items)[0], "label": default_collate(items)[1]},
+        lambda items: [*default_collate(items), torch.arange(len(items))],
+        lambda items: [default_collate(items)[0], default_collate(items)[1].int()],
+    ],
+    ids=["mapping", "three", "int32"],
+)
+def test_batches_of_other_kinds_are_trained_and_tested_on(tmp_path, collate):
+    module, fitter = PruneModule(slim()), trainer(tmp_path, max_epochs=1)
+    loader = DataLoader(images(16, 1), 8, collate_fn=collate)
+    fitter.fit(module, train_dataloaders=loader)
+    (found,) = fitter.test(module, loader, verbose=False)
+    (plain,) = fitter.test(module, DataLoader(images(16, 1), 8), verbose=False)
+    assert found == pytest.approx(plain)
+
+
+def test_of_several_test_loaders_each_is_evaluated_and_the_first_is_pruned_on(tmp_path):
+    loaders = [DataLoader(images(count, seed), 8) for count, seed in ((28, 3), (16, 4))]
+    module = PruneModule(network(), made("prune", scores=("l1",)), probe=images(32, 1))
+    found = trainer(tmp_path).test(module, loaders, verbose=False)
+    assert len(found) == 2
+    assert module.table["accuracy"][0] == pytest.approx(found[0]["test/top1/dataloader_idx_0"])
+
+
+def test_a_regression_learns_from_its_teacher(tmp_path):
+    teacher = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 1))
+    data = TensorDataset(images(32, 1).tensors[0], torch.rand(32, 1))
+    small = prune(teacher, data, budget=0.6, score="l1", allocation="uniform", compensate=False)
+    module, fitter = PruneModule(small, teacher=teacher), trainer(tmp_path, max_epochs=1)
+    fitter.fit(module, DataLoader(data, 8))
+    assert "train/loss" in fitter.callback_metrics
+    assert "train/top1" not in fitter.callback_metrics
+    with pytest.raises(ValueError, match=r"Expected \[B, K\] with K ≥ 2 classes and \[B\]"):
+        fitter.test(module, DataLoader(data, 8), verbose=False)
+
+
+def test_without_a_probe_the_datamodules_validation_images_are_one(tmp_path):
+    class Validated(L.LightningDataModule):
+        staged: tuple[str, ...] = ()
+
+        def setup(self, stage: str) -> None:
+            self.staged += (stage,)
+
+        def val_dataloader(self) -> DataLoader:
+            return DataLoader(images(32, 1), batch_size=16)
+
+        def test_dataloader(self) -> DataLoader:
+            return DataLoader(images(28, 3), batch_size=8)
+
+    module, data = PruneModule(network(), made("prune")), Validated()
+    trainer(tmp_path).test(module, datamodule=data, verbose=False)
+    assert data.staged == ("test", "validate")
+    pd.testing.assert_frame_equal(module.table, ran(tmp_path).table)

@@ -159,7 +159,7 @@ def layer_columns(frame: pd.DataFrame) -> dict[str, np.ndarray]:
 
 def _by_layer(checkpoint: pd.DataFrame) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     """Iterate over the layers: the name, and the metrics of the live channels by name."""
-    names = [str(column) for column in checkpoint if column not in _NOT_METRICS]
+    names = [str(column) for column in checkpoint.select_dtypes(["number", "bool"]) if column not in _NOT_METRICS]
     numbers = checkpoint[names].to_numpy(float)  # all at once, because pandas is slow by column
     codes, layers = pd.factorize(checkpoint["layer"])
     codes[checkpoint["dead"].to_numpy(bool)] = -1

@@ -48,7 +48,7 @@ def join_axes(axes: pd.DataFrame, lesions: pd.DataFrame) -> pd.DataFrame:
             layer, channel = twice.iloc[0][_KEYS]
             raise ValueError(f"join_axes({name}): channel {channel} of {layer!r} occurs twice; pass one checkpoint")
     joined = lesions.rename(columns={"reason": "lesion_reason"}).merge(axes, on=_KEYS)
-    if joined.empty:
+    if joined.empty and len(lesions):  # a process may have none to make
         raise ValueError(
             f"join_axes: no channel in common; axes have the layers {', '.join(axes['layer'].unique()[:3])}, lesions "
             f"{', '.join(lesions['layer'].unique()[:3])}"
@@ -215,8 +215,8 @@ def _draws(rows: pd.DataFrame, resamples: int, seed: int) -> np.ndarray:
 
     The first entry takes every row once, which gives the measured value.
     """
-    own = rows["layer"] + "[" + rows["channel"].astype(str) + "]"
-    unit = own if "unit" not in rows else rows["unit"].where(rows["unit"] != "", own)
+    own = rows["layer"].astype(str) + "[" + rows["channel"].astype(str) + "]"
+    unit = own if "unit" not in rows else rows["unit"].where(rows["unit"].notna() & (rows["unit"] != ""), own)
     group = unit.str.rpartition("[")[0]
     rng = np.random.default_rng(seed)
     counts = np.ones((1 + resamples, len(rows)))

@@ -11,7 +11,7 @@ import pandas as pd
 
 from chanaxes_pl.analysis.scores import SCORES
 from chanaxes_pl.core.statistics import mean_over_runs
-from chanaxes_pl.tables import DENSE, read_grid
+from chanaxes_pl.tables import DENSE, TUNED, read_grid
 
 
 def read_grids(tables: str) -> pd.DataFrame:
@@ -50,6 +50,8 @@ def area_under_curve(grid: pd.DataFrame, value: str = "accuracy") -> pd.DataFram
         [*runs, "score", "family", "allocation", "compensate"], sort=False
     ):
         dense = grid[(grid["score"] == DENSE) & ((grid["run"] == keys[0]) if runs else True)]
+        if value.startswith(TUNED):  # the dense network is trained already
+            dense = dense.assign(**{value: dense[value.removeprefix(TUNED)]})
         points = pd.concat([curve, dense]).sort_values("macs_share")
         x, y = points["macs_share"].to_numpy(), points[value].to_numpy()
         row = dict(zip([*runs, "score", "family", "allocation", "compensate"], keys, strict=True))

@@ -79,7 +79,7 @@ class Damage:
         tables: lesioned channels of all runs, with columns ``run`` and ``place``.
         correlations: ``run, place`` and the columns of :func:`score_damage_correlation`.
         over_runs: ``score, mean, std, low, high, runs`` of the mean over layers; the interval is over units for one
-            table of lesions, and over runs for several.
+            table of lesions, and over runs for several, of which each counts as the mean of its own.
     """
 
     column: str
@@ -109,7 +109,8 @@ class Runs:
     def table(self) -> pd.DataFrame:
         """Table of channels of all runs, with a column ``run``, at the steps that they share."""
         whole = pd.concat([run.table for run in self.each], ignore_index=True)
-        return whole[whole["step"].isin(self.steps)].reset_index(drop=True)
+        shared = whole[whole["step"].isin(self.steps)].reset_index(drop=True)
+        return shared.assign(epoch=middle_epochs(shared))
 
     @cached_property
     def correlations(self) -> pd.DataFrame:
@@ -129,21 +130,25 @@ class Runs:
 
         It is ``None`` without lesions, or if a table has too few channels for a rank correlation.
         """
-        found = [(run.name, place, table) for run in self.each for place, table in run.lesions.items()]
+        places = {
+            (run.folder, place): (run.name, place, run.lesions[place]) for run in self.each for place in run.lesions
+        }
+        found = list(places.values())  # of two trackers of one run once
         columns = [name for name in DAMAGES if all(_can_be_ranked(table, name) for _, _, table in found)]
         if not found or not columns:
             return None
         column, metrics = columns[0], [*METRICS, "peer_r2"]
-        each = [
+        measured = [
             score_damage_correlation(table, metrics, column, self.resamples).assign(run=name, place=place)
             for name, place, table in found
         ]
-        correlations = pd.concat(each, ignore_index=True)
+        correlations = pd.concat(measured, ignore_index=True)
         network = correlations[correlations["layer"] == NETWORK]
         if len(found) == 1:
             over = network.rename(columns={"rho": "mean"}).assign(std=float("nan"), runs=1)
         else:
-            over = mean_over_runs(network, "rho", self.resamples)
+            by_run = network.groupby(["run", "score"], sort=False)["rho"].mean().reset_index()
+            over = mean_over_runs(by_run, "rho", self.resamples)
         tables = pd.concat([table.assign(place=place) for _, place, table in found], ignore_index=True)
         return Damage(column, tables, correlations, over)
 
@@ -176,6 +181,11 @@ class Runs:
         main = main_correlation(rows).set_index("run")["rho"]
         gaps = rows.assign(gap=rows["rho"] - rows["run"].map(main))[["run", *_PAIR, "gap"]]
         return mean_over_runs(gaps, "gap", self.resamples)
+
+
+def middle_epochs(rows: pd.DataFrame) -> pd.Series:
+    """The epoch of each row's step, in the middle where epochs of some runs have other numbers of steps."""
+    return rows.groupby("step")["epoch"].transform("median")
 
 
 def _can_be_ranked(lesions: pd.DataFrame, damage: str) -> bool:

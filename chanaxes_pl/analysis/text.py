@@ -12,7 +12,7 @@ from chanaxes_pl.analysis.scores import SCORE_COLUMN
 from chanaxes_pl.core.errors import InputError
 from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.core.statistics import mean_over_runs
-from chanaxes_pl.tables import DENSE, VARIANT, budget_words
+from chanaxes_pl.tables import DENSE, TUNED, VARIANT, budget_words
 
 #: Operation of a lesion → what it does to a channel.
 _DOES = {
@@ -120,7 +120,7 @@ def describe_grids(grid: pd.DataFrame, value: str = "accuracy", against: str = "
         raise ValueError(f"no column {value!r} in the pruning grids; there are {', '.join(map(str, grid.columns))}")
     scale, unit = (100.0, "%") if value.endswith("accuracy") else (1.0, "nats")
     runs = grid["run"].nunique()
-    dense = scale * grid[grid["score"] == DENSE][value.removeprefix("tuned_")]
+    dense = scale * grid[grid["score"] == DENSE][value.removeprefix(TUNED)]
     spread = f" ± {number(dense.std(), 1)}" if len(dense) > 1 else ""
     lines = [
         f"{value} in {unit}, {runs} run{'s' * (runs != 1)}, dense {number(dense.mean(), 1)}{spread}; "

@@ -19,6 +19,7 @@ import chanaxes_pl.data
 import chanaxes_pl.tracking.tracker  # noqa: F401  so that --data DigitsDataModule and the like need no module names
 from chanaxes_pl.analysis.text import describe_lesions, describe_pruning
 from chanaxes_pl.lesions.damage_table import LesionExperiment
+from chanaxes_pl.models import Classifier
 from chanaxes_pl.models.checkpoints import load_weights, read_checkpoint
 from chanaxes_pl.prune_module import Experiment, PruneModule
 from chanaxes_pl.pruning.grid import PruningExperiment
@@ -171,6 +172,13 @@ class TrainerCLI(LightningCLI):
         if verb in ("lesion", "prune") and self.config[verb].ckpt_path is not None:
             read_checkpoint(self.config[verb].ckpt_path)
 
+    def _parse_ckpt_path(self) -> None:
+        """Take settings from a checkpoint that names its class; those of another one would go to the default model."""
+        config = self.config[self.config["subcommand"]]
+        ours = str(config.model.class_path).rpartition(".")[2] == Classifier.__name__
+        if ours or config.ckpt_path is None or "_class_path" in (_settings(config.ckpt_path) or ()):
+            super()._parse_ckpt_path()
+
     def after_instantiate_classes(self) -> None:
         """Raise ValueError if more processes were launched than the Trainer knows of."""
         environment = TorchElasticEnvironment()
@@ -179,6 +187,10 @@ class TrainerCLI(LightningCLI):
         run = self.config[str(self.subcommand)].run
         if run is not None and self.subcommand == "fit" and self.trainer.is_global_zero:
             RunFolder(Path(run)).keep_scalars()
+
+
+def _settings(path: str) -> Any:
+    return read_checkpoint(path).get("hyper_parameters") if Path(path).is_file() else None
 
 
 def _enter(config: Any, verb: str) -> None:

@@ -83,7 +83,7 @@ def label(outputs: Tensor, labels: Tensor) -> Tensor:
         ``[B, K − 1]`` of class indices, one-hot with the last class as reference: regression on it explains a
         channel's between-class variance. ``[B, D]`` of any other labels, as they are.
     """
-    if _are_classes(outputs, labels):
+    if are_classes(outputs, labels):
         return F.one_hot(labels, outputs.shape[1])[:, :-1]
     return labels.reshape(len(labels), -1)
 
@@ -256,7 +256,7 @@ def _check_bits(outputs: Any, labels: Any) -> None:
 def _check_label(outputs: Any, labels: Any) -> None:
     if not isinstance(labels, Tensor) or not labels.ndim or labels.is_complex():
         raise InputError(f"labels: {describe(labels)}. target='label' expects a tensor [B] or [B, D]")
-    if _are_classes(outputs, labels):
+    if are_classes(outputs, labels):
         _check_classes(outputs, labels)
 
 
@@ -289,7 +289,7 @@ def _fit_classes(outputs: Tensor, labels: Tensor) -> bool:
     return outputs.ndim >= 2 and outputs.shape[1] >= 2 and labels.shape == outputs.shape[:1] + outputs.shape[2:]
 
 
-def _are_classes(outputs: Any, labels: Tensor) -> bool:
+def are_classes(outputs: Any, labels: Tensor) -> bool:
     """Whether labels are indices of the outputs' classes."""
     whole = not labels.is_floating_point() and labels.dtype != torch.bool
     return whole and isinstance(outputs, Tensor) and outputs.ndim == 2 and _fit_classes(outputs, labels)

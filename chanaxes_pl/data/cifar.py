@@ -73,7 +73,8 @@ class CIFAR10DataModule(InMemoryDataModule):
         return load(list_images(tree / split, classes), self.image_size, self.cache_dir)
 
     def _has_folders(self) -> bool:
-        return any((tree / "train").is_dir() for tree in (self.root / self.folder, self.root))
+        trees = (self.root / self.folder, self.root)
+        return any((tree / "train").is_dir() and (tree / "test").is_dir() for tree in trees)
 
     def _archive_folder(self) -> Path:
         return self.root / self.archive.base_folder

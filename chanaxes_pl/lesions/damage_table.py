@@ -13,6 +13,7 @@ from lightning.fabric.utilities.data import sized_len
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from chanaxes_pl.analysis.scores import score_family
 from chanaxes_pl.core.errors import ArgumentError, naming
 from chanaxes_pl.core.targets import check_classes, image_scores, lifted
 from chanaxes_pl.lesions.interventions import (
@@ -28,7 +29,7 @@ from chanaxes_pl.lesions.replacements import Replacement, check_operations, meas
 from chanaxes_pl.network.batches import Placement, Step, default_step, split_batch
 from chanaxes_pl.network.hooks import observed
 from chanaxes_pl.network.layers import channel_count, select_layers
-from chanaxes_pl.network.probe import Probe, ProbeSource, check_sizes
+from chanaxes_pl.network.probe import Probe, ProbeSource, check_rereadable, check_sizes
 from chanaxes_pl.network.recording import Settings
 from chanaxes_pl.network.tracing import PartialForward
 from chanaxes_pl.units.groups import Units, find_units
@@ -66,7 +67,11 @@ class LesionExperiment:
 
     def __post_init__(self) -> None:
         with naming("LesionExperiment"):
+            if not len(self.operations):
+                raise ArgumentError(f"operations={self.operations!r}", "expected one at least")
             check_operations(self.operations, OPERATIONS)
+            for score in self.scores or ():
+                score_family(score)
             check_sizes(self.probe_size, self.evaluation_size)
             number = isinstance(self.channels, int) and self.channels > 0
             if not (number or self.channels == "all" or isinstance(self.channels, Mapping)):
@@ -98,7 +103,8 @@ def lesion_table(
         model: network such that ``model(images)`` gives logits ``[B, K]``.
         probe: data that means and coefficients are measured on; ``None`` if ``"zero"`` is the only operation.
         evaluation: batches of ``(images, labels)`` that are not in the probe.
-        experiment: channels, operations and numbers of images; default a :class:`LesionExperiment`.
+        experiment: channels, operations and size of the probe; default a :class:`LesionExperiment`. Of its settings
+            ``evaluation_size`` and ``scores`` are for :class:`PruneModule`.
         units: the model's units; by default found with the first evaluation image.
         step: ``(model, batch) → (logits, labels)``; with it, each lesion costs a whole forward pass.
         positions: number of local samples per probe image, or ``"all"``.
@@ -120,6 +126,7 @@ def lesion_table(
     experiment = experiment or LesionExperiment()
     operations = experiment.operations
     with naming("lesion_table"):
+        check_rereadable(evaluation, "evaluation")
         modules = select_layers(model, experiment.layers, whole=True)
         settings = Settings(
             layers=modules,

@@ -15,7 +15,9 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
+from chanaxes_pl.core.targets import check_classes
 from chanaxes_pl.models.backbones import Backbone, build_backbone
+from chanaxes_pl.network.batches import default_step
 from chanaxes_pl.network.layers import crashes_channels_last
 
 
@@ -75,8 +77,8 @@ class ImageClassifier(L.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """The loss of one batch ``(images, labels)``."""
-        images, labels = batch
-        logits = self(images)
+        logits, labels = default_step(self, batch)
+        labels = labels.long()
         loss = F.cross_entropy(logits, labels, label_smoothing=self._setting("label_smoothing"))
         self.train_top1.update(logits, labels)
         self._log_epoch({"train/loss": loss, "train/top1": self.train_top1}, len(labels))
@@ -86,7 +88,7 @@ class ImageClassifier(L.LightningModule):
         """Log the loss and the accuracies of one batch ``(images, labels)``."""
         self._evaluate(batch, "val/loss", self.val_accuracy)
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log the loss and the accuracies of one batch ``(images, labels)``."""
         self._evaluate(batch, "test/loss", self.test_accuracy)
 
@@ -123,8 +125,9 @@ class ImageClassifier(L.LightningModule):
         return LambdaLR(optimizer, partial(cosine_factor, total=total, warmup=warmup))
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], loss_name: str, accuracy: MetricCollection) -> None:
-        images, labels = batch
-        logits = self(images)
+        logits, labels = default_step(self, batch)
+        check_classes(logits, labels)
+        labels = labels.long()
         accuracy.update(logits, labels)
         self._log_epoch({loss_name: F.cross_entropy(logits, labels), **dict(accuracy.items())}, len(labels))
 

@@ -7,7 +7,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from itertools import count, islice
+from itertools import chain, count, islice
 from numbers import Integral
 from typing import Any
 from zlib import crc32
@@ -18,6 +18,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -190,6 +191,30 @@ class Probe:
             raise InputError(f"a probe of {dealt} batches for {world} processes: expected one for each at least")
 
 
+def items_of(loader: DataLoader) -> list[Any]:
+    """The items of a map-style data set that a loader may read, each once: in its order, or sorted if it is random.
+
+    Raises:
+        ValueError: if it reads a stream.
+    """
+    if not _reads_items(loader):
+        raise InputError("the images come from a stream: expected a DataLoader of a map-style data set")
+    batches: Any = loader.batch_sampler
+    if batches is None or type(batches) is BatchSampler:
+        return _members(loader.sampler, loader.dataset)[0]
+    groups, _ = _drawn(_on_members(batches, loader.dataset), loader.dataset, len(loader.dataset))  # type: ignore[arg-type]
+    return list(dict.fromkeys(chain.from_iterable(groups)))
+
+
+def check_rereadable(batches: Iterable[Any], name: str) -> None:
+    """Raise TypeError for batches that can be read only once."""
+    if isinstance(batches, Iterator):
+        raise ArgumentTypeError(
+            f"{name}={short(batches)}",
+            "expected batches that can be read again, and an iterator gives them once: pass a list or a DataLoader",
+        )
+
+
 class FixedDraws(Dataset):
     """A data set whose random transforms draw the same numbers for an item each time it is read.
 
@@ -228,6 +253,9 @@ def find_probe(given: ProbeSource | None, trainer: Trainer) -> ProbeSource:
         with suppress(MisconfigurationException):  # Lightning's error where there is no validation; ours says more
             trainer.fit_loop.epoch_loop.val_loop.setup_data()
         loaders = trainer.val_dataloaders
+    if loaders is None and datamodule is not None and is_overridden("val_dataloader", datamodule):  # in a mere test
+        datamodule.setup("validate")
+        loaders = datamodule.val_dataloader()
     loader = first_loader(loaders)
     if loader is not None:
         return _shuffled(loader)

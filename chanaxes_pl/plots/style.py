@@ -58,6 +58,7 @@ _SETTINGS: dict[Any, Any] = {
     "ytick.labelsize": 8.5,
     "legend.fontsize": 8,
     "legend.frameon": False,
+    "text.parse_math": False,  # names of runs and layers may hold a $
 }
 
 

@@ -18,7 +18,7 @@ from chanaxes_pl.core.memory import MEMORY, check_memory
 from chanaxes_pl.core.targets import check_classes, image_scores
 from chanaxes_pl.network.batches import Placement, Step, default_step
 from chanaxes_pl.network.hooks import observed
-from chanaxes_pl.network.probe import ProbeSource, check_sizes
+from chanaxes_pl.network.probe import ProbeSource, check_rereadable, check_sizes
 from chanaxes_pl.pruning.allocation import (
     GRID,
     Allocation,
@@ -39,7 +39,7 @@ from chanaxes_pl.pruning.pruner import (
     compensation_of,
 )
 from chanaxes_pl.pruning.scores import default_scores
-from chanaxes_pl.tables import DENSE
+from chanaxes_pl.tables import DENSE, TUNED
 
 #: Function that fine-tunes a slim network in place.
 FineTune = Callable[[nn.Module], None]
@@ -87,6 +87,9 @@ class PruningExperiment:
 
     def __post_init__(self) -> None:
         with naming("PruningExperiment"):
+            for name in ("budgets", "scores", "allocations", "compensate"):
+                if (choices := getattr(self, name)) is not None and not len(choices):
+                    raise ArgumentError(f"{name}={choices!r}", "expected one at least")
             check_budget_of(self.budget_of)
             check_round_to(self.round_to)
             for budget in self.budgets:
@@ -120,7 +123,8 @@ def pruning_grid(
         model: trained network; it does not change.
         probe: training images under the evaluation transform, for scores and compensation.
         evaluation: batches of ``(images, labels)`` that no choice was based on; each variant reads them once.
-        experiment: scores, allocations, compensations and budgets; default a :class:`PruningExperiment`.
+        experiment: scores, allocations, compensations and budgets; default a :class:`PruningExperiment`. Of its
+            settings ``evaluation_size`` is for :class:`PruneModule`.
         finetune: function that trains a slim network in place; the network is evaluated again afterwards.
         progress: whether to show a progress bar in a terminal.
         place: device and processes; default one process, on the device of the model's first parameter. Several
@@ -138,6 +142,7 @@ def pruning_grid(
     """
     experiment = experiment or PruningExperiment()
     with naming("pruning_grid"):
+        check_rereadable(evaluation, "evaluation")
         place = place or Placement.of(model)
         pruner = Pruner(
             model,
@@ -179,7 +184,7 @@ def pruning_grid(
             row |= evaluate(slim, evaluation, place, step)
             if finetune is not None and variant is not None:
                 finetune(slim)
-                row |= {f"tuned_{name}": value for name, value in evaluate(slim, evaluation, place, step).items()}
+                row |= {f"{TUNED}{name}": value for name, value in evaluate(slim, evaluation, place, step).items()}
             if experiment.latency:
                 row |= {f"latency_{count}": milliseconds(slim, example, count) for count in (1, 64)}
             rows.append(row)
@@ -195,4 +200,6 @@ def evaluate(model: nn.Module, batches: Iterable[Any], place: Placement, step: S
             check_classes(logits, labels)
             total += image_scores(logits.cpu().double(), labels.cpu().long()).sum(0)
             count += len(labels)
-    return dict(zip(("loss", "accuracy", "margin"), (total / max(count, 1)).tolist(), strict=True))
+    if not count:
+        raise ArgumentError("evaluation", "it holds no images")
+    return dict(zip(("loss", "accuracy", "margin"), (total / count).tolist(), strict=True))

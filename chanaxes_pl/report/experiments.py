@@ -7,7 +7,7 @@ import pandas as pd
 from chanaxes_pl.analysis.correlations import NETWORK
 from chanaxes_pl.analysis.grids import score_differences
 from chanaxes_pl.analysis.prediction import early_prediction
-from chanaxes_pl.analysis.runs import DAMAGES, Runs
+from chanaxes_pl.analysis.runs import DAMAGES, Runs, middle_epochs
 from chanaxes_pl.analysis.text import interval, intervals, number, variant
 from chanaxes_pl.core.statistics import mean_over_runs
 from chanaxes_pl.plots import plot_early_prediction, plot_lesions, plot_pruning
@@ -62,7 +62,9 @@ def early(runs: Runs) -> Section:
     blocks: list[Block] = []
     for run in runs.each:
         try:
-            found = early_prediction(run, next(iter(run.lesions.values()), None), resamples=runs.resamples)
+            damage = DAMAGES[0] if runs.damage is None else runs.damage.column
+            hurt = None if runs.damage is None else run.lesions.get(".", next(iter(run.lesions.values()), None))
+            found = early_prediction(run, hurt, damage=damage, resamples=runs.resamples)
         except ValueError as error:
             blocks.append(Missing(f"{run.name} is left out: {error}"))
             continue
@@ -70,6 +72,7 @@ def early(runs: Runs) -> Section:
     if not frames:
         return Section("Early prediction", about, blocks)
     table = pd.concat(frames, ignore_index=True)
+    table["epoch"] = middle_epochs(table)
     drawn, spread = table, "95 % over channels"
     if len(frames) > 1:
         reasons = table.drop_duplicates("target").set_index("target")["reason"]
@@ -99,11 +102,16 @@ def pruning(runs: Runs, against: str = "l1") -> Section:
         )
     blocks: list[Block] = []
     for nth, place in enumerate(places):
-        grids = [run.pruning[place] for run in runs.each if place in run.pruning]
+        grids = list({run.folder: run.pruning[place] for run in runs.each if place in run.pruning}.values())
         grid = pd.concat(grids, ignore_index=True)
         title = "" if place == "." else place
         spread = f"Mean of {len(grids)} runs; a band is their range. " if len(grids) > 1 else ""
         caption = f"{spread}The horizontal line is the dense network. Each row of panels has its own scale."
+        if "tuned_accuracy" in grid:
+            caption += " Accuracies are those before fine-tuning."
+        if (grid["score"] == DENSE).all():
+            blocks.append(Missing(f"The table in {place} holds no pruned network."))
+            continue
         name = f"pruning-{nth}" if len(places) > 1 else "pruning"
         blocks += [Picture(name, plot_pruning(grid, title), grid, caption), *_accuracies(grid, title, runs.resamples)]
         if len(grids) > 1:

@@ -104,7 +104,10 @@ def _damage(runs: Runs) -> Iterator[str]:
     if damage is None:
         return
     cost = _mean(damage.tables, damage.column)
-    text = f"{_OPERATION[damage.column]} raises the test loss by {_cell(cost, 4)} nats on average"
+    verb = "raises"
+    if cost["mean"] < 0:
+        verb, cost = "lowers", pd.Series({"mean": -cost["mean"], "low": -cost["high"], "high": -cost["low"]})
+    text = f"{_OPERATION[damage.column]} {verb} the test loss by {_cell(cost, 4)} nats on average"
     strongest = damage.over_runs.dropna(subset=["mean"])
     if len(strongest):
         row = strongest.iloc[int(strongest["mean"].abs().to_numpy().argmax())]
@@ -140,7 +143,8 @@ def _pruning(runs: Runs) -> Iterator[str]:
     place = next((place for run in runs.each for place in run.pruning), None)
     if place is None:
         return
-    grid = pd.concat([run.pruning[place] for run in runs.each if place in run.pruning], ignore_index=True)
+    grids = {run.folder: run.pruning[place] for run in runs.each if place in run.pruning}
+    grid = pd.concat(grids.values(), ignore_index=True)
     pruned = grid[grid["score"] != DENSE]
     if not len(pruned):
         return
@@ -155,7 +159,8 @@ def _pruning(runs: Runs) -> Iterator[str]:
     bare = means.xs(kinds[0], level="compensate")
     score, allocation = bare.index[int(bare.to_numpy().argmax())]
     dense = 100 * grid.loc[grid["score"] == DENSE, "accuracy"].mean()
-    text = f"At {100 * budget:g} % of the {budget_words(pruned)}, accuracy falls from {number(dense, 1)} % to "
+    verb = "rises" if 100 * bare.max() > dense else "falls"
+    text = f"At {100 * budget:g} % of the {budget_words(pruned)}, accuracy {verb} from {number(dense, 1)} % to "
     text += f"{number(100 * bare.max(), 1)} % under the best score, {score} ({allocation} allocation"
     text += ", no compensation)" if kinds[0] == "none" else f", {kinds[0]})"
     if kinds[0] == "none" and len(kinds) > 1 and (score, allocation, kinds[1]) in means.index:

@@ -236,8 +236,9 @@ def cost(runs: Runs) -> Section:
     about = "Time that the tracker added to training, including the passes over the probe."
     frames = []
     for run in runs.each:
-        tracker = next((c.removesuffix("/seconds") for c in map(str, run.scalars) if c.endswith("/seconds")), None)
-        if tracker is not None and f"{tracker}/time_share" in run.scalars:
+        timed = [c.removesuffix("/time_share") for c in map(str, run.scalars) if c.endswith("/time_share")]
+        tracker = next((name for name in timed if f"{name}/seconds" in run.scalars), None)
+        if tracker is not None:
             rows = run.scalars.dropna(subset=[f"{tracker}/seconds"])
             taken = {name: rows[f"{tracker}/{name}"] for name in ("seconds", "time_share")}
             frames.append(pd.DataFrame({"run": run.name, "epoch": rows["epoch"], "step": rows["step"], **taken}))

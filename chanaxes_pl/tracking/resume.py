@@ -68,9 +68,12 @@ def check_same_layers(before: dict[str, int], now: dict[str, int]) -> None:
 
 def _plain(value: Any) -> str | int | float | bool | None:
     """A value that a checkpoint can hold without pickling anything but builtins, which NumPy's numbers are not."""
-    for kind, builtin in ((bool, bool), (np.bool_, bool), (str, str), (Integral, int), (Real, float)):
-        if isinstance(value, kind):
-            return builtin(value)
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if isinstance(value, Real):
+        return int(value) if isinstance(value, Integral) else float(value)
     if value is None:
         return None
     return getattr(value, "__qualname__", type(value).__qualname__)

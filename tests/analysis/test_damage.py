@@ -172,3 +172,18 @@ def test_columns_that_are_missing_or_undefined_are_named(function):
         function(synthetic(), damage="one_loss")
     with pytest.raises(ValueError, match=r"no layer has 3 channels for which zero_loss, .* are defined"):
         function(synthetic().assign(zero_loss=np.nan))
+
+
+def test_a_table_of_lesions_that_was_a_csv_file_gives_the_same_intervals(tmp_path):
+    table = synthetic(0.4, layers=2).assign(layer=lambda rows: rows["layer"].str[-1])  # named 0 and 1
+    table["unit"] = [f"g[{k % 60}]" if k % 3 else "" for k in range(len(table))]
+    for units in (table["unit"], ""):
+        table.assign(unit=units).to_csv(tmp_path / "lesions.csv", index=False)
+        found = score_damage_correlation(pd.read_csv(tmp_path / "lesions.csv"), ["input_capture"], resamples=50)
+        wanted = score_damage_correlation(table.assign(unit=units), ["input_capture"], resamples=50)
+        assert_allclose(found[["rho", "low", "high"]], wanted[["rho", "low", "high"]])
+
+
+def test_a_process_without_lesions_joins_none():
+    table = synthetic(layers=1)
+    assert join_axes(table.drop(columns="zero_loss"), table[["layer", "channel", "zero_loss"]][:0]).empty

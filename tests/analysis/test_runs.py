@@ -237,3 +237,34 @@ def test_more_than_nine_parts_stay_in_order(tmp_path):
         RunFolder(run).keep_scalars()
     RunFolder(run).keep_scalars()  # nothing there to keep
     assert read_runs([run]).each[0].scalars["step"].tolist() == list(range(11))
+
+
+def test_steps_that_fall_into_other_epochs_are_averaged_all_the_same(seeds):
+    for path in (seeds[1] / "axis").glob("*.parquet"):
+        write_parquet(pd.read_parquet(path).assign(epoch=lambda rows: rows["epoch"] / 2), path)
+    mean = main_correlation(read_runs(seeds).mean())
+    assert mean["step"].tolist() == list(STEPS)
+    assert mean["runs"].tolist() == [3] * len(STEPS)
+    assert mean["epoch"].tolist() == [step / 4 for step in STEPS]
+
+
+def hurt(run: Path, place: str, seed: int) -> None:
+    table = pd.read_parquet(checkpoint_path(run / "axis", STEPS[-1])).drop(columns=["run", "epoch", "step"])
+    table["zero_loss"] = np.random.default_rng(seed).normal(size=len(table))
+    write_parquet(table, run / place / "lesions.parquet")
+
+
+def test_lesions_of_one_run_count_once(seeds):
+    run = write_run(seeds[0], tracker="label")
+    hurt(run, ".", 0)
+    once, twice = read_runs([run / "axis"]).damage, read_runs([run / "axis", run / "label"]).damage
+    pd.testing.assert_frame_equal(once.over_runs.drop(columns="run"), twice.over_runs.drop(columns="run"))
+    hurt(run, "later", 1)
+    both = read_runs([run / "axis"]).damage.over_runs
+    assert both["runs"].tolist() == [1] * len(both)
+    hurt(seeds[1], ".", 2)
+    rows = read_runs([run / "axis", seeds[1]]).damage
+    each = rows.correlations[rows.correlations["layer"] == NETWORK].set_index(["score", "run", "place"])["rho"]
+    first = each["input_capture"].groupby("run", sort=False).mean()
+    found = rows.over_runs.set_index("score").loc["input_capture"]
+    assert (found["mean"], found["runs"]) == (pytest.approx(first.mean()), 2)

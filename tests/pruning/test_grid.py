@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from chanaxes_pl.analysis.grids import area_under_curve, paired_difference
+from chanaxes_pl.analysis.grids import area_under_curve, paired_difference, score_differences
 from chanaxes_pl.analysis.text import describe_pruning
 from chanaxes_pl.lesions.damage_table import join_shares
 from chanaxes_pl.network.batches import Placement
@@ -140,6 +140,8 @@ def test_the_shares_of_two_processes_make_the_whole(table):
             {"budget_of": "flops"},
             r"PruningExperiment\(budget_of='flops'\): expected one of 'macs', 'parameters', 'late",
         ),
+        ({"budgets": ()}, r"PruningExperiment\(budgets=\(\)\): expected one at least"),
+        ({"scores": []}, r"PruningExperiment\(scores=\[\]\): expected one at least"),
         ({"round_to": 0}, r"PruningExperiment\(round_to=0\): expected a whole number of channels"),
         ({"round_to": 17}, r"pruning_grid\(round_to=17\): expected at most 16, the channels of the widest layer"),
         (
@@ -280,3 +282,18 @@ def test_figures_of_one_budget_and_of_one_layer(table, tmp_path):
     figure.savefig(tmp_path / "layer.png")
     assert "damage" in figure.axes[0].get_ylabel()
     assert figure.axes[0].get_xlabel() == "rank in its layer (%)"
+
+
+def test_evaluation_images_that_can_be_read_once_or_are_none_are_refused():
+    experiment = PruningExperiment(budgets=BUDGETS, scores=SCORES)
+    with pytest.raises(TypeError, match=r"pruning_grid\(evaluation=.*\): expected batches that can be read again"):
+        pruning_grid(network(), PROBE, iter(TEST), experiment, progress=False)
+    with pytest.raises(ValueError, match=r"pruning_grid\(evaluation\): it holds no images"):
+        pruning_grid(network(), PROBE, [], experiment, progress=False)
+
+
+def test_fine_tuned_scores_are_compared_from_the_same_dense_network():
+    grid = pd.concat([curves(l1=[0.2, 0.2], b=[0.1, 0.1]).assign(run=run) for run in range(2)])
+    tuned = grid.assign(tuned_accuracy=(2 * grid["accuracy"]).where(grid["score"] != "dense"))
+    (row,) = score_differences(tuned, "tuned_accuracy").to_dict("records")
+    assert row["mean"] == pytest.approx(0.75 * -0.2)

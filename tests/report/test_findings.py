@@ -1,9 +1,12 @@
 """What the first finding says of chance."""
 
+from types import SimpleNamespace
+
 import pandas as pd
 import pytest
 
-from chanaxes_pl.report.findings import _chance
+from chanaxes_pl.analysis.runs import Damage
+from chanaxes_pl.report.findings import _chance, _damage
 
 
 @pytest.mark.parametrize(
@@ -21,3 +24,13 @@ def test_a_coupling_that_a_random_target_shows_too_is_called_so(mean, low, high,
     row = pd.Series({"mean": mean, "low": low, "high": high, "null": null})
     assert _chance(row) == said
     assert _chance(row.drop("null")) == ""
+
+
+@pytest.mark.parametrize(("mean", "verb"), [(0.2, "raises"), (-0.2, "lowers")])
+def test_damage_is_told_with_its_sign(mean, verb):
+    tables = pd.DataFrame({"run": ["a", "b"], "zero_loss": [mean - 0.1, mean + 0.1]})
+    damage = Damage("zero_loss", tables, pd.DataFrame(), pd.DataFrame({"score": [], "mean": []}))
+    (text,) = _damage(SimpleNamespace(damage=damage))
+    assert (
+        text.split() == f"Removing one channel {verb} the test loss by 0.2000 [0.1000, 0.3000] nats on average.".split()
+    )
