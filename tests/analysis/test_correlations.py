@@ -361,3 +361,8 @@ def test_alignment_becomes_scalars_where_the_table_has_it():
     assert scalars["axis/alignment"] == scalars["axis/layer/a/alignment"] == pytest.approx(0.3)
     plain = table.drop(columns="alignment")
     assert not any("alignment" in key for key in checkpoint_scalars(plain, axis_correlations(plain)))
+
+
+def test_columns_of_text_are_no_metrics():
+    table = compute_axes(*zoo.case("plain"), resamples=0).table
+    pd.testing.assert_frame_equal(axis_correlations(table.assign(unit="g[0]"), 0), axis_correlations(table, 0))

@@ -10,10 +10,11 @@ import pytest
 import torch
 import wandb
 import yaml
+from torch.utils.data import DataLoader
 
 from chanaxes_pl.cli import main as cli
 from chanaxes_pl.models import Classifier
-from tests.helpers.training import trainer
+from tests.helpers.training import Small, images, trainer
 
 DIGITS = str(Path(__file__).parents[2] / "configs" / "digits" / "resnet18.yaml")
 CONFIG = ["--config", DIGITS]
@@ -99,6 +100,33 @@ def test_few_lesions_are_described_without_correlations(chanaxes, checkpoint, tm
     assert "table:  there/lesions.parquet" in told
     assert "figure" not in told
     assert not (tmp_path / "there" / "lesions.png").exists()  # the earlier one is of other lesions
+
+
+class Own(Small):
+    """A module whose checkpoints hold settings and do not name its class: those of a Trainer without the command."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__(0.0, width=width)
+        self.save_hyperparameters()
+
+
+class OwnData(L.LightningDataModule):
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(images(), 8)
+
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(images(16, 1), 8)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_a_module_of_ones_own_that_was_trained_without_the_command_is_lesioned(chanaxes, tmp_path, capsys):
+    fitter: L.Trainer = trainer(tmp_path)
+    fitter.strategy.connect(Own(width=12))
+    fitter.save_checkpoint(tmp_path / "own.ckpt")
+    own = [f"--model={__name__}.Own", "--model.width=12", f"--data={__name__}.OwnData"]
+    chanaxes("lesion", *own, *TINY, "--channels=3", "--operations=[zero]", "--ckpt_path=own.ckpt", "--out=there")
+    assert pd.read_parquet("there/lesions.parquet")["layer"].unique().tolist() == ["net.0", "net.4"]
+    assert "lesioned channels" in capsys.readouterr().out
 
 
 def refused(chanaxes, capsys, *arguments: str) -> str:

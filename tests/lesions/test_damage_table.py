@@ -280,6 +280,8 @@ def test_the_bar_counts_lesions_on_a_terminal_only(capsys, monkeypatch):
         ),
         ({"channels": {"net.5": [0]}}, r"no layer 'net\.5'; did you mean 'net\.\d' or 'net\.\d'"),
         ({"channels": {"net.4": [0, 8]}}, r"layer 'net\.4' has no channel 8; expected 0 to 7"),
+        ({"operations": []}, r"LesionExperiment\(operations=\[\]\): expected one at least"),
+        ({"scores": ["l3"]}, r"LesionExperiment\\(score='l3'\\): no such score"),
         ({"channels": 0}, r"channels=0\): expected 'all', a number of channels per layer"),
         ({"layers": "covn"}, r"lesion_table\(layers='covn'\): no tracked module"),
         ({"step": default_step}, r"'zero' needs units=find_units\(model, example\)"),
@@ -288,6 +290,12 @@ def test_the_bar_counts_lesions_on_a_terminal_only(capsys, monkeypatch):
 def test_errors_of_the_table_quote_the_call(options, message):
     with pytest.raises(ValueError, match=message):
         table(**options)
+
+
+def test_evaluation_images_that_can_be_read_once_are_refused():
+    """The first batch would be missing: it tells the units."""
+    with pytest.raises(TypeError, match=r"lesion_table\(evaluation=.*\): expected batches that can be read again"):
+        lesion_table(model(), loader(), iter(loader()), progress=False)
 
 
 def test_a_rank_outside_the_world_is_refused():

@@ -89,3 +89,10 @@ def test_groupings_have_a_panel_for_each_checkpoint_with_all_layers():
     assert end.lines[0].get_ydata().tolist()[0] == 0.3
     assert np.isnan(end.lines[0].get_ydata()[1])
     assert [label.get_text() for label in end.get_xticklabels()] == ["0", "1"]
+
+
+def test_names_may_hold_dollars(tmp_path):
+    with canvas(1, 1, (2, 2), "runs/$a_{$ x") as (figure, panels):
+        panels[0, 0].plot([0, 1], label="$b_{$")
+        panels[0, 0].legend()
+    figure.savefig(tmp_path / "figure.png")
