@@ -281,7 +281,7 @@ def test_the_bar_counts_lesions_on_a_terminal_only(capsys, monkeypatch):
         ({"channels": {"net.5": [0]}}, r"no layer 'net\.5'; did you mean 'net\.\d' or 'net\.\d'"),
         ({"channels": {"net.4": [0, 8]}}, r"layer 'net\.4' has no channel 8; expected 0 to 7"),
         ({"operations": []}, r"LesionExperiment\(operations=\[\]\): expected one at least"),
-        ({"scores": ["l3"]}, r"LesionExperiment\\(score='l3'\\): no such score"),
+        ({"scores": ["l3"]}, r"LesionExperiment\(score='l3'\): no such score"),
         ({"channels": 0}, r"channels=0\): expected 'all', a number of channels per layer"),
         ({"layers": "covn"}, r"lesion_table\(layers='covn'\): no tracked module"),
         ({"step": default_step}, r"'zero' needs units=find_units\(model, example\)"),
