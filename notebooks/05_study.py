@@ -451,6 +451,24 @@ intervals(mean_over_runs(by_run, "value", by=["width", "measure"]), "measure", "
 plot_correlations(wide[wide["width"] == "full width"], title="ResNet-18 at full width")
 
 # %% [markdown]
+# Pruned and refitted without labels, the wide network loses less, and the order of the methods is the same. The table
+# shows points of accuracy lost by the share of MACs that remains; what was not run is left empty.
+
+# %%
+steps = [(width, folder, step) for width, folder in sides.items() for step in ("selection", "polish")]
+lost = pd.concat(
+    read_grids(str(folder / f"seed_*/{step}/pruning.parquet")).assign(width=width)
+    for width, folder, step in steps
+    if (folder / "seed_0" / step).exists()
+)
+dense = lost[lost["score"] == "dense"].groupby("run")["accuracy"].first()
+lost = lost[lost["score"].isin(["reconstruction", "l1"]) & lost["budget"].isin([0.5, 0.3])]
+lost = lost.assign(lost=100 * (lost["run"].map(dense) - lost["accuracy"]))
+lost["column"] = lost["width"] + ", " + lost["budget"].map("{:.0%}".format)
+by = ["allocation", "compensate", "score", "column"]
+intervals(mean_over_runs(lost, "lost", by=by), by[:3], "column", digits=1).fillna("")
+
+# %% [markdown]
 # ## A harder task, and a network of another kind
 #
 # The table shows ρ at the first and at the last measurement for the same ResNet-18 on 20 classes of Tiny-ImageNet
