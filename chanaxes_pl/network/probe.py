@@ -187,7 +187,7 @@ class Probe:
             if dealt % world == rank:
                 yield np.arange(seen, seen + images), batch
             seen, dealt = seen + images, dealt + 1
-        if dealt < world:
+        if dealt < world > 1:
             raise InputError(f"a probe of {dealt} batches for {world} processes: expected one for each at least")
 
 

@@ -391,6 +391,7 @@ def marked_step(module, batch):
     return module(pictures), batch[1]
 
 
+@pytest.mark.filterwarnings("ignore:.*counted no optimiser step")
 def test_two_processes_leave_out_the_same_layers_and_measure_the_others_alike(tmp_path):
     """The even images go to one process and the odd ones to the other; batches of one process hold all of a kind."""
     pictures, labels = images(40)[:]
