@@ -284,11 +284,12 @@ def _shuffled(loader: Any) -> Any:
     if not isinstance(loader, DataLoader) or not _reads_items(loader) or type(loader.batch_sampler) is not BatchSampler:
         return loader
     sampler = loader.sampler
-    if type(sampler) is SequentialSampler or (
-        type(sampler) is DistributedSampler and sampler.dataset is loader.dataset and not sampler.shuffle
-    ):
-        return _again(loader, batch_size=loader.batch_size, shuffle=True)
-    return loader
+    distributed = type(sampler) is DistributedSampler and sampler.dataset is loader.dataset and not sampler.shuffle
+    if not distributed and type(sampler) is not SequentialSampler:
+        return loader
+    items, size = items_of(loader), loader.batch_size or 1
+    items = items[: len(items) // size * size] if loader.drop_last else items
+    return _again(loader, batch_size=size, sampler=SubsetRandomSampler(items))
 
 
 def first_loader(loaders: Any) -> Any:
