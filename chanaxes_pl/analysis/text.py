@@ -116,8 +116,9 @@ def describe_grids(grid: pd.DataFrame, value: str = "accuracy", against: str = "
     Raises:
         ValueError: if there is no such column.
     """
-    if value not in grid:
-        raise ValueError(f"no column {value!r} in the pruning grids; there are {', '.join(map(str, grid.columns))}")
+    numbers = [str(column) for column in grid.select_dtypes("number")]
+    if value not in numbers:
+        raise ValueError(f"no column {value!r} of numbers in the pruning grids; there are {', '.join(numbers)}")
     scale, unit = (100.0, "%") if value.endswith("accuracy") else (1.0, "nats")
     runs = grid["run"].nunique()
     dense = scale * grid[grid["score"] == DENSE][value.removeprefix(TUNED)]

@@ -72,10 +72,12 @@ def describe(runs: Runs, value: str = "accuracy", against: str = "l1", all_check
         rows = main_correlation(runs.correlations)
         rows = rows[rows["run"] == run.name]
         if not all_checkpoints:
-            steps = list(runs.landmarks.values())
-            rows = rows.set_index("step").loc[steps].reset_index().assign(when=list(_LANDMARKS.values()))
+            landmarks = dict(list(runs.landmarks.items())[: len(runs.steps)])  # a single checkpoint is told once
+            when = [_LANDMARKS[name] if name != "first" or not step else "at first" for name, step in landmarks.items()]
+            rows = rows.set_index("step").loc[list(landmarks.values())].reset_index().assign(when=when)
         parts.append((f"{run.name}: " if len(runs.each) > 1 else "") + describe_correlations(rows))
     for place in dict.fromkeys(place for run in runs.each for place in run.pruning):
-        grids = pd.concat([run.pruning[place] for run in runs.each if place in run.pruning], ignore_index=True)
+        found = {run.folder: run.pruning[place] for run in runs.each if place in run.pruning}  # two trackers share one
+        grids = pd.concat(found.values(), ignore_index=True)
         parts.append(("" if place == "." else f"{place}: ") + describe_grids(grids, value, against))
     return "\n\n".join(parts)

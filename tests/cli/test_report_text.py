@@ -44,6 +44,12 @@ def test_start_highest_and_end_of_a_run(tmp_path, capsys, inner):
     assert not (run / "report").exists()
 
 
+def test_a_single_checkpoint_is_told_once_and_by_its_right_name(tmp_path, capsys):
+    report(str(write_run(tmp_path / "run", steps=(4,))), text=True, resamples=20)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("at "))
+    assert line.split()[:4] == ["at", "first", "1", "4"]
+
+
 def test_every_checkpoint(tmp_path, capsys):
     report(str(write_run(tmp_path / "run")), text=True, all_checkpoints=True, resamples=20)
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -92,8 +98,10 @@ def test_without_the_other_score_the_axes_alone_are_compared(tmp_path):
 def test_bad_grids_are_refused(tmp_path):
     run = write_run(tmp_path / "run")
     write_grid(run / "pruning.parquet")
-    with pytest.raises(ValueError, match=r"no column 'speed' in the pruning grids; there are score, family"):
-        report(str(run), text=True, value="speed", resamples=5)
+    for value in ("speed", "score"):
+        said = rf"no column '{value}' of numbers in the pruning grids; there are budget, macs_share"
+        with pytest.raises(ValueError, match=said):
+            report(str(run), text=True, value=value, resamples=5)
     with pytest.raises(FileNotFoundError, match=r"no file matches 'nowhere/\*'; expected pruning.parquet, which"):
         read_grids("nowhere/*")
     pd.DataFrame({"score": ["l1"]}).to_parquet(tmp_path / "other.parquet")
