@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import BatchSampler, DataLoader
 from torchmetrics import Metric
 
 from chanaxes_pl.analysis.damage import join_axes, score_damage_correlation
@@ -41,7 +41,7 @@ from chanaxes_pl.network.probe import (
     ProbeSource,
     find_probe,
     first_loader,
-    items_of,
+    groups_of,
 )
 from chanaxes_pl.network.recording import Settings
 from chanaxes_pl.plots import plot_lesions, plot_pruning
@@ -325,19 +325,25 @@ def _outputs(network: nn.Module) -> int:
 def _evaluation(trainer: L.Trainer, size: int | None) -> Iterable[Any]:
     """Return all test images or a fixed random choice, on every process: the processes share the variants instead."""
     loader, limit = first_loader(trainer.test_dataloaders), trainer.limit_test_batches
-    if trainer.world_size > 1 or size is not None:
-        items, at_once = (
-            items_of(loader),
-            loader.batch_size or 1,
-        )  # batches of the user's own may be of images of a size
-        if size is not None and size < len(items):
-            items = [items[place] for place in np.sort(np.random.default_rng(0).permutation(len(items))[:size])]
-        images = Subset(loader.dataset, items)
-        loader = DataLoader(images, at_once, collate_fn=loader.collate_fn, num_workers=loader.num_workers)
-    if isinstance(limit, float) and limit == 1.0:
-        return loader
+    if trainer.world_size == 1 and size is None:
+        return loader if limit == 1.0 and isinstance(limit, float) else list(islice(loader, _count(limit, loader)))
     # A share of all batches, not of this process's, so that the result does not depend on the number of processes.
-    return list(islice(loader, limit if isinstance(limit, int) else int(limit * len(loader))))
+    groups = groups_of(loader)
+    groups = groups[: _count(limit, groups)]
+    items, batches = [item for group in groups for item in group], loader.batch_sampler
+    if size is not None and size < len(items):
+        items = [items[place] for place in np.sort(np.random.default_rng(0).permutation(len(items))[:size])]
+        # of a batch sampler of the user's own only images of one size may go together
+        at_once = batches.batch_size if type(batches) is BatchSampler else 1
+        groups = [items[start : start + at_once] for start in range(0, len(items), at_once)]
+    return DataLoader(
+        loader.dataset, batch_sampler=groups, collate_fn=loader.collate_fn, num_workers=loader.num_workers
+    )
+
+
+def _count(limit: int | float, batches: Any) -> int:
+    """Number of batches that a Trainer's limit leaves."""
+    return limit if isinstance(limit, int) else int(limit * len(batches))
 
 
 def _alone() -> bool:

@@ -447,8 +447,8 @@ IMAGES, LABELS = zoo.images_2d(6), zoo.labels_of(6)
             r"labels: a tensor of shape \(6, 1\)\. Expected outputs \[B, K\] with",
         ),
         ((IMAGES, LABELS.float()), r"Labels of type torch.float32 are no class indices"),
-        ((IMAGES, LABELS + 1), r"label 4 in the probe, but the logits have 4 classes: expected labels from 0 to 3"),
-        ((IMAGES, LABELS - 1), r"label -1 in the probe, but the logits have 4 classes"),
+        ((IMAGES, LABELS + 1), r"label 4, but the logits have 4 classes: expected labels from 0 to 3"),
+        ((IMAGES, LABELS - 1), r"label -1, but the logits have 4 classes"),
         (
             (IMAGES[:, :2], LABELS),
             r"the images of a batch, a tensor of shape \(6, 2, 6, 6\), and failed: Run",

@@ -14,11 +14,11 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset, default_collate
+from torch.utils.data import BatchSampler, DataLoader, SubsetRandomSampler, TensorDataset, default_collate
 
 from chanaxes_pl import LesionExperiment, PruningExperiment
 from chanaxes_pl.lesions.damage_table import lesion_table
-from chanaxes_pl.models import Classifier, build_backbone
+from chanaxes_pl.models import Classifier, ImageClassifier, build_backbone
 from chanaxes_pl.models.checkpoints import load_classifier, load_weights, read_checkpoint
 from chanaxes_pl.network.batches import Placement
 from chanaxes_pl.prune_module import PruneModule, _evaluation
@@ -457,12 +457,22 @@ class Marked(Data):
         return DataLoader(images(60, 3), 10, sampler=SubsetRandomSampler(range(40, 60)))
 
 
+class MarkedByBatches(Data):
+    """The same, named by the sampler of a batch sampler, of which the loader itself knows nothing."""
+
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(images(60, 3), batch_sampler=BatchSampler(SubsetRandomSampler(range(40, 60)), 10, False))
+
+
+@pytest.mark.parametrize("data", [Marked, MarkedByBatches])
 @pytest.mark.parametrize("size", [None, 15, 40])
-def test_only_test_images_count_whatever_the_sampler(tmp_path, size):
+def test_only_test_images_count_whatever_the_sampler(tmp_path, size, data):
     module = PruneModule(network(), made("prune", evaluation_size=size, scores=("l1",)))
     fitter = trainer(tmp_path)
-    fitter.test(module, datamodule=Marked(), verbose=False)
-    seen = torch.cat([pictures for pictures, _ in _evaluation(fitter, size)])
+    fitter.test(module, datamodule=data(), verbose=False)
+    found = list(_evaluation(fitter, size))
+    seen = torch.cat([pictures for pictures, _ in found])
+    assert len(found[0][0]) == 10
     last = images(60, 3).tensors[0][40:]
     assert len(seen) == min(size or 20, 20)
     assert all(any(torch.equal(one, other) for other in last) for one in seen)
@@ -476,6 +486,30 @@ def test_test_images_in_batches_of_the_users_own_are_drawn_from_too(tmp_path):
     fitter = trainer(tmp_path)
     fitter.test(PruneModule(slim()), datamodule=Own(), verbose=False)
     assert sum(len(labels) for _, labels in _evaluation(fitter, 5)) == 5
+
+
+def test_a_limit_counts_the_users_batches_and_what_a_loader_drops_is_no_test_image(tmp_path):
+    class Own(Data):
+        options: dict[str, Any]
+
+        def test_dataloader(self) -> DataLoader:
+            return DataLoader(images(30, 3), **self.options)
+
+    cases = [
+        ({"batch_sampler": [[0, 1], [2, 3, 4], [9, 10]]}, 2, 40, 5),
+        ({"batch_size": 8, "drop_last": True}, 1.0, 40, 24),
+        ({"batch_size": 8, "drop_last": True}, 2, 40, 16),
+        ({"batch_size": 8}, 0.5, 10, 10),
+    ]
+    for options, limit, size, expected in cases:
+        data, fitter = Own(), trainer(tmp_path, limit_test_batches=limit)
+        data.options = options
+        fitter.test(PruneModule(slim()), datamodule=data, verbose=False)
+        assert sum(len(labels) for _, labels in _evaluation(fitter, size)) == expected
+    fitter = trainer(tmp_path)
+    fitter.test(PruneModule(slim()), DataLoader([(images(4, 3).tensors)], batch_size=None), verbose=False)
+    with pytest.raises(ValueError, match=r"are chosen, and shared by processes, by their index.*evaluation_size=None"):
+        _evaluation(fitter, 2)
 
 
 @pytest.mark.parametrize(
@@ -499,8 +533,12 @@ def test_batches_of_other_kinds_are_trained_and_tested_on(tmp_path, collate):
 def test_of_several_test_loaders_each_is_evaluated_and_the_first_is_pruned_on(tmp_path):
     loaders = [DataLoader(images(count, seed), 8) for count, seed in ((28, 3), (16, 4))]
     module = PruneModule(network(), made("prune", scores=("l1",)), probe=images(32, 1))
-    found = trainer(tmp_path).test(module, loaders, verbose=False)
-    assert len(found) == 2
+    for _ in range(2):  # a second test begins anew
+        found = trainer(tmp_path).test(module, loaders, verbose=False)
+    for index, loader in enumerate(loaders):
+        (alone,) = trainer(tmp_path).test(ImageClassifier(network(), 4), loader, verbose=False)
+        for name, value in alone.items():
+            assert found[index][f"{name}/dataloader_idx_{index}"] == pytest.approx(value)
     assert module.table["accuracy"][0] == pytest.approx(found[0]["test/top1/dataloader_idx_0"])
 
 
@@ -512,7 +550,9 @@ def test_a_regression_learns_from_its_teacher(tmp_path):
     fitter.fit(module, DataLoader(data, 8))
     assert "train/loss" in fitter.callback_metrics
     assert "train/top1" not in fitter.callback_metrics
-    with pytest.raises(ValueError, match=r"Expected \[B, K\] with K ≥ 2 classes and \[B\]"):
+    with pytest.raises(
+        ValueError, match=r"a tensor of shape \(8, 1\) of torch.float32: expected the index of each image's class"
+    ):
         fitter.test(module, DataLoader(data, 8), verbose=False)
 
 
@@ -522,14 +562,16 @@ def test_without_a_probe_the_datamodules_validation_images_are_one(tmp_path):
 
         def setup(self, stage: str) -> None:
             self.staged += (stage,)
+            if stage == "fit":  # as many do it
+                self.held_out = images(32, 1)
 
         def val_dataloader(self) -> DataLoader:
-            return DataLoader(images(32, 1), batch_size=16)
+            return DataLoader(self.held_out, batch_size=16)
 
         def test_dataloader(self) -> DataLoader:
             return DataLoader(images(28, 3), batch_size=8)
 
     module, data = PruneModule(network(), made("prune")), Validated()
     trainer(tmp_path).test(module, datamodule=data, verbose=False)
-    assert data.staged == ("test", "validate")
+    assert data.staged == ("test", "fit")
     pd.testing.assert_frame_equal(module.table, ran(tmp_path).table)

@@ -19,7 +19,6 @@ import chanaxes_pl.data
 import chanaxes_pl.tracking.tracker  # noqa: F401  so that --data DigitsDataModule and the like need no module names
 from chanaxes_pl.analysis.text import describe_lesions, describe_pruning
 from chanaxes_pl.lesions.damage_table import LesionExperiment
-from chanaxes_pl.models import Classifier
 from chanaxes_pl.models.checkpoints import load_weights, read_checkpoint
 from chanaxes_pl.prune_module import Experiment, PruneModule
 from chanaxes_pl.pruning.grid import PruningExperiment
@@ -175,7 +174,8 @@ class TrainerCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Take settings from a checkpoint that names its class; those of another one would go to the default model."""
         config = self.config[self.config["subcommand"]]
-        ours = str(config.model.class_path).rpartition(".")[2] == Classifier.__name__
+        name = str(config.model.class_path)
+        ours = name in ("Classifier", "chanaxes_pl.models.Classifier", "chanaxes_pl.models.classifier.Classifier")
         if ours or config.ckpt_path is None or "_class_path" in (_settings(config.ckpt_path) or ()):
             super()._parse_ckpt_path()
 

@@ -8,7 +8,7 @@ the head as hints (Romero et al., 2015). Norms keep their statistics.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -30,8 +30,10 @@ from chanaxes_pl.units.removal import Group
 STEPS = 600
 #: Images of one step.
 BATCH = 128
-#: Temperature of the logits, largest learning rate, and weight decay.
-TEMPERATURE, RATE, DECAY = 2.0, 1e-3, 1e-4
+#: Temperature of the logits, and weight decay.
+TEMPERATURE, DECAY = 2.0, 1e-4
+#: Largest learning rate, and its bound as a share of the root mean square of what is trained.
+RATE, SHARE = 1e-3, 1e-2
 # Largest shift of an image, as a share of its side.
 _SHIFT = 1 / 8
 # Of these, AdamW's smallest denominator is 0, or an update is lost in rounding.
@@ -85,9 +87,10 @@ def polish(
 ) -> None:
     """Train a pruned network in place to give what the dense one gives, without labels.
 
-    The recipe is fixed: AdamW with one cycle up to :data:`RATE`, batches of :data:`BATCH` images, flipped and shifted
-    at random, the loss of :func:`distillation_loss` plus the squared error of what the last layer reads, as a share of
-    its variance. A step takes about as long as a forward pass of the dense network and three of the slim one.
+    The recipe is fixed: AdamW with one cycle up to :data:`RATE`, for a parameter of small numbers up to :data:`SHARE`
+    of their root mean square; batches of :data:`BATCH` images, flipped and shifted at random; the loss of
+    :func:`distillation_loss` plus the squared error of what the last layer reads, as a share of its variance. A step
+    takes about as long as a forward pass of the dense network and three of the slim one.
 
     Args:
         slim: pruned network; its modes and the statistics of its norms stay as they were.
@@ -127,8 +130,10 @@ def polish(
             wanted = wide(logits_of(dense(part)))
             return part, wanted, wide(read[heads[0]].index_select(channel, inputs))
 
-        optimizer = torch.optim.AdamW(trained, RATE, weight_decay=DECAY)
-        schedule = OneCycleLR(optimizer, RATE, total_steps=steps)
+        rates = [_rate(parameter) for parameter in trained]
+        each = [{"params": [parameter], "lr": rate} for parameter, rate in zip(trained, rates, strict=True)]
+        optimizer = torch.optim.AdamW(each, weight_decay=DECAY)
+        schedule = OneCycleLR(optimizer, rates, total_steps=steps)
         images = _endless(batches, generator)
         for _ in tqdm(range(steps), desc="polish", unit="step", disable=None if progress else True):
             parts = _moved(next(images), generator).split(at_once)
@@ -144,6 +149,13 @@ def polish(
             optimizer.zero_grad()
     for parameter, flag in zip(trained, flags, strict=True):
         parameter.requires_grad_(flag)
+
+
+def _rate(parameter: Tensor) -> float:
+    """Largest learning rate of a parameter: AdamW moves every number by about that much a step, however small it is,
+    and the wider a layer is the smaller are its weights."""
+    size = parameter.detach().double().square().mean().sqrt().item()
+    return min(RATE, SHARE * size) if size > 0 else RATE
 
 
 def _variances(goals: Iterable[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
@@ -179,16 +191,16 @@ def _endless(batches: Iterable[Tensor], generator: torch.Generator) -> Iterator[
     """Give batches of :data:`BATCH` images in random order: of all, or of some at a time if they are streamed
     or of several sizes."""
     listed = isinstance(batches, (list, tuple)) and len({images.shape[1:] for images in batches}) == 1
+    held = [image for images in batches for image in images] if listed else []
+    pools: Iterable[Sequence[Tensor] | Tensor] = [held] if listed else batches
     while True:
-        whole = [torch.cat(list(batches))] if listed else batches
-        for number, images in enumerate(whole):
-            if number and len(images) == 1:  # one output alone has no variance
+        for number, pool in enumerate(pools):
+            if number and len(pool) == 1:  # one output alone has no variance
                 continue
-            order = torch.randperm(len(images), generator=generator).to(images.device)
-            size = min(BATCH, len(images))
+            order, size = torch.randperm(len(pool), generator=generator), min(BATCH, len(pool))
             for chosen in order.split(size):
                 if len(chosen) == size:
-                    yield images[chosen]
+                    yield torch.stack([pool[place] for place in chosen.tolist()])
 
 
 def _moved(images: Tensor, generator: torch.Generator) -> Tensor:

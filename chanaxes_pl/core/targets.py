@@ -225,8 +225,8 @@ def _check_classes(outputs: Any, labels: Any) -> None:
     if low < 0 or high >= outputs.shape[1]:
         left = ", or a negative number or 255 where a position is not labelled" if outputs.ndim > 2 else ""
         raise InputError(
-            f"label {low if low < 0 else high} in the probe, but the logits have {outputs.shape[1]} "
-            f"classes: expected labels from 0 to {outputs.shape[1] - 1}{left}"
+            f"label {low if low < 0 else high}, but the logits have {outputs.shape[1]} classes: expected "
+            f"labels from 0 to {outputs.shape[1] - 1}{left}"
         )
 
 
@@ -289,9 +289,9 @@ def _fit_classes(outputs: Tensor, labels: Tensor) -> bool:
     return outputs.ndim >= 2 and outputs.shape[1] >= 2 and labels.shape == outputs.shape[:1] + outputs.shape[2:]
 
 
-def are_classes(outputs: Any, labels: Tensor) -> bool:
+def are_classes(outputs: Any, labels: Any) -> bool:
     """Whether labels are indices of the outputs' classes."""
-    whole = not labels.is_floating_point() and labels.dtype != torch.bool
+    whole = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.dtype != torch.bool
     return whole and isinstance(outputs, Tensor) and outputs.ndim == 2 and _fit_classes(outputs, labels)
 
 

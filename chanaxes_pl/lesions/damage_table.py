@@ -260,4 +260,5 @@ def _table(rows: list[Row], damage: _Damage, keys: list[Key], operations: Sequen
 def join_shares(shares: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """Join the tables of all processes, given in the order of their ranks, into one; they may come from disk."""
     placed = [share.set_axis(rank + len(shares) * np.arange(len(share))) for rank, share in enumerate(shares)]
-    return pd.concat(placed).sort_index()
+    # the columns of a process that had none to make have no types
+    return pd.concat([share for share in placed if len(share)] or placed).sort_index()

@@ -12,12 +12,13 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from chanaxes_pl.core.targets import check_classes
+from chanaxes_pl.core.errors import InputError
+from chanaxes_pl.core.targets import check_classes, describe
 from chanaxes_pl.models.backbones import Backbone, build_backbone
-from chanaxes_pl.network.batches import default_step
+from chanaxes_pl.network.batches import logits_of, split_batch
 from chanaxes_pl.network.layers import crashes_channels_last
 
 
@@ -70,6 +71,7 @@ class ImageClassifier(L.LightningModule):
         self.train_top1 = MulticlassAccuracy(num_classes, average="micro")
         self.val_accuracy = _accuracies(num_classes, "val/")
         self.test_accuracy = _accuracies(num_classes, "test/")
+        self._further: dict[int, MetricCollection] = {}
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[batch, num_classes]`` of images ``[batch, 3, height, width]``."""
@@ -77,8 +79,7 @@ class ImageClassifier(L.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """The loss of one batch ``(images, labels)``."""
-        logits, labels = default_step(self, batch)
-        labels = labels.long()
+        logits, labels = self._run(batch)
         loss = F.cross_entropy(logits, labels, label_smoothing=self._setting("label_smoothing"))
         self.train_top1.update(logits, labels)
         self._log_epoch({"train/loss": loss, "train/top1": self.train_top1}, len(labels))
@@ -90,7 +91,13 @@ class ImageClassifier(L.LightningModule):
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log the loss and the accuracies of one batch ``(images, labels)``."""
-        self._evaluate(batch, "test/loss", self.test_accuracy)
+        accuracy = self.test_accuracy
+        if dataloader_idx:  # of several loaders each has its own
+            if dataloader_idx not in self._further:
+                self._further[dataloader_idx] = accuracy.clone()
+                self._further[dataloader_idx].reset()
+            accuracy = self._further[dataloader_idx]
+        self._evaluate(batch, "test/loss", accuracy)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimiser, and a learning rate schedule that advances at every step of it."""
@@ -125,15 +132,32 @@ class ImageClassifier(L.LightningModule):
         return LambdaLR(optimizer, partial(cosine_factor, total=total, warmup=warmup))
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], loss_name: str, accuracy: MetricCollection) -> None:
-        logits, labels = default_step(self, batch)
+        logits, labels = self._run(batch)
         check_classes(logits, labels)
-        labels = labels.long()
         accuracy.update(logits, labels)
         self._log_epoch({loss_name: F.cross_entropy(logits, labels), **dict(accuracy.items())}, len(labels))
 
+    def _run(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """The logits ``[batch, num_classes]`` and the labels of a batch.
+
+        Raises:
+            ValueError: if the batch is not understood, or its labels are no class indices.
+        """
+        images, labels = split_batch(batch)
+        if not isinstance(labels, Tensor) or labels.is_floating_point():
+            told = f"{describe(labels)} of {labels.dtype}" if isinstance(labels, Tensor) else describe(labels)
+            raise InputError(
+                f"the labels of a batch are {told}: expected the index of each image's class, integers [B]"
+            )
+        return logits_of(self(images)), labels.long()
+
     def _log_epoch(self, values: dict[str, Any], batch_size: int) -> None:
         # sync_dist averages the losses over processes; the metrics sync themselves
-        self.log_dict(values, prog_bar=True, on_step=False, on_epoch=True, sync_dist=True, batch_size=batch_size)
+        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True, "prog_bar": True}
+        for name, value in values.items():
+            # named, because Lightning does not find a metric that was made after it first looked for them
+            attribute = name if isinstance(value, Metric) else None
+            self.log(name, value, metric_attribute=attribute, batch_size=batch_size, **options)
 
 
 class Classifier(ImageClassifier):

@@ -7,7 +7,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from itertools import chain, count, islice
+from itertools import count, islice
 from numbers import Integral
 from typing import Any
 from zlib import crc32
@@ -62,17 +62,20 @@ class Probe:
         source: a map-style Dataset whose items are ``(image, label)``; a DataLoader; a list or another iterable of
             batches; a function that returns one, such as a generator function.
         size: N, images at most.
+        mixed: whether the images are put in a fixed random order, so that neighbours in a data set come in different
+            batches; those of an iterable or of the user's own batches stay together.
 
     Raises:
         TypeError: if ``source`` is none of these, or can be iterated only once.
         ValueError: if it holds fewer than 3 images.
     """
 
-    def __init__(self, source: ProbeSource, size: int = 5000) -> None:
+    def __init__(self, source: ProbeSource, size: int = 5000, mixed: bool = False) -> None:
         if isinstance(source, CombinedLoader):
             source = first_loader(source)
         self._source = source
         self._size = size
+        self._mixed = mixed
         self._groups: list[list[Any]] | None = None
         self._dealt_singly = False
         if isinstance(source, (DataLoader, Dataset)):
@@ -98,10 +101,10 @@ class Probe:
         batches: Any = loader.batch_sampler
         self._dealt_singly = type(batches) is BatchSampler
         if self._dealt_singly:
-            members, random_order = _members(batches.sampler, loader.dataset)
-            if batches.drop_last and not random_order:  # else any of them may be among those dropped
-                members = members[: len(members) // batches.batch_size * batches.batch_size]
+            members, random_order = _dealt_items(loader)
             order = _fixed_order(members, self._size, not (shuffles or random_order))
+            if self._mixed:
+                order = [order[place] for place in np.random.default_rng(_SEED).permutation(len(order))]
             size = batches.batch_size
             self._groups = [order[start : start + size] for start in range(0, len(order), size)]
         else:  # its batches may belong together, for example images of one size
@@ -191,19 +194,27 @@ class Probe:
             raise InputError(f"a probe of {dealt} batches for {world} processes: expected one for each at least")
 
 
-def items_of(loader: DataLoader) -> list[Any]:
-    """The items of a map-style data set that a loader may read, each once: in its order, or sorted if it is random.
+def groups_of(loader: DataLoader) -> list[list[Any]]:
+    """The items of a map-style data set in the batches that a loader makes of them, each item once.
+
+    In its order, or sorted if it is random; those of all processes that share it.
 
     Raises:
-        ValueError: if it reads a stream.
+        ValueError: if it reads a stream, or its items are batches.
     """
-    if not _reads_items(loader):
-        raise InputError("the images come from a stream: expected a DataLoader of a map-style data set")
     batches: Any = loader.batch_sampler
-    if batches is None or type(batches) is BatchSampler:
-        return _members(loader.sampler, loader.dataset)[0]
+    if not _reads_items(loader) or batches is None:
+        raise InputError(
+            f"images are chosen, and shared by processes, by their index, which {short(loader)} does not go by: "
+            "expected torch's own DataLoader of a map-style data set of images, or one process and evaluation_size=None"
+        )
+    if type(batches) is BatchSampler:
+        items, _ = _dealt_items(loader)
+        return [items[start : start + batches.batch_size] for start in range(0, len(items), batches.batch_size)]
     groups, _ = _drawn(_on_members(batches, loader.dataset), loader.dataset, len(loader.dataset))  # type: ignore[arg-type]
-    return list(dict.fromkeys(chain.from_iterable(groups)))
+    seen: set[Any] = set()
+    groups = [[item for item in dict.fromkeys(group) if not (item in seen or seen.add(item))] for group in groups]
+    return [group for group in groups if group]
 
 
 def check_rereadable(batches: Iterable[Any], name: str) -> None:
@@ -253,9 +264,10 @@ def find_probe(given: ProbeSource | None, trainer: Trainer) -> ProbeSource:
         with suppress(MisconfigurationException):  # Lightning's error where there is no validation; ours says more
             trainer.fit_loop.epoch_loop.val_loop.setup_data()
         loaders = trainer.val_dataloaders
-    if loaders is None and datamodule is not None and is_overridden("val_dataloader", datamodule):  # in a mere test
-        datamodule.setup("validate")
-        loaders = datamodule.val_dataloader()
+    if loaders is None and trainer.testing and datamodule is not None and is_overridden("val_dataloader", datamodule):
+        with isolated_rng():  # nothing was trained
+            datamodule.setup("fit")  # in which alone many make their validation set
+            loaders = datamodule.val_dataloader()
     loader = first_loader(loaders)
     if loader is not None:
         return _shuffled(loader)
@@ -283,13 +295,11 @@ def _shuffled(loader: Any) -> Any:
     """A loader whose order is that of its data set, as one that shuffles; any other as it is."""
     if not isinstance(loader, DataLoader) or not _reads_items(loader) or type(loader.batch_sampler) is not BatchSampler:
         return loader
-    sampler = loader.sampler
+    sampler, size = loader.batch_sampler.sampler, loader.batch_sampler.batch_size
     distributed = type(sampler) is DistributedSampler and sampler.dataset is loader.dataset and not sampler.shuffle
     if not distributed and type(sampler) is not SequentialSampler:
         return loader
-    items, size = items_of(loader), loader.batch_size or 1
-    items = items[: len(items) // size * size] if loader.drop_last else items
-    return _again(loader, batch_size=size, sampler=SubsetRandomSampler(items))
+    return _again(loader, batch_size=size, sampler=SubsetRandomSampler(_dealt_items(loader)[0]))
 
 
 def first_loader(loaders: Any) -> Any:
@@ -377,6 +387,15 @@ def _members(sampler: Any, data: Any) -> tuple[list[Any], bool]:
     if type(sampler) is DistributedSampler and sampler.dataset is data:
         return list(range(len(data))), sampler.shuffle
     return _drawn(sampler, data, len(data) if hasattr(data, "__len__") else 2**31)
+
+
+def _dealt_items(loader: Any) -> tuple[list[Any], bool]:
+    """:func:`_members` of a loader with torch's own batch sampler, whose sampler the loader need not have."""
+    batches = loader.batch_sampler
+    members, random_order = _members(batches.sampler, loader.dataset)
+    if batches.drop_last and not random_order:  # else any of them may be among those dropped
+        members = members[: len(members) // batches.batch_size * batches.batch_size]
+    return members, random_order
 
 
 def _on_members(batches: Any, data: Any) -> Any:
@@ -480,6 +499,7 @@ class ImageBatches:
         count: images at most.
         place: device of the model.
         images_of: function from a batch to its images; default the first result of :func:`split_batch`.
+        mixed: as for :class:`Probe`.
 
     Raises:
         ValueError: while they are read, if a batch's images are not found or no tensor, an image is not finite, or
@@ -487,9 +507,14 @@ class ImageBatches:
     """
 
     def __init__(
-        self, source: ProbeSource, count: int, place: Placement, images_of: Callable[[Any], Any] | None = None
+        self,
+        source: ProbeSource,
+        count: int,
+        place: Placement,
+        images_of: Callable[[Any], Any] | None = None,
+        mixed: bool = False,
     ) -> None:
-        self._probe, self._count, self._place, self._images_of = Probe(source, count), count, place, images_of
+        self._probe, self._count, self._place, self._images_of = Probe(source, count, mixed), count, place, images_of
 
     def __iter__(self) -> Iterator[Tensor]:
         seen = 0

@@ -89,6 +89,11 @@ def canvas(
         figure = Figure(figsize=size, layout="constrained")
         yield figure, figure.subplots(rows, columns, squeeze=False, **options)
         figure.suptitle(title)
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            if axis.get_scale() != "linear":  # its labels are powers, not names
+                for tick in [*axis.get_major_ticks(), *axis.get_minor_ticks()]:
+                    tick.label1.set_parse_math(True)
 
 
 def horizontal(axes: Axes, y: float = 0.0) -> None:

@@ -65,7 +65,7 @@ class History:
         with naming(type(self).__name__):
             check_tracker_name(name)
             try:
-                json.dumps(about)
+                json.dumps(dict(about or {}))
             except (TypeError, ValueError) as error:
                 raise ArgumentTypeError(f"about={short(about)}", f"expected what JSON can hold ({error})") from None
         self.run = ""
@@ -207,7 +207,7 @@ class History:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`; tables of later steps are set aside."""
+        """Go on from :meth:`state_dict`; tables of later steps are set aside, or if it has none yet, stay aside."""
         self._resumed = True
         before = self.last_step
         if self.folder is not None and state["folder"] != str(self.folder.absolute()):

@@ -26,7 +26,12 @@ def fingerprint(settings: Settings, probe: Probe) -> dict[str, str | int | float
     found = {name: _plain(getattr(settings, name)) for name in _COMPARED}
     with isolated_rng():
         digest = sha256()
-        for parts in zip(*(_tensors(batch) for batch in probe.sample()), strict=False):  # of every batch the same
+        sample = [list(_tensors(batch)) for batch in probe.sample()]
+        if len({len(parts) for parts in sample}) == 1:  # the same tensors in every batch
+            alike = [list(parts) for parts in zip(*sample, strict=True)]
+        else:
+            alike = [[part] for parts in sample for part in parts]
+        for parts in alike:
             shapes = dict.fromkeys(f"{part.dtype}{tuple(part.shape[1:])}" for part in parts)
             digest.update("".join(shapes).encode())
             if not parts[0].is_floating_point() and (parts[0].ndim < 3 or parts[0].dtype != torch.uint8):

@@ -118,12 +118,18 @@ class OwnData(L.LightningDataModule):
         return DataLoader(images(16, 1), 8)
 
 
+class Named:
+    class Classifier(Own):
+        """Has the name of the package's own class, and nothing else of it."""
+
+
+@pytest.mark.parametrize("name", ["Own", "Named.Classifier"])
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
-def test_a_module_of_ones_own_that_was_trained_without_the_command_is_lesioned(chanaxes, tmp_path, capsys):
+def test_a_module_of_ones_own_that_was_trained_without_the_command_is_lesioned(chanaxes, tmp_path, capsys, name):
     fitter: L.Trainer = trainer(tmp_path)
     fitter.strategy.connect(Own(width=12))
     fitter.save_checkpoint(tmp_path / "own.ckpt")
-    own = [f"--model={__name__}.Own", "--model.width=12", f"--data={__name__}.OwnData"]
+    own = [f"--model={__name__}.{name}", "--model.width=12", f"--data={__name__}.OwnData"]
     chanaxes("lesion", *own, *TINY, "--channels=3", "--operations=[zero]", "--ckpt_path=own.ckpt", "--out=there")
     assert pd.read_parquet("there/lesions.parquet")["layer"].unique().tolist() == ["net.0", "net.4"]
     assert "lesioned channels" in capsys.readouterr().out

@@ -50,6 +50,24 @@ def test_a_single_checkpoint_is_told_once_and_by_its_right_name(tmp_path, capsys
     assert line.split()[:4] == ["at", "first", "1", "4"]
 
 
+def test_of_two_checkpoints_the_last_is_told_too(tmp_path, capsys):
+    report(str(write_run(tmp_path / "run", steps=(0, 4))), text=True, resamples=20)
+    told = [line.split()[-8:] for line in capsys.readouterr().out.splitlines() if line.startswith("at ")]
+    assert len(told) == 3
+    assert [row[1] for row in told[::2]] == ["0", "4"]
+
+
+def test_each_run_is_told_by_its_own_epochs(tmp_path, capsys):
+    runs = [write_run(tmp_path / name, seed) for seed, name in enumerate("ab")]
+    for path in sorted((runs[1]).glob("axis/*.parquet")):
+        table = pd.read_parquet(path)
+        write_parquet(table.assign(epoch=2 * table["epoch"]), path)
+    report(*map(str, runs), text=True, all_checkpoints=True, resamples=20)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    epochs = [row[0] for row in rows if len(row) > 5 and row[1].isdigit()]
+    assert epochs == [f"{step / 4 * factor:.3g}" for factor in (1, 2) for step in STEPS]
+
+
 def test_every_checkpoint(tmp_path, capsys):
     report(str(write_run(tmp_path / "run")), text=True, all_checkpoints=True, resamples=20)
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]

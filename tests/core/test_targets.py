@@ -238,7 +238,7 @@ def test_classes_as_real_numbers_are_told():
 @pytest.mark.parametrize(
     ("name", "outputs", "labels", "said"),
     [
-        ("logit_margin", drawn(B, K), CLASSES + 1, r"label 4 in the probe, but the logits have 4 classes.*0 to 3$"),
+        ("logit_margin", drawn(B, K), CLASSES + 1, r"label 4, but the logits have 4 classes.*0 to 3$"),
         ("logit_margin", drawn(B, K), CLASSES - 1, r"label -1 in the probe.*from 0 to 3$"),
         ("logit_margin", drawn(B, K, 2, 3), MAP + 1, r"label 4 in the probe.*or a negative number or 255 where"),
         ("logit_margin", drawn(B, K), CLASSES.float(), r"labels of type torch\.float32: expected whole numbers"),

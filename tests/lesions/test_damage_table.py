@@ -249,6 +249,8 @@ def test_shares_make_the_whole_table(tmp_path):
     joined = join_shares(shares)
     pd.testing.assert_frame_equal(joined, whole, rtol=1e-12)
     assert joined.attrs == whole.attrs
+    untyped = whole[:0].assign(channel=pd.Series([], dtype=float))  # of a process that had none to make
+    pd.testing.assert_frame_equal(join_shares([whole[:1], untyped]), whole[:1])
     assert len(whole) == 6
     assert table(channels=3, seed=1)["channel"].tolist() != whole["channel"].tolist()
 

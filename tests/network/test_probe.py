@@ -452,7 +452,11 @@ def distributed(data):
     return DataLoader(data, 5, sampler=DistributedSampler(data, 2, 1, shuffle=False))
 
 
-@pytest.mark.parametrize("make", [lambda data: DataLoader(data, 5), distributed])
+def by_batches(data):
+    return DataLoader(data, batch_sampler=BatchSampler(SequentialSampler(data), 5, False))
+
+
+@pytest.mark.parametrize("make", [lambda data: DataLoader(data, 5), distributed, by_batches])
 def test_validation_images_in_order_of_class_give_a_probe_of_all_classes(make):
     """The first images of a folder of classes would be of few."""
     data = Numbers(200)
@@ -463,6 +467,34 @@ def test_validation_images_in_order_of_class_give_a_probe_of_all_classes(make):
     assert probed(find_probe(None, stand_in(val_dataloaders=make(data))), 500) == list(range(200))
     chosen = DataLoader(data, 5, sampler=Ordered(list(range(30))))  # another order is the user's
     assert probed(find_probe(None, stand_in(val_dataloaders=chosen)), 20) == list(range(20))
+
+
+def test_of_a_fold_that_a_batch_sampler_makes_the_probe_holds_no_other_images():
+    fold = BatchSampler(SubsetRandomSampler(range(12, 20)), 4, False)
+    assert probed(find_probe(None, stand_in(val_dataloaders=DataLoader(Numbers(), batch_sampler=fold))), 500) == list(
+        range(12, 20)
+    )
+
+
+def test_a_training_without_validation_leaves_the_datamodule_alone():
+    class Given(L.LightningDataModule):
+        def setup(self, stage: str) -> None:
+            raise AssertionError(stage)
+
+        def val_dataloader(self) -> DataLoader:
+            raise AssertionError
+
+    loops = SimpleNamespace(epoch_loop=SimpleNamespace(val_loop=SimpleNamespace(setup_data=lambda: None)))
+    fitting = stand_in(testing=False, datamodule=Given(), train_dataloader=DataLoader(Numbers(), 5), fit_loop=loops)
+    with pytest.warns(UserWarning, match="measured on training images"):
+        find_probe(None, fitting)
+
+
+def test_a_mixed_probe_holds_the_same_images_in_a_fixed_random_order():
+    in_order = probed(DataLoader(Numbers(200), 5), 100)
+    mixed = [read(Probe(DataLoader(Numbers(200), 5), 100, mixed=True))[1] for _ in range(2)]
+    assert mixed[0] == mixed[1] != in_order
+    assert sorted(mixed[0]) == in_order
 
 
 @pytest.mark.parametrize(

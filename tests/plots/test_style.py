@@ -91,6 +91,17 @@ def test_groupings_have_a_panel_for_each_checkpoint_with_all_layers():
     assert [label.get_text() for label in end.get_xticklabels()] == ["0", "1"]
 
 
+def test_powers_on_a_logarithmic_axis_are_set_as_powers():
+    with canvas(1, 2, (2, 2)) as (_, panels):
+        panels[0, 0].loglog([1, 100], [1, 100])
+        panels[0, 1].plot([0, 1])
+        panels[0, 1].set_xticks([0, 1], ["$a_{$", "b"])
+    labels = [label for label in panels[0, 0].get_xticklabels() if "mathdefault" in label.get_text()]
+    assert labels
+    assert all(label.get_parse_math() for label in labels)
+    assert not any(label.get_parse_math() for label in panels[0, 1].get_xticklabels())
+
+
 def test_names_may_hold_dollars(tmp_path):
     with canvas(1, 1, (2, 2), "runs/$a_{$ x") as (figure, panels):
         panels[0, 0].plot([0, 1], label="$b_{$")

@@ -4,6 +4,7 @@ import json
 import os
 import warnings
 from dataclasses import replace
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -194,6 +195,12 @@ def test_a_folder_that_cannot_be_made_is_named_with_the_cure(tmp_path):
     with pytest.raises(OSError, match=r"History cannot write its tables to .*file/axis.*: give it another folder"):
         history.add(0, 0, AXES)
     assert history.checkpoints == []
+
+
+def test_about_may_be_any_mapping(tmp_path):
+    history = History(tmp_path, about=MappingProxyType({"seed": 3}))
+    plain(history)
+    assert json.loads((history.folder / "about.json").read_text())["seed"] == 3
 
 
 def test_what_about_cannot_be_json_is_refused_at_once(tmp_path):

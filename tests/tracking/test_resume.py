@@ -89,6 +89,19 @@ def test_a_trainer_that_goes_on_with_another_probe_is_refused_too(tmp_path):
         fitter.fit(model, loaders()["train_dataloaders"], torch.utils.data.DataLoader(images(16), batch_size=8))
 
 
+def test_labels_tell_probes_apart_where_batches_hold_unequal_lists_of_images():
+    def listed(items):
+        return [image for image, _ in items], torch.tensor([label for _, label in items])
+
+    found = set()
+    for shift in range(3):
+        labels = (torch.arange(100) + shift) % 4
+        data = torch.utils.data.TensorDataset(torch.zeros(100, 3, 4, 4), labels)
+        loader = torch.utils.data.DataLoader(data, 24, collate_fn=listed)
+        found.add(fingerprint(Settings(), Probe(loader))["labels of the probe"])
+    assert len(found) == 3
+
+
 def test_a_fingerprint_is_plain_and_draws_no_random_number():
     class Draws(torch.utils.data.Dataset):
         def __len__(self):

@@ -123,7 +123,7 @@ def test_a_batch_of_another_kind_needs_a_step(tmp_path):
 def test_labels_that_are_no_class_are_named(tmp_path, label):
     pictures, labels = images()[:]
     labels[5] = label
-    message = f"label {label} in the probe, but the logits have 4 classes: expected labels from 0 to 3"
+    message = f"label {label}, but the logits have 4 classes: expected labels from 0 to 3"
     with pytest.raises(ValueError, match=message):
         train(tmp_path, AxisTracker(probe=TensorDataset(pictures, labels)))
 
