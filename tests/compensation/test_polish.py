@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset
 from chanaxes_pl import prune
 from chanaxes_pl.compensation import polish as home
 from chanaxes_pl.compensation.polish import distillation_loss, polish
+from chanaxes_pl.pruning.pruner import Pruner
 from chanaxes_pl.units.groups import find_units
 from chanaxes_pl.units.removal import Group, remove
 from tests.helpers.networks import ONE, build, halves
@@ -177,6 +178,37 @@ def test_a_network_of_half_precision_learns_and_stays_one(dtype):
         assert value.dtype == before[name].dtype
         assert value.isfinite().all()
     assert not torch.equal(slim.state_dict()["head.weight"], before["head.weight"])
+
+
+def test_no_number_moves_by_more_than_a_share_of_its_layers_size_a_step():
+    model, slim, groups, kept = pruned("resnet18")
+    with torch.no_grad():
+        for network in (model, slim):
+            network.fc.weight.mul_(1e-3)  # a wide layer's are small too
+            network.fc.bias.zero_()
+    before, steps = copy.deepcopy(dict(slim.named_parameters())), 4
+    polish(slim, model, groups, kept, BATCHES, steps=steps)
+    for name, parameter in slim.named_parameters():
+        size = float(before[name].detach().square().mean().sqrt())
+        bound = min(home.RATE, home.SHARE * size) if size else home.RATE
+        moved = float((parameter - before[name]).detach().abs().max())
+        assert 0.02 * bound < moved < 1.5 * steps * bound
+
+
+@pytest.mark.parametrize(
+    ("size", "expected", "same"), [(96, 96, False), (97, 96, True), (40, 96, False), (5, 50, False)]
+)
+def test_polish_sees_ten_times_as_many_images_where_there_are_as_many(size, expected, same, monkeypatch):
+    seen: list[Tensor] = []
+    monkeypatch.setattr("chanaxes_pl.pruning.pruner.polish", lambda *args, **_: seen.extend(args[4]))
+    data = TensorDataset(torch.cat(BATCHES), torch.arange(96) % 7)
+    pruner = Pruner(build("concatenating"), data, probe_size=size)
+    kept = halves(pruner.groups)
+    pruner.compensate(pruner.cut(kept), kept, "distill")
+    images = torch.cat(seen)
+    assert len(images) == expected
+    assert len({image.sum().item() for image in images}) == expected  # none twice
+    assert (pruner.more is pruner.batches) == same
 
 
 class Sequences(nn.Module):
