@@ -69,10 +69,15 @@ def nearest(name: str, names: Iterable[str]) -> str:
     Example:
         >>> nearest("layer1.conv", ["layer1.conv1", "fc"])
         "did you mean 'layer1.conv1'?"
+        >>> nearest("l3", ["stem", "a.conv1", "a.conv2", "fc"])
+        "there is 'stem', 'a.conv1', 'a.conv2' and 1 more"
     """
     names = list(names)
-    near = get_close_matches(name[:_LENGTH], names, n=2) or names[:3]
-    return f"did you mean {' or '.join(map(repr, near))}?" if near else "there is none"
+    near = get_close_matches(name[:_LENGTH], names, n=2) or (names if len(names) <= 2 else [])
+    if near or not names:
+        return f"did you mean {' or '.join(map(repr, near))}?" if near else "there is none"
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"there is {', '.join(map(repr, names[:3]))}{more}"
 
 
 def short(value: object) -> str:

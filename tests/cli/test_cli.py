@@ -205,7 +205,9 @@ def test_fabric_run_trains_one_model_on_two_processes(tmp_path):
     [
         ([], []),
         (["--text"], ["--text=true"]),
-        (["--text", "--against", "l2"], ["--text=true", "--against", "l2"]),
+        (["--text", "--against", "l2"], ["--against", "l2", "--text=true"]),
+        (["--text", "RUN"], ["RUN", "--text=true"]),
+        (["A", "--text", "B"], ["A", "B", "--text=true"]),
         (["--text", "false", "--all_checkpoints"], ["--text", "false", "--all_checkpoints=true"]),
         (["--out", "--text=true"], ["--out", "--text=true"]),
     ],

@@ -185,5 +185,5 @@ def test_one_glob_protects_like_a_list_of_one():
     one = prune(network(), PAIRS, budget=0.9, protect="body.0").model
     assert equal(one, prune(network(), PAIRS, budget=0.9, protect=["body.0"]).model)
     assert (one.body[0].out_channels, one.body[3].out_channels < 6) == (8, True)
-    with pytest.raises(ValueError, match=r"prune\(protect='nope\*'\): matches no layer; did you mean"):
+    with pytest.raises(ValueError, match=r"prune\(protect='nope\*'\): matches no layer; there is "):
         prune(network(), PAIRS, budget=0.9, protect="nope*")
