@@ -413,10 +413,11 @@ def prune(
         compensate: kind of compensation, which fits the remaining weights to the dense network's activations:
             ``"refit"`` (or ``True``), ``"fold"``, or ``False`` for none; ``"distill"`` is a refit, after which all
             layers together learn to give the dense network's outputs in 600 steps of 128 images, see :func:`polish`.
-            That takes about as long as 77,000 forward passes of the dense network and three times as many of the slim.
+            Those are drawn from up to ten times as many of the probe's images as ``probe_size``. It takes about as long
+            as 77,000 forward passes of the dense network and three times as many of the slim one.
         example_input: images ``[B, …]`` as the model takes them; default the first ones of the probe.
         protect: glob, or several, over the names of layers that keep all their channels.
-        probe_size: maximum number of probe images for scores and compensation.
+        probe_size: maximum number of probe images for scores and layer-wise compensation.
         memory: gigabytes (10⁹ bytes) that sensitivity, compensation and the score ``reconstruction`` take, whatever the
             number of images; less takes longer.
         reestimate: whether to re-estimate BatchNorm statistics at the end.
