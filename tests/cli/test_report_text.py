@@ -62,7 +62,7 @@ def test_each_run_is_told_by_its_own_epochs(tmp_path, capsys):
     for path in sorted((runs[1]).glob("axis/*.parquet")):
         table = pd.read_parquet(path)
         write_parquet(table.assign(epoch=2 * table["epoch"]), path)
-    report(*map(str, runs), text=True, all_checkpoints=True, resamples=20)
+    report([str(run) for run in runs], text=True, all_checkpoints=True, resamples=20)
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     epochs = [row[0] for row in rows if len(row) > 5 and row[1].isdigit()]
     assert epochs == [f"{step / 4 * factor:.3g}" for factor in (1, 2) for step in STEPS]
