@@ -7,7 +7,7 @@
 #   make study-status                   # what is done, and what is not
 #
 # Measured with JOBS=2 on two cores with bf16 units: 2 hours 20 minutes without the last two steps, which take another 50
-# for ResNet-18 and VGG-16 (those of MobileNetV2 were not run). Without bf16 units add
+# for ResNet-18 and VGG-16 (of MobileNetV2 they were run at half width alone). Without bf16 units add
 # STUDY_FIT="--trainer.precision 32-true" STUDY_TEST="--trainer.precision 32-true", and expect trainings to take two to
 # four times as long.
 # minutes a seed        fit  lesion  protocol  compensation  selection  polish

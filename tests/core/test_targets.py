@@ -239,13 +239,13 @@ def test_classes_as_real_numbers_are_told():
     ("name", "outputs", "labels", "said"),
     [
         ("logit_margin", drawn(B, K), CLASSES + 1, r"label 4, but the logits have 4 classes.*0 to 3$"),
-        ("logit_margin", drawn(B, K), CLASSES - 1, r"label -1 in the probe.*from 0 to 3$"),
-        ("logit_margin", drawn(B, K, 2, 3), MAP + 1, r"label 4 in the probe.*or a negative number or 255 where"),
+        ("logit_margin", drawn(B, K), CLASSES - 1, r"label -1, but.*from 0 to 3$"),
+        ("logit_margin", drawn(B, K, 2, 3), MAP + 1, r"label 4, but.*or a negative number or 255 where"),
         ("logit_margin", drawn(B, K), CLASSES.float(), r"labels of type torch\.float32: expected whole numbers"),
         ("logit_margin", drawn(B, 1), BITS, r"Expected \[B, K\] with K ≥ 2 classes and \[B\]"),
         ("logit_margin", drawn(B, K), None, r"labels: nothing.*pass step="),
         ("log_probability", drawn(B, K, 2, 3), MAP, r"Expected \[B, K\] with K ≥ 2 classes and \[B\]"),
-        ("log_probability", drawn(B, K), CLASSES + 1, "label 4 in the probe"),
+        ("log_probability", drawn(B, K), CLASSES + 1, "label 4, but"),
         ("signed_logit", drawn(B, 1), CLASSES, r"label [23] after labels of 0 and 1"),
         ("signed_logit", drawn(B, K), BITS, "Expected one label of 0 or 1 for each output"),
         ("signed_logit", [drawn(B, 1)], BITS, r"outputs: a list of 1.*Expected one label of 0 or 1"),
@@ -253,7 +253,7 @@ def test_classes_as_real_numbers_are_told():
         ("log_likelihood", drawn(B, K), BITS, "Expected one label of 0 or 1 for each output"),
         ("label", drawn(B, K), None, r"labels: nothing\. target='label' expects a tensor"),
         ("label", drawn(B, K), torch.tensor(1.0), r"target='label' expects a tensor \[B\] or \[B, D\]"),
-        ("label", drawn(B, K), CLASSES + 1, "label 4 in the probe"),
+        ("label", drawn(B, K), CLASSES + 1, "label 4, but"),
     ],
 )
 def test_what_does_not_fit_a_target_is_refused(name, outputs, labels, said):
