@@ -88,10 +88,13 @@ def _run() -> None:
 
 def _switched(arguments: list[str]) -> list[str]:
     """Write a lone ``--text`` or ``--all_checkpoints`` as ``…=true``, which the parser needs, and after all others."""
-    pairs = list(pairwise([*arguments, ""]))
-    lone = [argument in SWITCHES and after.lower() not in ("true", "false") for argument, after in pairs]
-    others = [argument for argument, alone in zip(arguments, lone, strict=True) if not alone]
-    return others + [f"{argument}=true" for argument, alone in zip(arguments, lone, strict=True) if alone]
+    others, lone = [], []
+    for argument, after in pairwise([*arguments, ""]):
+        if argument in SWITCHES and after.lower() not in ("true", "false"):
+            lone.append(f"{argument}=true")
+        else:
+            others.append(argument)
+    return others + lone
 
 
 def _listed(arguments: list[str]) -> list[str]:

@@ -71,10 +71,11 @@ def describe(runs: Runs, value: str = "accuracy", against: str = "l1", all_check
     for run in runs.each:
         rows = main_correlation(runs.correlations)
         rows = rows[rows["run"] == run.name]
-        own = run.table.drop_duplicates("step").set_index("step")["epoch"]  # in the middle of all runs' elsewhere
+        # its own epochs: the table of all runs holds their median
+        own = run.table.drop_duplicates("step").set_index("step")["epoch"]
         rows = rows.assign(epoch=rows["step"].map(own))
         if not all_checkpoints:
-            landmarks = dict(list(runs.landmarks.items())[: 1 if len(runs.steps) == 1 else None])  # it is told once
+            landmarks = runs.landmarks if len(runs.steps) > 1 else {"first": runs.steps[0]}  # told once
             when = [_LANDMARKS[name] if name != "first" or not step else "at first" for name, step in landmarks.items()]
             rows = rows.set_index("step").loc[list(landmarks.values())].reset_index().assign(when=when)
         parts.append((f"{run.name}: " if len(runs.each) > 1 else "") + describe_correlations(rows))
