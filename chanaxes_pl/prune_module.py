@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as L
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader
 from torchmetrics import Metric
 
 from chanaxes_pl.analysis.damage import join_axes, score_damage_correlation
@@ -34,14 +32,13 @@ from chanaxes_pl.network.batches import Placement, logits_of, split_batch
 from chanaxes_pl.network.cloning import clone
 from chanaxes_pl.network.hooks import isolated_rng
 from chanaxes_pl.network.layers import select_layers
+from chanaxes_pl.network.loaders import again, first_loader, groups_of, some_of
 from chanaxes_pl.network.probe import (
     MIN_IMAGES,
     ImageBatches,
     Probe,
     ProbeSource,
     find_probe,
-    first_loader,
-    groups_of,
 )
 from chanaxes_pl.network.recording import Settings
 from chanaxes_pl.plots import plot_lesions, plot_pruning
@@ -330,15 +327,9 @@ def _evaluation(trainer: L.Trainer, size: int | None) -> Iterable[Any]:
     # A share of all batches, not of this process's, so that the result does not depend on the number of processes.
     groups = groups_of(loader)
     groups = groups[: _count(limit, groups)]
-    items, batches = [item for group in groups for item in group], loader.batch_sampler
-    if size is not None and size < len(items):
-        items = [items[place] for place in np.sort(np.random.default_rng(0).permutation(len(items))[:size])]
-        # of a batch sampler of the user's own only images of one size may go together
-        at_once = batches.batch_size if type(batches) is BatchSampler else 1
-        groups = [items[start : start + at_once] for start in range(0, len(items), at_once)]
-    return DataLoader(
-        loader.dataset, batch_sampler=groups, collate_fn=loader.collate_fn, num_workers=loader.num_workers
-    )
+    if size is not None:
+        groups = some_of(loader, groups, size)
+    return again(loader, batch_sampler=groups)
 
 
 def _count(limit: int | float, batches: Any) -> int:

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from chanaxes_pl.compensation.pairing import Seen, paired
 from chanaxes_pl.compensation.ridge import Ridge, Solution, ridge_bytes, samples_within
 from chanaxes_pl.core.errors import ArgumentError
 from chanaxes_pl.core.memory import GIGABYTE, MEMORY, check_memory
 from chanaxes_pl.core.moments import Moments, accumulation_device, true_float32
 from chanaxes_pl.network.hooks import calls, observed, same_outputs
 from chanaxes_pl.network.layers import CONVOLUTIONS, by_position, why_not_affine
-from chanaxes_pl.network.pairing import Seen, paired
 from chanaxes_pl.network.sampling import local_samples, patches, sample_positions
 from chanaxes_pl.units.flow import LAYERS, TRANSPOSED, goes_by_groups
 from chanaxes_pl.units.groups import executed_layers

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from itertools import count, islice
+from contextlib import suppress
+from itertools import islice
 from numbers import Integral
 from typing import Any
-from zlib import crc32
 
 import numpy as np
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import CombinedLoader
@@ -21,30 +17,37 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import (
-    BatchSampler,
     DataLoader,
     Dataset,
     DistributedSampler,
     IterableDataset,
-    RandomSampler,
-    Sampler,
     SequentialSampler,
     SubsetRandomSampler,
-    WeightedRandomSampler,
 )
 
 from chanaxes_pl.core.errors import ArgumentError, ArgumentTypeError, InputError, short
 from chanaxes_pl.core.targets import describe
 from chanaxes_pl.network.batches import Placement, split_batch
 from chanaxes_pl.network.hooks import isolated_rng
+from chanaxes_pl.network.loaders import (
+    FixedDraws,
+    again,
+    deals_singly,
+    first_loader,
+    in_batches,
+    items_of,
+    members_of,
+    own_groups,
+    reads_items,
+    same_draws,
+    shuffled,
+)
 
 #: A data set, or anything that gives batches each time it is iterated (or called).
 ProbeSource = Dataset | DataLoader | Iterable[Any] | Callable[[], Iterable[Any]]
 
 MIN_IMAGES = 3
 _BATCH = 128
-_SEED = 0
-_END = object()
 # Iterable, but their items are no batches.
 _NO_BATCHES = (str, bytes, Mapping, Tensor)
 
@@ -82,7 +85,7 @@ class Probe:
             shuffles = not isinstance(source, DataLoader)
             loader = DataLoader(source, _BATCH) if shuffles else source
             self._source = loader
-            if loader.batch_sampler is not None and _reads_items(loader):
+            if loader.batch_sampler is not None and reads_items(loader):
                 self._plan(loader, shuffles)
         elif isinstance(source, _NO_BATCHES) or not (isinstance(source, Iterable) or callable(source)):
             raise ArgumentTypeError(
@@ -98,20 +101,19 @@ class Probe:
 
     def _plan(self, loader: DataLoader, shuffles: bool) -> None:
         """Fix which items of the data set make up the probe, and in which batches."""
-        batches: Any = loader.batch_sampler
-        self._dealt_singly = type(batches) is BatchSampler
+        self._dealt_singly = deals_singly(loader)
         if self._dealt_singly:
-            members, random_order = _dealt_items(loader)
-            order = _fixed_order(members, self._size, not (shuffles or random_order))
+            items, random_order = items_of(loader)
+            if len(items) > self._size and (shuffles or random_order):
+                items = [items[place] for place in np.sort(shuffled(len(items))[: self._size])]
+            items = items[: self._size]
             if self._mixed:
-                order = [order[place] for place in np.random.default_rng(_SEED).permutation(len(order))]
-            size = batches.batch_size
-            self._groups = [order[start : start + size] for start in range(0, len(order), size)]
+                items = [items[place] for place in shuffled(len(items))]
+            self._groups = in_batches(items, loader.batch_sampler.batch_size)  # type: ignore[union-attr]
         else:  # its batches may belong together, for example images of one size
-            groups, _ = _drawn(_on_members(batches, loader.dataset), loader.dataset, self._size)
+            groups = own_groups(loader, self._size)
             ends = np.cumsum([len(group) for group in groups])
-            whole = int(np.searchsorted(ends, self._size)) + 1
-            self._groups = [list(group) for group in groups[:whole]]
+            self._groups = groups[: int(np.searchsorted(ends, self._size)) + 1]
         self._images = sum(map(len, self._groups))
         if self._images < MIN_IMAGES:
             raise InputError(too_small(self._images))
@@ -132,11 +134,10 @@ class Probe:
             return [batch for _, batch in islice(self._streamed(0, 1), 1)]
         chosen = self._groups[:1]
         if self._dealt_singly:
-            items, at_once = self._items[:: -(-self._images // size)], len(self._groups[0])
-            chosen = [items[start : start + at_once] for start in range(0, len(items), at_once)]
+            chosen = in_batches(self._items[:: -(-self._images // size)], len(self._groups[0]))
         source: Any = self._source
         here = {"num_workers": 0, "prefetch_factor": None, "multiprocessing_context": None, "timeout": 0}
-        return list(_same_draws(_again(source, batch_sampler=chosen, **here)))
+        return list(same_draws(again(source, batch_sampler=chosen, **here)))
 
     def batches(self, rank: int = 0, world: int = 1) -> Iterator[tuple[np.ndarray, Any]]:
         """This process's share, as ``(indices [B] of the images in the probe, batch)``.
@@ -164,26 +165,25 @@ class Probe:
         assert self._groups is not None
         starts = np.cumsum([0, *map(len, self._groups)])
         if self._dealt_singly:
-            indices = np.arange(rank, self._images, world)
-            order, size = self._items, len(self._groups[0])
-            share = [indices[start : start + size] for start in range(0, len(indices), size)]
-            groups = [[order[index] for index in part] for part in share]
+            items = self._items
+            share = in_batches(np.arange(rank, self._images, world), len(self._groups[0]))
+            groups = [[items[index] for index in part] for part in share]
         else:
             groups = self._groups[rank::world]
             share = [np.arange(a, a + len(g)) for a, g in zip(starts[rank::world], groups, strict=False)]
         source: Any = self._source
-        yield from zip(share, _same_draws(_again(source, batch_sampler=groups)), strict=True)
+        yield from zip(share, same_draws(again(source, batch_sampler=groups)), strict=True)
 
     def _streamed(self, rank: int, world: int) -> Iterator[tuple[np.ndarray, Any]]:
         source: Any = self._source
-        if isinstance(source, DataLoader) and _reads_items(source):  # each of which is a batch
-            source = _again(source, batch_size=None, sampler=_members(source.sampler, source.dataset)[0])
+        if isinstance(source, DataLoader) and reads_items(source):  # each of which is a batch
+            source = again(source, batch_size=None, sampler=members_of(source.sampler, source.dataset)[0])
         elif isinstance(source, DataLoader) and type(source).__iter__ is DataLoader.__iter__:
-            source = _again(source, batch_size=source.batch_size, drop_last=source.drop_last)
+            source = again(source, batch_size=source.batch_size, drop_last=source.drop_last)
         elif callable(source) and not isinstance(source, Iterable):
             source = source()
         seen = dealt = 0
-        for batch in _same_draws(source):
+        for batch in same_draws(source):
             if seen >= self._size:
                 break
             images = _count(batch)
@@ -194,29 +194,6 @@ class Probe:
             raise InputError(f"a probe of {dealt} batches for {world} processes: expected one for each at least")
 
 
-def groups_of(loader: DataLoader) -> list[list[Any]]:
-    """The items of a map-style data set in the batches that a loader makes of them, each item once.
-
-    In its order, or sorted if it is random; those of all processes that share it.
-
-    Raises:
-        ValueError: if it reads a stream, or its items are batches.
-    """
-    batches: Any = loader.batch_sampler
-    if not _reads_items(loader) or batches is None:
-        raise InputError(
-            f"images are chosen, and shared by processes, by their index, which {short(loader)} does not go by: "
-            "expected torch's own DataLoader of a map-style data set of images, or one process and evaluation_size=None"
-        )
-    if type(batches) is BatchSampler:
-        items, _ = _dealt_items(loader)
-        return [items[start : start + batches.batch_size] for start in range(0, len(items), batches.batch_size)]
-    groups, _ = _drawn(_on_members(batches, loader.dataset), loader.dataset, len(loader.dataset))  # type: ignore[arg-type]
-    seen: set[Any] = set()
-    groups = [[item for item in dict.fromkeys(group) if not (item in seen or seen.add(item))] for group in groups]
-    return [group for group in groups if group]
-
-
 def check_rereadable(batches: Iterable[Any], name: str) -> None:
     """Raise TypeError for batches that can be read only once."""
     if isinstance(batches, Iterator):
@@ -224,24 +201,6 @@ def check_rereadable(batches: Iterable[Any], name: str) -> None:
             f"{name}={short(batches)}",
             "expected batches that can be read again, and an iterator gives them once: pass a list or a DataLoader",
         )
-
-
-class FixedDraws(Dataset):
-    """A data set whose random transforms draw the same numbers for an item each time it is read.
-
-    Args:
-        data: a map-style data set; its transforms draw from the global generators of torch, NumPy and ``random``.
-    """
-
-    def __init__(self, data: Dataset) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)  # type: ignore[arg-type]
-
-    def __getitem__(self, index: Any) -> Any:
-        with _seeded(index if isinstance(index, int) else crc32(repr(index).encode())):
-            return self.data[index]
 
 
 def find_probe(given: ProbeSource | None, trainer: Trainer) -> ProbeSource:
@@ -270,7 +229,7 @@ def find_probe(given: ProbeSource | None, trainer: Trainer) -> ProbeSource:
             loaders = datamodule.val_dataloader()
     loader = first_loader(loaders)
     if loader is not None:
-        return _shuffled(loader)
+        return _in_random_order(loader)
     loader = first_loader(trainer.train_dataloader)
     if loader is None:
         raise InputError(
@@ -287,30 +246,20 @@ def find_probe(given: ProbeSource | None, trainer: Trainer) -> ProbeSource:
         return loader
     data = FixedDraws(loader.dataset)
     if loader.batch_sampler is None:
-        return _again(loader, dataset=data, batch_size=None, sampler=loader.sampler)
-    return _again(loader, dataset=data, batch_sampler=loader.batch_sampler)
+        return again(loader, dataset=data, batch_size=None, sampler=loader.sampler)
+    return again(loader, dataset=data, batch_sampler=loader.batch_sampler)
 
 
-def _shuffled(loader: Any) -> Any:
+def _in_random_order(loader: Any) -> Any:
     """A loader whose order is that of its data set, as one that shuffles; any other as it is."""
-    if not isinstance(loader, DataLoader) or not _reads_items(loader) or type(loader.batch_sampler) is not BatchSampler:
+    if not isinstance(loader, DataLoader) or not reads_items(loader) or not deals_singly(loader):
         return loader
-    sampler, size = loader.batch_sampler.sampler, loader.batch_sampler.batch_size
+    batches: Any = loader.batch_sampler
+    sampler, size = batches.sampler, batches.batch_size
     distributed = type(sampler) is DistributedSampler and sampler.dataset is loader.dataset and not sampler.shuffle
     if not distributed and type(sampler) is not SequentialSampler:
         return loader
-    return _again(loader, batch_size=size, sampler=SubsetRandomSampler(_dealt_items(loader)[0]))
-
-
-def first_loader(loaders: Any) -> Any:
-    """Return the first loader in lists and mappings of loaders, or ``None``."""
-    if isinstance(loaders, CombinedLoader):
-        loaders = loaders.flattened
-    if isinstance(loaders, Mapping):
-        loaders = list(loaders.values())
-    if isinstance(loaders, (list, tuple)):
-        return first_loader(loaders[0]) if loaders else None
-    return loaders
+    return again(loader, batch_size=size, sampler=SubsetRandomSampler(items_of(loader)[0]))
 
 
 def check_sizes(probe_size: int, evaluation_size: int | None = None) -> None:
@@ -331,146 +280,6 @@ def too_small(images: int) -> str:
         f"the probe holds {images} image{'' if images == 1 else 's'}, expected at least {MIN_IMAGES} "
         "(and some hundred for figures that mean something); pass a larger probe="
     )
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Draw the same random numbers every time, and leave the global generators as they were."""
-    with isolated_rng():
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002  # transforms draw from the global generator
-        random.seed(seed)
-        yield
-
-
-def _same_draws(batches: Iterable[Any]) -> Iterator[Any]:
-    """Batches whose making draws the same random numbers every time."""
-    with _seeded(_SEED):
-        stream = iter(batches)
-    for number in count(_SEED):
-        with _seeded(number):
-            batch = next(stream, _END)
-        if batch is _END:
-            return
-        yield batch
-
-
-def _reads_items(loader: DataLoader) -> bool:
-    """Whether a loader reads items of a map-style data set in torch's own way."""
-    return not isinstance(loader.dataset, IterableDataset) and type(loader).__iter__ is DataLoader.__iter__
-
-
-def _again(loader: DataLoader, **changed: Any) -> DataLoader:
-    """A loader like another one, over other items or in another order; no generator or worker is shared."""
-    options: dict[str, Any] = {
-        "dataset": loader.dataset,
-        "num_workers": loader.num_workers,
-        "collate_fn": loader.collate_fn,
-        "worker_init_fn": loader.worker_init_fn,
-        "multiprocessing_context": loader.multiprocessing_context,
-        "timeout": loader.timeout,
-        "prefetch_factor": loader.prefetch_factor,
-        "generator": torch.Generator(),  # a loader without one draws its workers' seeds from the global stream
-    }
-    return DataLoader(**options | changed)
-
-
-def _members(sampler: Any, data: Any) -> tuple[list[Any], bool]:
-    """What a sampler gives, in its order, and whether that order is random: then all that may come up, sorted."""
-    data = data.data if isinstance(data, FixedDraws) else data
-    if type(sampler) is SequentialSampler or isinstance(sampler, RandomSampler):
-        return list(range(len(sampler.data_source))), isinstance(sampler, RandomSampler)
-    if isinstance(sampler, WeightedRandomSampler):
-        return torch.as_tensor(sampler.weights).nonzero().flatten().tolist(), True
-    if isinstance(sampler, SubsetRandomSampler):
-        return sorted(int(index) for index in sampler.indices), True
-    if type(sampler) is DistributedSampler and sampler.dataset is data:
-        return list(range(len(data))), sampler.shuffle
-    return _drawn(sampler, data, len(data) if hasattr(data, "__len__") else 2**31)
-
-
-def _dealt_items(loader: Any) -> tuple[list[Any], bool]:
-    """:func:`_members` of a loader with torch's own batch sampler, whose sampler the loader need not have."""
-    batches = loader.batch_sampler
-    members, random_order = _members(batches.sampler, loader.dataset)
-    if batches.drop_last and not random_order:  # else any of them may be among those dropped
-        members = members[: len(members) // batches.batch_size * batches.batch_size]
-    return members, random_order
-
-
-def _on_members(batches: Any, data: Any) -> Any:
-    """A batch sampler over a fixed order of the items that its sampler gives, whatever number of processes share it."""
-    if not isinstance(getattr(batches, "sampler", None), Sampler):
-        return batches
-    copied = _own_copy(batches, data)
-    copied.sampler = _members(batches.sampler, data)[0]
-    return copied
-
-
-def _drawn(sampler: Any, data: Any, limit: int) -> tuple[list[Any], bool]:
-    """Draw from a sampler or a batch sampler of any class; its own generators and counters stay where they are.
-
-    Args:
-        sampler: the share of a distributed sampler is put together with those of the other processes.
-        data: the data set that it draws from.
-        limit: draws at most.
-    """
-    first, second = _draws(sampler, data, limit)
-    if first == second:
-        return first, False
-    if any(isinstance(item, list) for item in first):  # random batches: those of a fixed seed
-        return first, True
-    members = {*first, *second}
-    return (sorted(members) if all(isinstance(item, int) for item in members) else first), True
-
-
-def _draws(sampler: Any, data: Any, limit: int) -> tuple[list[Any], list[Any]]:
-    """Two draws of a sampler, with different random numbers."""
-    if not isinstance(sampler, DistributedSampler):
-        copied = _own_copy(sampler, data)
-        return _once(copied, _SEED, limit), _once(copied, _SEED + 1, limit)
-    shares = []
-    for rank in range(sampler.num_replicas):
-        copied = _own_copy(sampler, data)
-        copied.rank = rank
-        shares.append([_once(copied, seed, limit) for seed in (_SEED, _SEED + 1)])
-    total = len(sampler.dataset)  # type: ignore[arg-type]  # beyond it, images repeat to make shares equal
-    turns = [zip(*drawn, strict=True) for drawn in zip(*shares, strict=True)]
-    first, second = ([item for turn in each for item in turn][:total] for each in turns)
-    return first, second
-
-
-def _once(sampler: Any, seed: int, limit: int) -> list[Any]:
-    with _seeded(seed):
-        return [_plain(item) for item in islice(sampler, limit)]
-
-
-def _plain(item: Any) -> Any:
-    if isinstance(item, (Tensor, np.ndarray, np.integer)):
-        return item.tolist()
-    return list(item) if isinstance(item, tuple) else item
-
-
-def _own_copy(sampler: Any, data: Any) -> Any:
-    """A sampler that may be iterated without a trace in the one it copies."""
-    if isinstance(sampler, (list, tuple, range)):
-        return sampler
-    copied = copy.copy(sampler)
-    for name, value in list(getattr(sampler, "__dict__", {}).items()):
-        if isinstance(value, torch.Generator):
-            setattr(copied, name, value.clone_state())
-        elif isinstance(value, (np.random.Generator, np.random.RandomState, random.Random)):
-            setattr(copied, name, copy.deepcopy(value))
-        elif isinstance(value, Sampler) or (isinstance(value, Dataset) and value is not data):
-            setattr(copied, name, _own_copy(value, data))
-    return copied
-
-
-def _fixed_order(members: list[Any], size: int, keep_order: bool) -> list[Any]:
-    if len(members) <= size or keep_order:
-        return members[:size]
-    chosen = np.sort(np.random.default_rng(_SEED).permutation(len(members))[:size])
-    return [members[index] for index in chosen]
 
 
 def _count(batch: Any) -> int:

@@ -21,7 +21,8 @@ from chanaxes_pl.core.errors import ArgumentError, InputError, naming
 from chanaxes_pl.core.targets import TargetSpec
 from chanaxes_pl.network.batches import Placement, Step
 from chanaxes_pl.network.layers import LayerSpec, channel_count, select_layers
-from chanaxes_pl.network.probe import Probe, ProbeSource, find_probe, first_loader
+from chanaxes_pl.network.loaders import first_loader
+from chanaxes_pl.network.probe import Probe, ProbeSource, find_probe
 from chanaxes_pl.network.recording import Settings
 from chanaxes_pl.run_folder import RunFolder, check_tracker_name
 from chanaxes_pl.tracking.history import History, versions

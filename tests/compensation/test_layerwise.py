@@ -17,9 +17,9 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as torch_prune
 
 from chanaxes_pl.compensation import layerwise as home
+from chanaxes_pl.compensation import pairing
 from chanaxes_pl.compensation.layerwise import RIDGE, compensate, kept_channels, reestimate_norms
-from chanaxes_pl.network import pairing
-from chanaxes_pl.network.pairing import Seen, paired
+from chanaxes_pl.compensation.pairing import Seen, paired
 from chanaxes_pl.units.groups import executed_layers, find_units
 from chanaxes_pl.units.removal import Group, remove
 from tests.helpers.networks import NETS, ONE, Net, build, halves, head, pooled

@@ -27,7 +27,8 @@ from torch.utils.data import (
 )
 
 from chanaxes_pl.network.batches import Placement
-from chanaxes_pl.network.probe import FixedDraws, ImageBatches, Probe, find_probe, too_small
+from chanaxes_pl.network.loaders import FixedDraws
+from chanaxes_pl.network.probe import ImageBatches, Probe, find_probe, too_small
 from tests.helpers.training import QUIET, build, images, loaders, trainer
 
 pytestmark = [pytest.mark.filterwarnings(text) for text in QUIET]

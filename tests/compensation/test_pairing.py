@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from chanaxes_pl.compensation import pairing as home
+from chanaxes_pl.compensation.pairing import Seen, paired
 from chanaxes_pl.models import Classifier
-from chanaxes_pl.network import pairing as home
 from chanaxes_pl.network.hooks import observed
-from chanaxes_pl.network.pairing import Seen, paired
 from chanaxes_pl.network.tracing import PartialForward
 from chanaxes_pl.units.groups import executed_layers, find_units
 from chanaxes_pl.units.removal import remove

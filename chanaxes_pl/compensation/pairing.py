@@ -16,11 +16,11 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
+from chanaxes_pl.compensation.sums import completed_sum
 from chanaxes_pl.core.errors import InputError
 from chanaxes_pl.core.memory import GIGABYTE
 from chanaxes_pl.network.batches import logits_of
 from chanaxes_pl.network.hooks import calls, hooked
-from chanaxes_pl.network.sums import completed_sum
 from chanaxes_pl.network.tracing import Trace
 
 #: What is kept of a layer of the dense network for one batch.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from chanaxes_pl.network.sums import completed_sum
+from chanaxes_pl.compensation.sums import completed_sum
 from chanaxes_pl.network.tracing import Trace
 from tests.helpers.networks import IMAGES, Net, head, pooled
 
