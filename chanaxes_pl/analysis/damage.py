@@ -31,6 +31,8 @@ BASE = ("input_capture", "task_information")
 SUPPORT = "peer_r2"
 #: Largest difference between the ranks of two matched channels, as a share of the layer.
 CALIPER = 0.05
+#: Standard errors over images beyond which damage is clear.
+CLEAR = 2.0
 _KEYS = ["layer", "channel"]
 
 
@@ -193,11 +195,46 @@ def score_damage_correlation(
     return pd.DataFrame(result | {name: column.T.ravel() for name, column in columns.items()})
 
 
-def _usable(table: pd.DataFrame, columns: Sequence[str], others: Sequence[str] = ()) -> pd.DataFrame:
-    """Return the rows with all columns defined, of layers with at least 3 of them; ``others`` only need to exist."""
-    missing = [column for column in (*columns, *others) if column not in table]
+def damage_reliability(table: pd.DataFrame, damage: str = "zero_loss") -> float:
+    """Compute the share of the damage's variance within layers that is not noise of the test images.
+
+    The noise is the mean square of the standard errors over images; the share is 0 at least, and a mean over layers.
+    Its root bounds the correlation that any score can have with the damage, roughly where ranks are correlated.
+
+    Args:
+        table: table of :func:`lesion_table`.
+        damage: column of the damage, which has its standard errors in the column ``<damage>_se``.
+
+    Returns:
+        The share; NaN if no layer has two channels with both, or all do the same damage.
+
+    Raises:
+        ValueError: if a column is missing.
+
+    Example:
+        >>> table = pd.DataFrame({"layer": "conv", "zero_loss": [0.0, 0.2, 0.4], "zero_loss_se": [0.1, 0.1, 0.1]})
+        >>> round(damage_reliability(table), 2)
+        0.75
+    """
+    error = f"{damage}_se"
+    with naming("damage_reliability"):
+        _check_columns(table, [damage, error])
+    layers = table.dropna(subset=[damage, error]).groupby("layer", sort=False)
+    variance = layers[damage].var().to_numpy()
+    noise = layers[error].agg(lambda errors: (errors**2).mean()).to_numpy(float)
+    shares = np.maximum(1 - noise[variance > 0] / variance[variance > 0], 0.0)
+    return _mean(shares)
+
+
+def _check_columns(table: pd.DataFrame, columns: Sequence[str]) -> None:
+    missing = [column for column in columns if column not in table]
     if missing:
         raise InputError(f"no column {', '.join(map(repr, missing))}; there are {', '.join(table.columns)}")
+
+
+def _usable(table: pd.DataFrame, columns: Sequence[str], others: Sequence[str] = ()) -> pd.DataFrame:
+    """Return the rows with all columns defined, of layers with at least 3 of them; ``others`` only need to exist."""
+    _check_columns(table, [*columns, *others])
     defined: np.ndarray = np.isfinite(table[list(columns)].to_numpy(float)).all(axis=1)  # type: ignore[assignment]
     rows = table.loc[defined]
     rows = rows.loc[rows.groupby("layer")["layer"].transform("size") >= MIN_CHANNELS]

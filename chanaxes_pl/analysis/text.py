@@ -6,7 +6,13 @@ import numpy as np
 import pandas as pd
 
 from chanaxes_pl.analysis.correlations import NETWORK
-from chanaxes_pl.analysis.damage import matched_comparison, rank_regression, score_damage_correlation
+from chanaxes_pl.analysis.damage import (
+    CLEAR,
+    damage_reliability,
+    matched_comparison,
+    rank_regression,
+    score_damage_correlation,
+)
 from chanaxes_pl.analysis.grids import score_differences
 from chanaxes_pl.analysis.scores import SCORE_COLUMN
 from chanaxes_pl.core.errors import InputError
@@ -165,11 +171,29 @@ def describe_lesions(table: pd.DataFrame) -> str:
     operations = [operation for operation in _DOES if f"{operation}_loss" in table]
     means = [f"{_DOES[operation]} {table[f'{operation}_loss'].mean():+.4f}" for operation in operations]
     lines = [f"{len(table)} lesioned channels; mean change of cross-entropy in nats: {', '.join(means)}"]
+    damage = f"{operations[0]}_loss"
+    lines += noise_of(table, damage)
     try:
-        lines += _correlated(table, f"{operations[0]}_loss")
+        lines += _correlated(table, damage)
     except InputError as error:
         lines.append(f"no correlations with the axes: {error.text}")
     return "\n".join(lines)
+
+
+def noise_of(table: pd.DataFrame, damage: str) -> list[str]:
+    """Describe how much of the damage is noise of the test images; nothing for tables without standard errors.
+
+    Args:
+        table: table of :func:`lesion_table`.
+        damage: column of the damage.
+    """
+    if f"{damage}_se" not in table or np.isnan(share := damage_reliability(table, damage)):
+        return []
+    clear = int((table[damage] > CLEAR * table[f"{damage}_se"]).sum())
+    return [
+        f"{clear} of {len(table)} channels do damage beyond {CLEAR:g} standard errors; {share:.0%} of the variance of "
+        "damage within layers is more than noise of the test images (take more images if that is little)"
+    ]
 
 
 def _correlated(table: pd.DataFrame, damage: str) -> list[str]:

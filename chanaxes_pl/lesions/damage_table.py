@@ -13,6 +13,7 @@ from lightning.fabric.utilities.data import sized_len
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from chanaxes_pl.analysis.damage import CLEAR
 from chanaxes_pl.analysis.scores import score_family
 from chanaxes_pl.core.errors import ArgumentError, naming
 from chanaxes_pl.core.targets import check_classes, image_scores, lifted
@@ -33,9 +34,6 @@ from chanaxes_pl.network.probe import Probe, ProbeSource, check_rereadable, chec
 from chanaxes_pl.network.recording import Settings
 from chanaxes_pl.network.tracing import PartialForward
 from chanaxes_pl.units.groups import Units, find_units
-
-#: Standard errors by which the damage of mean ablation has to exceed 0 before a recovery is given.
-CLEAR = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from chanaxes_pl.analysis.correlations import NETWORK
 from chanaxes_pl.analysis.grids import score_differences
 from chanaxes_pl.analysis.prediction import early_prediction
 from chanaxes_pl.analysis.runs import DAMAGES, Runs, middle_epochs
-from chanaxes_pl.analysis.text import interval, intervals, number, variant
+from chanaxes_pl.analysis.text import interval, intervals, noise_of, number, variant
 from chanaxes_pl.core.statistics import mean_over_runs
 from chanaxes_pl.plots import plot_early_prediction, plot_lesions, plot_pruning
 from chanaxes_pl.plots.style import words
@@ -44,7 +44,8 @@ def lesions(runs: Runs) -> Section:
                 plot_lesions(table, found, damage.column, title=str(run) if len(runs.each) > 1 else ""),
                 table,
                 f"{len(table)} channels of {run}; mean change of cross-entropy in nats: {', '.join(means)}. "
-                f"ρ: correlation of {damage.column} with the metric within layers, mean over layers [95 % over units].",
+                f"ρ: correlation of {damage.column} with the metric within layers, mean over layers [95 % over units]. "
+                + "".join(f"{line}." for line in noise_of(table, damage.column)),
                 [table[[*_POINT, score, damage.column]] for score in panels],
             )
         )

@@ -57,7 +57,7 @@ STUDY_TEST ?=
 ifdef WIDTH
 # Longer, for wider networks learn more; a smaller probe, fewer lesions and refits, for they take up to 16 times as long.
 STUDY_FIT_WIDTH ?= --trainer.max_epochs 15 --model.init_args.lr 0.1 --trainer.callbacks.init_args.probe_size 2000
-STUDY_LESION ?= --channels 8 --operations '["zero"]' --evaluation_size 500
+STUDY_LESION ?= --channels 8 --operations '["zero"]' --evaluation_size 2500
 STUDY_SELECTION ?= --scores '["reconstruction","l1"]' --allocations '["uniform","sensitivity"]' \
 	--compensate '[false,"refit"]' --budgets '[0.5,0.3]' --evaluation_size 5000 --trainer.precision 32-true
 STUDY_STEPS ?= test lesion selection polish

@@ -9,6 +9,7 @@ from scipy import stats
 from chanaxes_pl.analysis.correlations import NETWORK
 from chanaxes_pl.analysis.damage import (
     CALIPER,
+    damage_reliability,
     join_axes,
     matched_comparison,
     rank_regression,
@@ -187,3 +188,21 @@ def test_a_table_of_lesions_that_was_a_csv_file_gives_the_same_intervals(tmp_pat
 def test_a_process_without_lesions_joins_none():
     table = synthetic(layers=1)
     assert join_axes(table.drop(columns="zero_loss"), table[["layer", "channel", "zero_loss"]][:0]).empty
+
+
+@pytest.mark.parametrize(("noise", "expected"), [(0.0, 1.0), (1.0, 0.5), (3.0, 0.1)])
+def test_the_reliable_share_of_damage_is_that_of_its_true_variance(noise, expected):
+    rng = np.random.default_rng(0)
+    layers = np.repeat([f"layer{number}" for number in range(40)], 60)
+    scale = np.repeat(10.0 ** rng.integers(-4, 2, 40), 60)  # layers differ a lot in how much damage they do
+    damage = scale * (rng.normal(size=layers.size) + noise * rng.normal(size=layers.size))
+    table = pd.DataFrame({"layer": layers, "zero_loss": damage, "zero_loss_se": noise * scale})
+    assert damage_reliability(table) == pytest.approx(expected, abs=0.03)
+
+
+def test_damage_that_is_nothing_but_noise_has_no_reliable_share():
+    table = pd.DataFrame({"layer": ["a"] * 3, "zero_loss": [0.0, 0.1, 0.2], "zero_loss_se": [1.0] * 3})
+    assert damage_reliability(table) == 0.0  # and not below
+    assert np.isnan(damage_reliability(table.assign(zero_loss_se=np.nan)))  # a single image has no standard error
+    with pytest.raises(ValueError, match=r"damage_reliability: no column 'mean_loss', 'mean_loss_se'; there are"):
+        damage_reliability(table, "mean_loss")
