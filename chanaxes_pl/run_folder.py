@@ -66,7 +66,8 @@ class RunFolder:
         logger = trainer.loggers[0]
         version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
         run = Path(str(logger.name or ""), version)
-        return cls(Path(logger.save_dir or trainer.default_root_dir) / run), run.as_posix()
+        folder = Path(logger.save_dir or trainer.default_root_dir) / run
+        return cls(folder), run.as_posix() if run.name else folder.absolute().name
 
     @classmethod
     def of_checkpoint(cls, checkpoint: str | Path) -> RunFolder:

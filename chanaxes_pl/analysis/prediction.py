@@ -12,7 +12,7 @@ from chanaxes_pl.analysis.correlations import AXES, NETWORK, layer_columns
 from chanaxes_pl.analysis.damage import join_axes, score_damage_correlation
 from chanaxes_pl.analysis.runs import Run
 from chanaxes_pl.analysis.scores import OWN_SCORES, REVERSE, SCORE_COLUMN, base_score, own_scores, score_family
-from chanaxes_pl.core.errors import naming
+from chanaxes_pl.core.errors import naming, short
 from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.tables import KEYS, read_parquet
 
@@ -64,6 +64,8 @@ def early_prediction(
         ValueError: if that file is cut off, the lesions are of another network, a column or score does not exist, or
             the run has several tables of lesions.
     """
+    if not isinstance(run, Run):
+        raise TypeError(f"early_prediction(run={short(run)}): expected one run, such as read_runs([FOLDER]).each[0]")
     table = run.table
     last = table[table["step"] == table["step"].max()]
     hurt = _lesions(run, lesions)

@@ -196,17 +196,18 @@ def _can_be_ranked(lesions: pd.DataFrame, damage: str) -> bool:
     return len(defined) > 0 and bool(defined["layer"].value_counts().max() >= MIN_CHANNELS)
 
 
-def read_runs(folders: Sequence[str | Path], resamples: int = 1000) -> Runs:
+def read_runs(folders: str | Path | Sequence[str | Path], resamples: int = 1000) -> Runs:
     """Read several run folders.
 
     Args:
-        folders: folders of runs of one network, with the same layers and widths.
+        folders: folder of a run, or of several of one network, with the same layers and widths.
         resamples: number of resamples of the bootstraps over channels and over runs.
 
     Raises:
         FileNotFoundError: if a folder is not a run folder.
         ValueError: if no folder is given, one is given twice, the networks differ, or the runs share no step.
     """
+    folders = [folders] if isinstance(folders, (str, Path)) else folders
     if not folders:
         raise ValueError("no run folder given: expected one that training with AxisTracker wrote, RUNS/NAME/version_0")
     found = [RunFolder.find(folder) for folder in folders]

@@ -12,7 +12,6 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, Precision
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from chanaxes_pl.core.errors import ArgumentError, InputError
@@ -23,7 +22,7 @@ Step = Callable[[nn.Module, Any], tuple[Any, Any]]
 
 #: Under which of these keys a mapping holds its images, and its labels.
 IMAGE_KEYS = ("image", "images", "pixel_values", "x", "input", "inputs", "img")
-LABEL_KEYS = ("label", "labels", "target", "targets", "y", "class")
+LABEL_KEYS = ("label", "labels", "target", "targets", "y", "class", "mask", "masks")
 #: Under which of these a mapping or an object holds its logits.
 _OUTPUT_KEYS = ("logits", "out")
 #: Errors that a network may raise on other images, or with fewer channels, than it was written for. A device without
@@ -132,6 +131,17 @@ def default_step(module: nn.Module, batch: Any) -> tuple[Any, Any]:
     return logits_of(output), labels
 
 
+def pair_of(result: Any) -> tuple[Any, Any]:
+    """Return what a step gave, if it is a pair.
+
+    Raises:
+        ValueError: if it is anything else.
+    """
+    if not isinstance(result, (tuple, list)) or len(result) != 2:
+        raise ArgumentError(f"step=… gave {describe(result)}", "expected a pair (outputs, labels)")
+    return result[0], result[1]
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where a model runs, and which share of the work is this process's.
@@ -193,7 +203,21 @@ def _moved(batch: Any, device: torch.device, precision: Precision) -> Any:
 def _as_in_validation(trainer: Trainer, batch: Any) -> Any:
     batch = trainer.precision_plugin.convert_input(batch)
     datamodule: Any = getattr(trainer, "datamodule", None)
-    own = datamodule is not None and is_overridden("on_before_batch_transfer", datamodule)
+    own = datamodule is not None and overrides(datamodule, "on_before_batch_transfer")
     hooks: Any = datamodule if own else trainer.lightning_module
     batch = hooks.on_before_batch_transfer(batch, 0)
     return trainer.strategy.batch_to_device(batch)
+
+
+def overrides(module: Any, hook: str) -> bool:
+    """Return whether a module or datamodule has a hook of its own, and not that of ``lightning.pytorch``.
+
+    The package has a second name, ``pytorch_lightning``, with the same classes again.
+    """
+    home = getattr(getattr(module, hook), "__module__", None) or ""
+    return home.partition(".")[0] not in ("lightning", "pytorch_lightning")
+
+
+def is_a(value: Any, name: str) -> bool:
+    """Return whether an object is of a class of this name, or of one derived from it, in either of those packages."""
+    return any(kind.__name__ == name for kind in type(value).__mro__)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
@@ -118,12 +119,19 @@ def _shape(value: Any) -> tuple[int, ...]:
 
 @contextmanager
 def observed(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` in eval mode without gradients inside the block, then restore its flags and the RNG streams.
+    """Put ``model`` in eval mode without gradients inside the block; then restore its flags, buffers and RNG streams.
 
-    A compiled model runs uncompiled in the block, because hooks added after its first call would not fire. It is given
+    Some networks write buffers in eval mode too: observers of quantisation, norms that stay in training mode. A
+    compiled model runs uncompiled in the block, because hooks added after its first call would not fire. It is given
     copies of its inputs, because some networks normalise their images in place.
     """
     training = {module: module.training for module in model.modules()}
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and not is_lazy(buffer)
+    ]
     copies = model.register_forward_pre_hook(_copied, with_kwargs=True)
     with isolated_rng():
         try:
@@ -132,6 +140,7 @@ def observed(model: nn.Module) -> Iterator[None]:
                 yield
         finally:
             _restore(training)
+            _write_back(buffers)
             copies.remove()
 
 
@@ -154,6 +163,15 @@ def _restore(training: dict[nn.Module, bool]) -> None:
         module.training = flag
     for module, flag in training.items():  # which the train of another may have changed
         module.training = flag
+
+
+def _write_back(buffers: list[tuple[nn.Module, str, Tensor, Tensor]]) -> None:
+    with torch.inference_mode():  # some may be tensors of that mode
+        for module, name, buffer, values in buffers:
+            module._buffers[name] = buffer
+            if buffer.shape != values.shape:
+                buffer.resize_(values.shape)
+            buffer.copy_(values)
 
 
 def _copied(_model: nn.Module, args: Any, kwargs: Any) -> Any:

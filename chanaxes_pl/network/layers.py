@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from chanaxes_pl.core.errors import ArgumentError, nearest
+from chanaxes_pl.core.errors import ArgumentError, ArgumentTypeError, nearest, short
 from chanaxes_pl.network.hooks import hooked
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -68,7 +68,13 @@ def select_layers(
         fit = {name: module for name, module in trackable.items() if isinstance(module, _KINDS[kind])}
         chosen = {name: module for name, module in fit.items() if name != head or len(fit) == 1}
     else:
-        globs = [layers] if isinstance(layers, str) else list(layers)
+        globs = [layers] if isinstance(layers, str) else list(layers) if isinstance(layers, Iterable) else [layers]
+        if not all(isinstance(glob, str) for glob in globs):
+            raise ArgumentTypeError(
+                f"layers={short(layers)}",
+                "expected 'auto', 'conv', 'conv+linear', globs over layer names such as ['backbone.*'], a function "
+                "(name, module) → bool, or a mapping from names to modules",
+            )
         chosen = {n: m for n, m in trackable.items() if any(fnmatchcase(k, g) for g in globs for k in _names(n, m))}
     if not chosen:
         raise ArgumentError(f"layers={layers!r}", f"no tracked module; {_what_there_is(trackable, layers)}")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from itertools import count, islice
+from types import ModuleType
 from typing import Any
 from zlib import crc32
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
@@ -28,11 +28,13 @@ from torch.utils.data import (
 )
 
 from chanaxes_pl.core.errors import InputError, short
+from chanaxes_pl.network.batches import is_a
 from chanaxes_pl.network.hooks import isolated_rng
 
 #: Seed of every fixed choice of images.
 SEED = 0
 _END = object()
+_FEW = 100
 
 
 def groups_of(loader: DataLoader) -> list[list[Any]]:
@@ -87,7 +89,7 @@ def own_groups(loader: DataLoader, most: int) -> list[list[Any]]:
 
 def first_loader(loaders: Any) -> Any:
     """Return the first loader in lists and mappings of loaders, or ``None``."""
-    if isinstance(loaders, CombinedLoader):
+    if is_a(loaders, "CombinedLoader"):
         loaders = loaders.flattened
     if isinstance(loaders, Mapping):
         loaders = list(loaders.values())
@@ -100,17 +102,19 @@ class FixedDraws(Dataset):
     """A data set whose random transforms draw the same numbers for an item each time it is read.
 
     Args:
-        data: a map-style data set; its transforms draw from the global generators of torch, NumPy and ``random``.
+        data: a map-style data set; its transforms draw from the global generators of torch, NumPy and ``random``, or
+            from their own.
     """
 
     def __init__(self, data: Dataset) -> None:
         self.data = data
+        self._generators = _generators_of(data)
 
     def __len__(self) -> int:
         return len(self.data)  # type: ignore[arg-type]
 
     def __getitem__(self, index: Any) -> Any:
-        with _seeded(index if isinstance(index, int) else crc32(repr(index).encode())):
+        with _seeded(index if isinstance(index, int) else crc32(repr(index).encode()), self._generators):
             return self.data[index]
 
 
@@ -134,26 +138,73 @@ def reads_items(loader: DataLoader) -> bool:
     return not isinstance(loader.dataset, IterableDataset) and type(loader).__iter__ is DataLoader.__iter__
 
 
+@contextmanager
+def _seeded(seed: int, generators: Iterable[Any] = ()) -> Iterator[None]:
+    """Draw the same random numbers every time, and leave the global generators, and those given, as they were."""
+    with isolated_rng(), ExitStack() as stack:
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002  # transforms draw from the global generator
+        random.seed(seed)
+        for generator in generators:
+            stack.callback(_seed(generator, seed))
+        yield
+
+
+def _seed(generator: Any, seed: int) -> Callable[[], Any]:
+    """Seed a generator of torch, NumPy or ``random``; return what brings its state back."""
+    if isinstance(generator, torch.Generator):
+        state = generator.get_state()
+        generator.manual_seed(seed)
+        return lambda: generator.set_state(state)
+    if isinstance(generator, random.Random):
+        known = generator.getstate()
+        generator.seed(seed)
+        return lambda: generator.setstate(known)
+    if isinstance(generator, np.random.RandomState):
+        legacy = generator.get_state()
+        generator.seed(seed % 2**32)
+        return lambda: generator.set_state(legacy)
+    bits = generator.bit_generator
+    before = bits.state
+    bits.state = type(bits)(seed).state
+    return lambda: setattr(bits, "state", before)
+
+
+def _generators_of(source: Any) -> list[Any]:
+    """The generators of their own that a loader, its data set or their transforms hold.
+
+    Lists and mappings of more than :data:`_FEW` items are taken for lists of images and not looked through.
+    """
+    found: dict[int, Any] = {}
+    seen: dict[int, Any] = {}
+    waiting = [source]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen or isinstance(value, (str, bytes, Tensor, np.ndarray, type, ModuleType)):
+            continue
+        seen[id(value)] = value
+        if isinstance(value, (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)):
+            found[id(value)] = value
+        elif isinstance(value, Mapping):
+            waiting += value.values() if len(value) <= _FEW else ()
+        elif isinstance(value, (list, tuple, set)):
+            waiting += value if len(value) <= _FEW else ()
+        else:
+            waiting += getattr(value, "__dict__", {}).values()
+    return list(found.values())
+
+
 def same_draws(batches: Iterable[Any]) -> Iterator[Any]:
-    """Batches whose making draws the same random numbers every time."""
-    with _seeded(SEED):
+    """Batches whose making draws the same random numbers every time, also from generators that they hold."""
+    generators = _generators_of(batches)
+    with _seeded(SEED, generators):
         stream = iter(batches)
     for number in count(SEED):
-        with _seeded(number):
+        with _seeded(number, generators):
             batch = next(stream, _END)
         if batch is _END:
             return
         yield batch
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Draw the same random numbers every time, and leave the global generators as they were."""
-    with isolated_rng():
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002  # transforms draw from the global generator
-        random.seed(seed)
-        yield
 
 
 def members_of(sampler: Any, data: Any) -> tuple[list[Any], bool]:

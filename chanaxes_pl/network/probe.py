@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -12,9 +13,7 @@ from typing import Any
 import numpy as np
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.data import extract_batch_size
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import (
     DataLoader,
@@ -27,7 +26,7 @@ from torch.utils.data import (
 
 from chanaxes_pl.core.errors import ArgumentError, ArgumentTypeError, InputError, short
 from chanaxes_pl.core.targets import describe
-from chanaxes_pl.network.batches import Placement, split_batch
+from chanaxes_pl.network.batches import FAILURES, Placement, is_a, overrides, split_batch
 from chanaxes_pl.network.hooks import isolated_rng
 from chanaxes_pl.network.loaders import (
     FixedDraws,
@@ -58,8 +57,9 @@ class Probe:
     A DataLoader is read in its own order, whatever sampler, batch sampler and collate function it has. Where it
     shuffles, and of a data set, all images are taken that may come up: a fixed random subset of them, if there are more
     than ``size``. Anything else that gives batches is read from its beginning, whole batches at a time, and has to give
-    the same images every time. Random transforms draw the same numbers every time. Nothing is cached, no global random
-    number is drawn, and no sampler of the loader's own is advanced.
+    the same images every time. Random transforms draw the same numbers every time, also from generators that they or
+    the data set hold. Nothing is cached, no global random number is drawn, and no sampler or generator of the loader's
+    own is advanced. What else a data set changes when it is read, such as a counter, stays changed.
 
     Args:
         source: a map-style Dataset whose items are ``(image, label)``; a DataLoader; a list or another iterable of
@@ -74,7 +74,7 @@ class Probe:
     """
 
     def __init__(self, source: ProbeSource, size: int = 5000, mixed: bool = False) -> None:
-        if isinstance(source, CombinedLoader):
+        if is_a(source, "CombinedLoader"):
             source = first_loader(source)
         self._source = source
         self._size = size
@@ -107,9 +107,12 @@ class Probe:
             if len(items) > self._size and (shuffles or random_order):
                 items = [items[place] for place in np.sort(shuffled(len(items))[: self._size])]
             items = items[: self._size]
+            size: int = loader.batch_sampler.batch_size  # type: ignore[union-attr]
+            if loader.drop_last and len(items) >= size:  # the model may know no smaller batches
+                items = items[: len(items) // size * size]
             if self._mixed:
                 items = [items[place] for place in shuffled(len(items))]
-            self._groups = in_batches(items, loader.batch_sampler.batch_size)  # type: ignore[union-attr]
+            self._groups = in_batches(items, size)
         else:  # its batches may belong together, for example images of one size
             groups = own_groups(loader, self._size)
             ends = np.cumsum([len(group) for group in groups])
@@ -217,16 +220,19 @@ def find_probe(given: ProbeSource | None, trainer: Trainer) -> ProbeSource:
         return given
     datamodule = getattr(trainer, "datamodule", None)
     if datamodule is not None and hasattr(datamodule, "probe_dataloader"):
-        return datamodule.probe_dataloader()
+        with isolated_rng():  # without a tracker nobody calls it
+            return datamodule.probe_dataloader()
     loaders = trainer.val_dataloaders
     if loaders is None and not trainer.testing:  # not set up yet where nothing was trained
-        with suppress(MisconfigurationException):  # Lightning's error where there is no validation; ours says more
-            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        _set_up_validation(trainer)
         loaders = trainer.val_dataloaders
-    if loaders is None and trainer.testing and datamodule is not None and is_overridden("val_dataloader", datamodule):
+    if loaders is None and trainer.testing and datamodule is not None and overrides(datamodule, "val_dataloader"):
         with isolated_rng():  # nothing was trained
-            datamodule.setup("fit")  # in which alone many make their validation set
-            loaders = datamodule.val_dataloader()
+            try:
+                loaders = datamodule.val_dataloader()
+            except FAILURES:  # many make their validation set in this setup alone
+                datamodule.setup("fit")
+                loaders = datamodule.val_dataloader()
     loader = first_loader(loaders)
     if loader is not None:
         return _in_random_order(loader)
@@ -248,6 +254,23 @@ def find_probe(given: ProbeSource | None, trainer: Trainer) -> ProbeSource:
     if loader.batch_sampler is None:
         return again(loader, dataset=data, batch_size=None, sampler=loader.sampler)
     return again(loader, dataset=data, batch_sampler=loader.batch_sampler)
+
+
+def _set_up_validation(trainer: Trainer) -> None:
+    """Have the Trainer make its validation loaders before it needs them, if there are any."""
+    module: Any = trainer.lightning_module
+    hook = module._current_fx_name
+    try:
+        with suppress(*_misconfigured()):  # Lightning's error where there is no validation; ours says more
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+    finally:
+        module._current_fx_name = hook  # which that error leaves, so that whoever logs next could not
+
+
+def _misconfigured() -> list[type[Exception]]:
+    """Lightning's error, and its twin in the package named pytorch_lightning where that is in use."""
+    twin = sys.modules.get("lightning_fabric.utilities.exceptions")
+    return [MisconfigurationException, *([twin.MisconfigurationException] if twin else [])]
 
 
 def _in_random_order(loader: Any) -> Any:

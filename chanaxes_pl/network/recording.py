@@ -16,7 +16,7 @@ from chanaxes_pl.core.errors import ArgumentError, InputError
 from chanaxes_pl.core.metrics import check_noise
 from chanaxes_pl.core.moments import Moments, accumulation_device
 from chanaxes_pl.core.targets import MAP_TARGETS, Target, TargetSpec, infer_target, null_target
-from chanaxes_pl.network.batches import Placement, Step, default_step
+from chanaxes_pl.network.batches import Placement, Step, default_step, pair_of
 from chanaxes_pl.network.hooks import observed, same_outputs
 from chanaxes_pl.network.layers import (
     CONVOLUTIONS,
@@ -448,6 +448,9 @@ class Settings:
     alignment: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("positions", "probe_size"):
+            if isinstance(value := getattr(self, name), np.integer):  # which no checkpoint or JSON file could hold
+                object.__setattr__(self, name, int(value))
         whole = isinstance(self.positions, int) and self.positions > 0 and self.positions is not True
         if not whole and self.positions not in ("all", "mean"):
             raise ArgumentError(f"positions={self.positions!r}", "expected a whole number above 0, 'all' or 'mean'")
@@ -497,7 +500,7 @@ def record(
 
     def forward() -> Any:
         with place.forward_context():
-            outputs, labels = step(model, moved)
+            outputs, labels = pair_of(step(model, moved))
         if target.name == "auto":
             target.settle(_agreed(infer_target(outputs, labels), place.world))
         return outputs, labels

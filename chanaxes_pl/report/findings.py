@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pandas as pd
+from scipy.stats import t as student
 
 from chanaxes_pl.analysis.correlations import main_correlation, separation
 from chanaxes_pl.analysis.runs import Runs
@@ -16,6 +18,8 @@ from chanaxes_pl.tables import DENSE, budget_words
 
 #: Budget at which pruning is summarised; the nearest one of the grid is used.
 BUDGET = 0.5
+# From as many runs on, a bootstrap over them is a fair interval.
+_ENOUGH = 10
 
 
 @dataclass(frozen=True)
@@ -51,13 +55,26 @@ def _coupling(runs: Runs) -> Iterator[str]:
     text += _chance(first)
     if len(runs.steps) > 1 and last["mean"] == last["mean"]:
         text += f"; after training they are {_coupled(last)}: ρ is {_cell(last)}{_chance(last)}"
+    elif len(runs.steps) > 1:
+        text += f"; at the last checkpoint ρ is undefined{_cause(runs)}"
     yield text + "."
 
 
+def _cause(runs: Runs) -> str:
+    """Say why most channels of the last checkpoint have no metrics."""
+    reasons = runs.table.loc[runs.table["step"] == runs.steps[-1], "reason"]
+    counts = reasons[reasons != ""].value_counts()
+    return f" ({counts.index[0]}: {counts.iloc[0]} of {len(reasons)} channels)" if len(counts) else ""
+
+
 def _coupled(row: pd.Series) -> str:
-    if row["low"] != row["low"]:
+    low, high = row["low"], row["high"]
+    if low != low:
         return "coupled" if row["mean"] > 0 else "not coupled"
-    return "coupled" if row["low"] > 0 else "inversely coupled" if row["high"] < 0 else "not coupled"
+    if 1 < row.get("runs", 1) < _ENOUGH:  # a bootstrap over three runs covers seven times in ten, not 95 in a hundred
+        off = student.ppf(0.975, row["runs"] - 1) * row["std"] / math.sqrt(row["runs"])
+        low, high = row["mean"] - off, row["mean"] + off
+    return "coupled" if low > 0 else "inversely coupled" if high < 0 else "not coupled"
 
 
 def _chance(row: pd.Series) -> str:
@@ -82,7 +99,8 @@ def _separation(runs: Runs) -> Iterator[str]:
     several = len(found) > 1
     highest = f"The correlation is highest at {_when(coupled, '_highest')}, where ρ is {_middle(coupled['highest'])}"
     if not len(apart):
-        yield f"{highest}, and never falls to half of that."
+        last = main_correlation(runs.correlations).groupby("step")["rho"].mean().iloc[-1]
+        yield f"{highest}." if last != last else f"{highest}, and never falls to half of that."
     elif several:
         yield f"{highest}, and falls to half of that by {_when(apart)} in {len(apart)} of {len(found)} runs (medians)."
     else:

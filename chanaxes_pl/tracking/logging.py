@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from chanaxes_pl.analysis.correlations import MAIN_PAIR, NETWORK, PAIRS, main_correlation, reliabilities, task_masses
 from chanaxes_pl.core.metrics import METRICS
+from chanaxes_pl.network.batches import is_a
 from chanaxes_pl.network.hooks import isolated_rng
 from chanaxes_pl.run_folder import ABOUT, checkpoint_path
 from chanaxes_pl.tables import ALIGNMENT, COLUMNS, write_parquet
@@ -51,7 +52,7 @@ class Measurement:
     first: bool = False
 
 
-def log(logger: Logger, shown: Measurement, media: bool = True) -> None:
+def log(logger: Any, shown: Measurement, media: bool = True) -> None:
     """Log one measurement: scalars, with ``epoch`` in the row because W&B can only plot over what a row holds.
 
     Args:
@@ -62,11 +63,11 @@ def log(logger: Logger, shown: Measurement, media: bool = True) -> None:
     """
     more: dict[str, Any] = {}
     with isolated_rng():  # what loggers draw, such as names, is not taken from training
-        if media and isinstance(logger, WandbLogger):
+        if media and is_a(logger, "WandbLogger"):
             more = _to_wandb(logger, shown)
-        elif media and isinstance(logger, TensorBoardLogger):
+        elif media and is_a(logger, "TensorBoardLogger"):
             _to_tensorboard(logger, shown)
-        elif media and isinstance(logger, MLFlowLogger):
+        elif media and is_a(logger, "MLFlowLogger"):
             _to_mlflow(logger, shown)
         logger.log_metrics({**shown.scalars, **more, "epoch": shown.epoch}, step=shown.step)
         logger.save()

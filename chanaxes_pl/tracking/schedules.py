@@ -6,7 +6,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from lightning.pytorch import Trainer
+from torch import Tensor
 
 from chanaxes_pl.core.errors import ArgumentError
 
@@ -45,20 +47,20 @@ class Schedule:
             >>> Schedule.parse("100 steps").due(step=150, epoch=0, epoch_ends=False)
             False
         """
-        if spec == "epoch":
-            return cls(every_epochs=1)
-        if spec == "log":
-            return cls(every_epochs=1, doubling=True)
+        if isinstance(spec, (np.ndarray, Tensor)):
+            spec = spec.tolist()
+        if isinstance(spec, str) and spec in ("epoch", "log"):
+            return cls(every_epochs=1, doubling=spec == "log")
         if isinstance(spec, str):
             match = re.fullmatch(r"(\d+)(?: (epoch|step)s?)?", spec)  # a bare number is text on a command line
             if match and int(match[1]) > 0:
                 count = int(match[1])
                 return cls(every_steps=count) if match[2] == "step" else cls(every_epochs=count)
-        elif isinstance(spec, int) and not isinstance(spec, bool):
+        elif isinstance(spec, (int, np.integer)) and not isinstance(spec, bool):
             if spec > 0:
-                return cls(every_epochs=spec)
-        elif isinstance(spec, Sequence) and all(isinstance(step, int) and step >= 0 for step in spec):
-            return cls(steps=frozenset(spec))
+                return cls(every_epochs=int(spec))
+        elif isinstance(spec, Sequence) and all(isinstance(step, (int, np.integer)) and step >= 0 for step in spec):
+            return cls(steps=frozenset(map(int, spec)))
         raise ArgumentError(
             f"schedule={spec!r}",
             "expected 'epoch', 'log' (steps 0, 1, 2, 4, … then epochs), a number of "

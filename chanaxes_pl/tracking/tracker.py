@@ -39,6 +39,7 @@ from chanaxes_pl.tracking.weights import (
 
 # A fast development run only shows that nothing breaks.
 _FAST_IMAGES = 32
+_LOGS = ("log", "log_dict")
 
 
 class AxisTracker(L.Callback):
@@ -266,7 +267,7 @@ class AxisTracker(L.Callback):
         """As :func:`find_probe`; for a mere test also those that training was probed with, else the test's own."""
         try:
             images = find_probe(self._given, trainer)
-        except InputError:
+        except (InputError, OSError):  # training images may be elsewhere
             if not trainer.testing:
                 raise
             images = first_loader(trainer.test_dataloaders) if self._trained_with is None else self._trained_with
@@ -278,7 +279,7 @@ class AxisTracker(L.Callback):
         return self._save and trainer.is_global_zero and not _fast(trainer)
 
     def _axes(self, trainer: L.Trainer, pl_module: L.LightningModule, probe: Probe) -> Axes:
-        with _as_validation(trainer), naming(type(self).__name__):
+        with _as_validation(trainer), _unlogged(pl_module), naming(type(self).__name__):
             return Axes(measure_axes(pl_module, probe, self.settings, Placement.of_trainer(trainer)), 0)
 
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: float) -> None:
@@ -305,8 +306,14 @@ class AxisTracker(L.Callback):
 
     def _evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, verb: str) -> None:
         """One table, apart from those of a training: ``<run folder>/validate/<name>`` or ``test/<name>``."""
-        probe, _ = self._prepare(trainer, pl_module)
-        axes = self._axes(trainer, pl_module, probe)
+        try:
+            probe, _ = self._prepare(trainer, pl_module)
+            axes = self._axes(trainer, pl_module, probe)
+        except InputError as error:
+            if verb != "test" or self._given is not None:
+                raise
+            warnings.warn(f"AxisTracker: the tested network is not measured: {error.text}", stacklevel=2)
+            return
         self._evaluated = History()
         if self._writes(trainer):
             root, run = RunFolder.of_trainer(trainer)
@@ -346,6 +353,26 @@ def _as_validation(trainer: L.Trainer) -> Iterator[None]:
         yield
     finally:
         trainer.state.stage = stage
+
+
+@contextmanager
+def _unlogged(module: L.LightningModule) -> Iterator[None]:
+    """What a module logs in its forward pass, or in a ``step=``, goes nowhere meanwhile."""
+    parts = [part for part in module.modules() if callable(getattr(part, "log_dict", None))]
+    before = [(part, {name: vars(part)[name] for name in _LOGS if name in vars(part)}) for part in parts]
+    for part in parts:
+        vars(part).update(dict.fromkeys(_LOGS, _nothing))
+    try:
+        yield
+    finally:
+        for part, own in before:
+            for name in _LOGS:
+                del vars(part)[name]
+            vars(part).update(own)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    pass
 
 
 def _about(trainer: L.Trainer) -> dict[str, Any]:

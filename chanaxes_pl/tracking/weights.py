@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch import callbacks
-from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
+from lightning.pytorch.callbacks import Callback
 
-#: Callbacks that give validation the averages of the weights; Lightning has them from 2.6 on.
-SWAPPING: Any = getattr(callbacks, "WeightAveraging", ())
+from chanaxes_pl.network.batches import is_a
+
+# By name, for Lightning has these classes from 2.6 on, and again in a package named pytorch_lightning.
+#: Callbacks that give validation the averages of the weights.
+SWAPPING = "WeightAveraging"
 #: Callbacks that leave averages as the network's weights when training ends.
-AVERAGING: Any = (StochasticWeightAveraging, *((SWAPPING,) if SWAPPING else ()))
+AVERAGING = ("StochasticWeightAveraging", SWAPPING)
 
 
 def averaging(trainer: L.Trainer) -> list[Callback]:
     """The Trainer's callbacks that average weights."""
-    return [callback for callback in _callbacks(trainer) if isinstance(callback, AVERAGING)]
+    return [callback for callback in _callbacks(trainer) if any(is_a(callback, name) for name in AVERAGING)]
 
 
 def move_behind_averaging(trainer: L.Trainer, callback: Callback) -> None:
@@ -35,7 +36,7 @@ def as_validated(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None
     """The weights that validation sees meanwhile: averages where a ``WeightAveraging`` holds them."""
     with ExitStack() as stack:
         for callback in averaging(trainer):
-            if isinstance(callback, SWAPPING):
+            if is_a(callback, SWAPPING):
                 callback.on_validation_epoch_start(trainer, module)
                 stack.callback(callback.on_validation_epoch_end, trainer, module)
         yield
@@ -43,7 +44,7 @@ def as_validated(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None
 
 def measured_weights(trainer: L.Trainer) -> str:
     """What to tell a reader of the tables about the weights that they are of."""
-    names = {isinstance(each, SWAPPING): type(each).__name__ for each in averaging(trainer)}
+    names = {is_a(each, SWAPPING): type(each).__name__ for each in averaging(trainer)}
     if True in names:
         return f"averages of {names[True]}, as in validation"
     return f"training, at the end averages of {names[False]}" if names else "training"

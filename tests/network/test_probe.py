@@ -159,7 +159,7 @@ TORN = [item for group in GROUPS for item in group]
 SAMPLERS = {
     "in order": (by(lambda: None), list(range(COUNT))),
     "in order, the last dropped": (by(lambda: None, drop_last=True), list(range(20))),
-    "shuffled, the last dropped": (by(lambda: None, drop_last=True, shuffle=True), list(range(COUNT))),
+    "shuffled, the last dropped": (by(lambda: None, drop_last=True, shuffle=True), list(range(20))),
     "SequentialSampler": (by(lambda: SequentialSampler(range(COUNT))), list(range(COUNT))),
     "shuffled": (by(lambda: None, shuffle=True), list(range(COUNT))),
     "shuffled by a generator": (by(lambda: RandomSampler(range(COUNT), generator=generator())), list(range(COUNT))),

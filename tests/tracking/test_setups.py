@@ -4,6 +4,7 @@ One row of :data:`SETUPS` is one way to train. What its table should hold is wor
 hooks on the trained network, and the task variable T in NumPy.
 """
 
+import json
 import random
 from collections import namedtuple
 from collections.abc import Callable, Iterator
@@ -1048,3 +1049,132 @@ def test_two_processes_give_the_table_of_one(tmp_path, name, given):
         tables.append(read_run(tmp_path / world / "axis").drop(columns="run"))
     assert tables[0]["step"].unique().tolist() == [0]
     pd.testing.assert_frame_equal(tables[1], tables[0], rtol=1e-6, atol=1e-9)
+
+
+# --- what training may not notice -----------------------------------------------------------------------------------
+
+
+class OwnDraws(torch.utils.data.Dataset):
+    """Images whose transforms hold generators of their own, as those of some libraries do."""
+
+    def __init__(self) -> None:
+        self.transforms = {"noise": [np.random.default_rng(1), random.Random(2)], "more": torch.Generator()}
+        self.old = SimpleNamespace(state=np.random.RandomState(3))
+
+    def __len__(self) -> int:
+        return len(TRAIN)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        numbers, other = self.transforms["noise"]
+        drawn = numbers.normal() + other.random() + self.old.state.normal()
+        return TRAIN[index] + drawn + torch.rand(1, generator=self.transforms["more"]), classes(16)[index]
+
+
+class InBothModes(Net):
+    """Keeps its norm in training mode, and counts its own runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("runs", torch.zeros(()))
+
+    def train(self, mode: bool = True) -> nn.Module:
+        super().train(mode)
+        self.body[0].training = True
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.runs = self.runs + 1
+        return super().forward(images) * (1 + 0.01 * self.runs)
+
+
+class Telling(Net):
+    """Logs in its forward pass what only a training step may log."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.log("mean", images.mean(), on_step=True)
+        return super().forward(images)
+
+
+class OwnProbe(L.LightningDataModule):
+    """Draws its probe with the global generator."""
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(data(TRAIN), BATCH, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(data(VAL), BATCH)
+
+    def probe_dataloader(self) -> DataLoader:
+        return DataLoader(torch.utils.data.Subset(data(VAL), torch.randperm(20)[:12].tolist()), BATCH)
+
+
+def split_of_one() -> dict[str, Any]:
+    train, held = torch.utils.data.random_split(OwnDraws(), [10, 6], torch.Generator().manual_seed(0))
+    return {"train_dataloaders": DataLoader(train, 5, shuffle=True), "val_dataloaders": DataLoader(held, 3)}
+
+
+UNNOTICED = {
+    "generators of the data set's own": Setup(fit=split_of_one),
+    "those and no validation": Setup(fit=lambda: {"train_dataloaders": DataLoader(OwnDraws(), 5, shuffle=True)}),
+    "buffers written in eval mode": Setup(module=InBothModes),
+    "a forward pass that logs": Setup(module=Telling),
+    "one that logs, and no validation": Setup(
+        module=Telling, fit=lambda: {"train_dataloaders": DataLoader(data(TRAIN), BATCH)}
+    ),
+    "a probe drawn at random": Setup(fit=lambda: {"datamodule": OwnProbe()}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:there is no validation")
+@pytest.mark.parametrize("name", UNNOTICED)
+def test_training_does_not_notice(tmp_path, name):
+    setup = UNNOTICED[name]
+    fitter, module = fitted(setup, tmp_path / "tracked", tracker := AxisTracker(schedule="1 steps"))
+    after = torch.get_rng_state()
+    assert tracker.correlations["step"].nunique() == fitter.global_step + 1
+    fields = set(vars(module))
+    _, bare = fitted(setup, tmp_path / "bare")
+    assert [key for key, value in bare.state_dict().items() if not torch.equal(value, module.state_dict()[key])] == []
+    assert torch.equal(after, torch.get_rng_state())
+    assert fields == set(vars(bare))
+
+
+def test_a_probe_with_generators_of_its_own_is_the_same_at_every_measurement(tmp_path):
+    tracker, setup = AxisTracker(probe=OwnDraws()), Setup(module=Remembers)
+    _, module = fitted(setup, tmp_path, tracker)
+    seen = torch.cat([images for images in module.seen if len(images) == 16])
+    assert len(seen) == 3 * 16
+    assert torch.equal(seen[:16], seen[16:32])
+    assert torch.equal(seen[:16], seen[32:])
+
+
+def test_the_package_named_pytorch_lightning_is_one_more_name_of_lightning(tmp_path):
+    other = pytest.importorskip("pytorch_lightning")
+
+    class Twin(other.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.net(images)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    class Data(other.LightningDataModule):
+        def train_dataloader(self) -> DataLoader:
+            return DataLoader(data(TRAIN), BATCH)
+
+    tracker, average = AxisTracker(), other.callbacks.EMAWeightAveraging(decay=0.5)
+    logger = other.loggers.TensorBoardLogger(tmp_path)
+    fitter = other.Trainer(max_epochs=1, callbacks=[tracker, average], logger=logger, log_every_n_steps=1)
+    with pytest.warns(UserWarning, match="there is no validation"):
+        fitter.fit(Twin(), datamodule=Data())
+    assert fitter.callbacks.index(tracker) > fitter.callbacks.index(average)
+    about = json.loads((tmp_path / "lightning_logs" / "version_0" / "axis" / "about.json").read_text())
+    assert about["weights"] == "averages of EMAWeightAveraging, as in validation"
+    assert tracker.correlations["step"].unique().tolist() == [0, 2]
