@@ -21,7 +21,8 @@ from torchmetrics import Metric
 from chanaxes_pl.analysis.damage import join_axes, score_damage_correlation
 from chanaxes_pl.analysis.scores import SCORE_COLUMN
 from chanaxes_pl.axes import measure_axes
-from chanaxes_pl.compensation.polish import distillation_loss
+from chanaxes_pl.compensation.polish import Spread, distillation_loss
+from chanaxes_pl.core.divergence import Divergence, divergence_for
 from chanaxes_pl.core.errors import InputError, naming
 from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.core.targets import are_classes
@@ -103,7 +104,7 @@ class PruneModule(ImageClassifier):
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
         num_classes: int | None = None,
-        teacher: nn.Module | None = None,
+        teacher: nn.Module | Slim | None = None,
     ) -> None:
         source = Path(model) if isinstance(model, (str, Path)) else None
         network = _network(model)
@@ -115,15 +116,19 @@ class PruneModule(ImageClassifier):
         self.table = pd.DataFrame()
         self._num_classes = classes
         # In a tuple, so that it is no submodule: its weights are not trained and in no checkpoint.
-        self._teacher = () if teacher is None else (clone(teacher).eval(),)
+        teacher = teacher.model if isinstance(teacher, Slim) else teacher
+        self._teacher: tuple[nn.Module, ...] = () if teacher is None else (clone(teacher).eval(),)
+        self._wanted = Spread()  # the teacher's outputs so far
+        self._divergence: Divergence | None = None
         self._probe = probe
         self._out = RunFolder.of_checkpoint(source).path if out is None and source else out
 
     def on_fit_start(self) -> None:
         """Put all modules in training mode: Lightning would leave a pruned network in eval mode."""
         self.train()
+        own = next((parameter.dtype for parameter in self.network.parameters() if parameter.is_floating_point()), None)
         for teacher in self._teacher:
-            teacher.to(self.device)
+            teacher.to(self.device, own)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of one batch ``(images, labels)``; with a teacher, of a batch of images with or without labels.
@@ -133,16 +138,32 @@ class PruneModule(ImageClassifier):
         """
         if not self._teacher:
             return super().training_step(batch, batch_idx)
-        images, labels = split_batch(batch)
-        logits = logits_of(self(images))
-        with torch.no_grad():
-            wanted = logits_of(self._teacher[0](images))
-        values: dict[str, Any] = {"train/loss": (loss := distillation_loss(logits, wanted))}
+        loss, logits, labels = self._distil(batch)
+        values: dict[str, Any] = {"train/loss": loss}
         if labels is not None and are_classes(logits, labels):
             self.train_top1.update(logits, labels)
             values["train/top1"] = self.train_top1
-        self._log_epoch(values, len(images))
+        self._log_epoch(values, len(logits))
         return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Log the loss of a batch, and the accuracies where the labels are classes."""
+        if self._teacher:
+            loss, logits, labels = self._distil(batch)
+            if labels is None or not are_classes(logits, labels):
+                return self._log_epoch({"val/loss": loss}, len(logits))
+        return super().validation_step(batch, batch_idx)
+
+    def _distil(self, batch: Any) -> tuple[Tensor, Tensor, Any]:
+        """The loss against the teacher, the outputs, and the labels if there are any."""
+        images, labels = split_batch(batch)
+        logits = logits_of(self(images))
+        (teacher,) = self._teacher
+        with torch.no_grad():
+            wanted = logits_of(teacher(images))
+        self._divergence = self._divergence or divergence_for(wanted, labels)
+        loss = distillation_loss(logits, wanted, variance=self._wanted.add(wanted), divergence=self._divergence)
+        return loss, logits, labels
 
     def on_test_epoch_end(self) -> None:
         """Run the experiment, and write its table and figure."""

@@ -575,3 +575,59 @@ def test_without_a_probe_the_datamodules_validation_images_are_one(tmp_path):
     trainer(tmp_path).test(module, datamodule=data, verbose=False)
     assert data.staged == ("test", "fit")
     pd.testing.assert_frame_equal(module.table, ran(tmp_path).table)
+
+
+def regression(outputs: int = 1) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, outputs))
+
+
+@pytest.mark.parametrize(("count", "size"), [(9, 8), (4, 1)])
+def test_a_batch_of_one_number_has_no_variance_and_does_no_harm(tmp_path, count, size):
+    torch.manual_seed(0)
+    teacher, data = regression(), [image for image, _ in images(count, 1)]
+    module = PruneModule(copy.deepcopy(teacher), teacher=teacher, lr=1e-4)
+    with torch.no_grad():
+        module.network[0].weight.mul_(0.9)
+    trainer(tmp_path, max_epochs=2).fit(module, DataLoader(data, size))
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
+def test_several_labels_learn_each_logit_of_the_teacher(tmp_path):
+    """A softmax would not see that all logits are off by one number; each label's probability is."""
+    torch.manual_seed(0)
+    teacher, labels = regression(3), torch.arange(96).reshape(32, 3) % 2
+    small = copy.deepcopy(teacher)
+    with torch.no_grad():
+        small[-1].bias.add_(1.5)
+    data = TensorDataset(images(32, 1).tensors[0], labels)
+    module, logger = PruneModule(small, teacher=teacher, lr=0.5), RecordingLogger()
+    fitter = trainer(tmp_path, max_epochs=10, logger=logger, log_every_n_steps=1)
+    fitter.fit(module, DataLoader(data, 8), DataLoader(data, 8))
+    losses = [row["val/loss"] for _, row in logger.of("val/loss")]
+    assert losses[-1] < 0.05 * losses[0]  # validated without an accuracy
+    with torch.no_grad():
+        off = module.network(data.tensors[0]) - teacher(data.tensors[0])
+    assert float(off.abs().mean()) < 0.15  # 1.5 before
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_the_teacher_takes_on_the_trainers_precision(tmp_path, precision):
+    fitter = trainer(tmp_path, max_epochs=1, precision=precision)
+    fitter.fit(PruneModule(slim(), teacher=network()), datamodule=Data())
+    assert fitter.callback_metrics["train/loss"].isfinite()
+
+
+def test_a_wrong_number_of_classes_is_told(tmp_path):
+    class HeadFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.body, self.gate = nn.Conv2d(8, 4, 1), nn.Conv2d(3, 8, 3), nn.Linear(8, 8)
+
+        def forward(self, pixels):
+            seen = self.body(pixels).relu().mean((2, 3))
+            return self.head((seen * self.gate(seen).sigmoid())[..., None, None]).flatten(1)
+
+    module = PruneModule(HeadFirst(), experiment=LesionExperiment(channels=3))
+    with pytest.raises(ValueError, match="HeadFirst gives 4 logits, and the accuracies are of 8: pass num_classes=4"):
+        trainer(tmp_path).test(module, DataLoader(images(8, 1), 8), verbose=False)
+    trainer(tmp_path).validate(PruneModule(HeadFirst(), num_classes=4), DataLoader(images(8, 1), 8), verbose=False)

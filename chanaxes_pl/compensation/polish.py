@@ -8,7 +8,7 @@ the head as hints (Romero et al., 2015). Norms keep their statistics.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 
 from chanaxes_pl.compensation.layerwise import kept_channels
+from chanaxes_pl.core.divergence import Divergence, by_position, divergence_for, divergences
 from chanaxes_pl.core.errors import InputError
 from chanaxes_pl.core.memory import GIGABYTE, MEMORY
 from chanaxes_pl.core.moments import accumulation_device
@@ -41,17 +42,22 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def distillation_loss(
-    logits: Tensor, wanted: Tensor, temperature: float = TEMPERATURE, variance: Tensor | None = None
+    logits: Tensor,
+    wanted: Tensor,
+    temperature: float = TEMPERATURE,
+    variance: Tensor | None = None,
+    divergence: Divergence | None = None,
 ) -> Tensor:
     """Return how far a network's outputs are from those of its teacher, 0 where they are the same.
 
     Args:
         logits: ``[B, …]``, the network's outputs.
         wanted: the same of the teacher.
-        temperature: T. For outputs ``[B, K ≥ 2, …]`` the loss is T² times the mean Kullback–Leibler divergence between
-            the distributions over dimension 1 of the outputs divided by T; otherwise the mean squared error as a share
-            of the teacher's variance.
-        variance: the latter, where these images are part of a batch; default that of ``wanted``.
+        temperature: T. Divergences of probabilities are T² times those of the outputs divided by T.
+        variance: of the teacher's outputs, of which the squared error is a share; default that of ``wanted``. Where it
+            is 0, the loss is the squared error itself.
+        divergence: what outputs are compared by, see :data:`Divergence`; default ``"kl"`` for ``[B, K ≥ 2, …]``, and
+            ``"square"`` otherwise.
 
     Raises:
         ValueError: if the shapes differ.
@@ -64,13 +70,13 @@ def distillation_loss(
         raise InputError(
             f"the teacher gives outputs {list(wanted.shape)}, the network {list(logits.shape)}: expected the same shape"
         )
-    if logits.ndim < 2 or logits.shape[1] < 2:
-        variance = wanted.var() if variance is None else variance
-        return (logits - wanted).square().mean() / variance.clamp_min(torch.finfo(wanted.dtype).tiny)
-    found, sought = (F.log_softmax(outputs.movedim(1, -1) / temperature, -1) for outputs in (logits, wanted))
-    return temperature**2 * F.kl_div(
-        found.flatten(0, -2), sought.flatten(0, -2), reduction="batchmean", log_target=True
-    )
+    kind = divergence or divergence_for(wanted, None)
+    if kind == "square":
+        variance = Spread().add(wanted) if variance is None else variance
+        return (logits - wanted).square().mean() / variance.where(variance > 0, 1.0)
+    rows = (by_position(outputs.float() if outputs.dtype in _HALF else outputs) for outputs in (logits, wanted))
+    found, sought = (each / temperature for each in rows)
+    return temperature**2 * divergences(kind, sought, found).mean()
 
 
 def polish(
@@ -80,6 +86,7 @@ def polish(
     kept: Mapping[str, Tensor],
     batches: Iterable[Tensor],
     *,
+    divergence: Divergence | None = None,
     steps: int = STEPS,
     memory: float = MEMORY,
     seed: int = 0,
@@ -98,6 +105,7 @@ def polish(
         groups: the dense network's groups.
         kept: group name → the units that stayed.
         batches: unlabelled images ``[B, C, …]`` on the networks' device, iterated as often as it takes.
+        divergence: what outputs are compared by, as for :func:`distillation_loss`.
         steps: number of steps.
         memory: gigabytes (10⁹ bytes) for activations and their gradients: a step takes its images in as many parts as
             that needs, which changes nothing but that the dense network runs twice: norms do not look at the batch.
@@ -141,7 +149,9 @@ def polish(
             logits, features = _variances(held or map(goal, parts))
             for part, wanted, sought in held or map(goal, parts):
                 with torch.enable_grad():
-                    loss = distillation_loss(logits_of(slim(wide(part))), wanted, variance=logits)
+                    loss = distillation_loss(
+                        logits_of(slim(wide(part))), wanted, variance=logits, divergence=divergence
+                    )
                     loss = loss + (read[heads[1]] - sought).square().mean() / features.clamp_min(1e-12)
                     (loss * (len(part) / sum(map(len, parts)))).backward()
             optimizer.step()
@@ -158,16 +168,26 @@ def _rate(parameter: Tensor) -> float:
     return min(RATE, SHARE * size) if size > 0 else RATE
 
 
+class Spread:
+    """The variance of all numbers that were given so far."""
+
+    def __init__(self) -> None:
+        self._count, self._sum, self._squares = 0, 0.0, 0.0
+
+    def add(self, values: Tensor) -> Tensor:
+        """Add numbers of any shape, and return the variance of all."""
+        exact = values.detach().to(accumulation_device(values.device)).double()
+        self._count += values.numel()
+        self._sum, self._squares = self._sum + exact.sum(), self._squares + exact.square().sum()
+        return ((self._squares - self._sum**2 / self._count) / max(self._count - 1, 1)).clamp_min(0.0).to(values)
+
+
 def _variances(goals: Iterable[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
     """Return the variance of all numbers that outputs hold, and that of all that last layers read."""
-    count, first, second = torch.zeros(3, 2, dtype=torch.float64)
-    both: list[Tensor] = []
+    spreads, found = (Spread(), Spread()), []
     for _, *both in goals:
-        values = [each.to(accumulation_device(each.device)).double() for each in both]
-        count += torch.tensor([each.numel() for each in values])
-        first += torch.stack([each.sum() for each in values]).cpu()
-        second += torch.stack([each.square().sum() for each in values]).cpu()
-    return list(((second - first.square() / count) / (count - 1)).clamp_min(0.0).to(both[0]))
+        found = [spread.add(values) for spread, values in zip(spreads, both, strict=True)]
+    return found
 
 
 @contextmanager
@@ -188,19 +208,28 @@ def _wide(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
 
 
 def _endless(batches: Iterable[Tensor], generator: torch.Generator) -> Iterator[Tensor]:
-    """Give batches of :data:`BATCH` images in random order: of all, or of some at a time if they are streamed
-    or of several sizes."""
+    """Give batches of :data:`BATCH` images in random order: of all, or of neighbours if they are streamed or of several
+    sizes, as many as there are of one size."""
     listed = isinstance(batches, (list, tuple)) and len({images.shape[1:] for images in batches}) == 1
     held = [image for images in batches for image in images] if listed else []
-    pools: Iterable[Sequence[Tensor] | Tensor] = [held] if listed else batches
     while True:
-        for number, pool in enumerate(pools):
-            if number and len(pool) == 1:  # one output alone has no variance
-                continue
+        for pool in [held] if listed else _pools(batches):
             order, size = torch.randperm(len(pool), generator=generator), min(BATCH, len(pool))
             for chosen in order.split(size):
                 if len(chosen) == size:
                     yield torch.stack([pool[place] for place in chosen.tolist()])
+
+
+def _pools(batches: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Give neighbours of one size, as many as there are up to :data:`BATCH`, or all of a batch that has more."""
+    pool: list[Tensor] = []
+    for images in batches:
+        if pool and (pool[0].shape != images.shape[1:] or len(pool) >= BATCH):
+            yield pool
+            pool = []
+        pool = [*pool, *images]
+    if pool:
+        yield pool
 
 
 def _moved(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -28,7 +28,7 @@ from chanaxes_pl.lesions.interventions import (
 )
 from chanaxes_pl.lesions.replacements import Replacement, check_operations, measure_replacements
 from chanaxes_pl.network.batches import Placement, Step, default_step, split_batch
-from chanaxes_pl.network.hooks import observed
+from chanaxes_pl.network.hooks import observed, undisturbed
 from chanaxes_pl.network.layers import channel_count, select_layers
 from chanaxes_pl.network.probe import Probe, ProbeSource, check_rereadable, check_sizes
 from chanaxes_pl.network.recording import Settings
@@ -123,7 +123,7 @@ def lesion_table(
     """
     experiment = experiment or LesionExperiment()
     operations = experiment.operations
-    with naming("lesion_table"):
+    with naming("lesion_table"), undisturbed(model):
         check_rereadable(evaluation, "evaluation")
         modules = select_layers(model, experiment.layers, whole=True)
         settings = Settings(

@@ -65,6 +65,7 @@ class ImageClassifier(L.LightningModule):
     def __init__(self, network: nn.Module, num_classes: int, channels_last: bool = False) -> None:
         super().__init__()
         self.network = network
+        self._num_classes = num_classes
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         if channels_last:
             network.to(memory_format=self.memory_format)
@@ -134,6 +135,11 @@ class ImageClassifier(L.LightningModule):
     def _evaluate(self, batch: tuple[Tensor, Tensor], loss_name: str, accuracy: MetricCollection) -> None:
         logits, labels = self._run(batch)
         check_classes(logits, labels)
+        if logits.shape[1] != self._num_classes:
+            raise InputError(
+                f"{type(self.network).__name__} gives {logits.shape[1]} logits, and the accuracies are of "
+                f"{self._num_classes}: pass num_classes={logits.shape[1]}"
+            )
         accuracy.update(logits, labels)
         self._log_epoch({loss_name: F.cross_entropy(logits, labels), **dict(accuracy.items())}, len(labels))
 

@@ -15,6 +15,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
+from chanaxes_pl.core.errors import ArgumentTypeError, short
+
 
 @contextmanager
 def hooked(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]], before: bool = False) -> Iterator[None]:
@@ -142,6 +144,23 @@ def observed(model: nn.Module) -> Iterator[None]:
             _restore(training)
             _write_back(buffers)
             copies.remove()
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Compute inside the block in the model's own precision and with gradients, whatever context surrounds it.
+
+    Under autocast a forward pass may use cached weights after they have changed; inference mode knows no gradients.
+
+    Raises:
+        TypeError: if ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        hint = ", such as slim.model of a Slim" if isinstance(getattr(model, "model", None), nn.Module) else ""
+        raise ArgumentTypeError(f"model={short(model)}", f"expected a network, a torch.nn.Module{hint}")
+    device = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+        yield
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from chanaxes_pl.core.errors import ArgumentError, naming
 from chanaxes_pl.core.memory import MEMORY, check_memory
 from chanaxes_pl.core.targets import check_classes, image_scores
 from chanaxes_pl.network.batches import Placement, Step, default_step
-from chanaxes_pl.network.hooks import observed
+from chanaxes_pl.network.hooks import observed, undisturbed
 from chanaxes_pl.network.probe import ProbeSource, check_rereadable, check_sizes
 from chanaxes_pl.pruning.allocation import (
     GRID,
@@ -141,7 +141,7 @@ def pruning_grid(
         ValueError: if a budget cannot be reached or the data does not fit; raised before the first network is pruned.
     """
     experiment = experiment or PruningExperiment()
-    with naming("pruning_grid"):
+    with naming("pruning_grid"), undisturbed(model):
         check_rereadable(evaluation, "evaluation")
         place = place or Placement.of(model)
         pruner = Pruner(

@@ -14,16 +14,17 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from chanaxes_pl.compensation.layerwise import RIDGE, Compensation, compensate, reestimate_norms
 from chanaxes_pl.compensation.polish import polish
+from chanaxes_pl.core.divergence import Divergence, divergence_for, mean_divergence
 from chanaxes_pl.core.errors import ArgumentError, InputError, naming, short
 from chanaxes_pl.core.memory import GIGABYTE, MEMORY, check_memory
 from chanaxes_pl.core.moments import true_float32
-from chanaxes_pl.core.targets import infer_target
-from chanaxes_pl.network.batches import Placement, Step, logits_of, split_batch
+from chanaxes_pl.network.batches import Placement, Step, logits_of, pair_of, split_batch
 from chanaxes_pl.network.cloning import clone
-from chanaxes_pl.network.hooks import observed
+from chanaxes_pl.network.hooks import observed, undisturbed
 from chanaxes_pl.network.probe import ImageBatches, Probe, ProbeSource
 from chanaxes_pl.pruning.allocation import (
     Allocation,
@@ -41,8 +42,6 @@ from chanaxes_pl.pruning.latency import Latency
 from chanaxes_pl.pruning.scores import channel_scores, unit_ranks, unit_values
 from chanaxes_pl.pruning.sensitivity import (
     LEVELS,
-    Divergence,
-    mean_divergence,
     measure_sensitivity,
     sensitivity_order,
     some,
@@ -50,7 +49,7 @@ from chanaxes_pl.pruning.sensitivity import (
 from chanaxes_pl.pruning.slim_file import Plan, save_slim
 from chanaxes_pl.units.groups import find_units
 from chanaxes_pl.units.macs import Macs, count_macs
-from chanaxes_pl.units.plain import plain
+from chanaxes_pl.units.plain import plain, unwrapped
 from chanaxes_pl.units.removal import Group, disagreement, remove
 
 #: Reference score of the allocation ``"shared"``.
@@ -77,12 +76,6 @@ COSTS: dict[BudgetOf, type[Macs] | type[Parameters] | type[Latency]] = {
     "macs": Macs,
     "parameters": Parameters,
     "latency": Latency,
-}
-_DIVERGENCES: dict[str, Divergence] = {
-    "logit_margin": "kl",
-    "signed_logit": "bits",
-    "log_likelihood": "bits",
-    "label": "square",
 }
 #: Score → layer → ``[C]``, as :func:`channel_scores` returns them.
 Scores = Mapping[str, Mapping[str, Tensor]]
@@ -174,7 +167,9 @@ class Pruner:
         self.batches = ImageBatches(probe, probe_size, place, self._images_of).within(memory / 4 * GIGABYTE)
         given = None if example is None else place.to_device(example)
         images: Tensor = next(iter(self.batches)) if given is None else given
-        self.model = model = plain(model)
+        self.model = model = plain(unwrapped(model))
+        if step is not None:
+            _check_step(model, step, place.to_device(next(iter(Probe(probe, IMAGES).batches()))[1]))
         self.units = find_units(model, images[:1]).protect(protect)
         if not self.units.groups:
             raise ArgumentError(f"protect={protect!r}", "protects every layer; expected some left to prune")
@@ -293,7 +288,7 @@ class Pruner:
             done(layerwise, slim)
         if compensation == "distill":
             bounds = {"memory": self._memory, "seed": seed, "progress": progress}
-            polish(slim, self.model, self.groups, kept, self.more, **bounds)
+            polish(slim, self.model, self.groups, kept, self.more, divergence=self.divergence, **bounds)
             done("polish", slim)
         return report
 
@@ -357,7 +352,7 @@ def _exactness(model: nn.Module, images: Tensor) -> float:
     """
     with observed(model):
         logits = logits_of(model(images))
-    bad = len(logits) - int(logits.flatten(1).isfinite().all(1).sum())
+    bad = len(logits) - int(logits.reshape(len(logits), -1).isfinite().all(1).sum())
     if bad:
         raise InputError(
             f"{type(model).__name__} gives logits with NaN or infinity for {bad} of {len(logits)} images: "
@@ -443,10 +438,10 @@ def prune(
         >>> round(slim.macs / slim.dense_macs, 2), slim.steps["step"].tolist()
         (0.5, ['cut', 'refit'])
     """
-    with naming("prune"):
+    with naming("prune"), undisturbed(model):
         check_budget_of(budget_of)
         check_budget(budget, COSTS[budget_of].unit)
-        compensation = compensation_of(compensate)
+        budget, compensation = float(budget), compensation_of(compensate)
         pruner = Pruner(
             model,
             probe,
@@ -559,7 +554,7 @@ def sensitivity(
         >>> table[["group", "removed"]].values.tolist()
         [['0', 0], ['0', 4], ['0', 8], ['0', 12], ['0', 15], ['2', 0], ['2', 2], ['2', 4], ['2', 6], ['2', 7]]
     """
-    with naming("sensitivity"):
+    with naming("sensitivity"), undisturbed(model):
         pruner = Pruner(
             model, probe, step=step, example=example_input, protect=protect, probe_size=probe_size, memory=memory
         )
@@ -614,12 +609,7 @@ def divergence_of(model: nn.Module, probe: ProbeSource, step: Step | None, place
             outputs = logits_of(model(images))
         else:
             outputs, labels = step(model, moved)
-    if labels is None:
-        return "kl" if outputs.ndim == 2 and outputs.shape[1] > 1 else "square"
-    try:
-        return _DIVERGENCES[infer_target(outputs, labels)]
-    except InputError:
-        return "square"
+    return divergence_for(outputs, labels)
 
 
 def _images_of(model: nn.Module, step: Step | None) -> Callable[[Any], Any] | None:
@@ -647,6 +637,30 @@ def _images_of(model: nn.Module, step: Step | None) -> Callable[[Any], Any] | No
         return caught[0]
 
     return images
+
+
+def _check_step(model: nn.Module, step: Step, batch: Any) -> None:
+    """Raise ValueError if a step reads another output of the model than the logits that pruning goes by."""
+    gave: list[Any] = []
+    handle = model.register_forward_hook(lambda _model, _args, output: gave.append(output))
+    try:
+        with observed(model):
+            outputs, _ = pair_of(step(model, batch))
+    finally:
+        handle.remove()
+    others = [value for value in tree_leaves(gave) if isinstance(value, Tensor)]
+    if not isinstance(outputs, Tensor) or any(_same_values(outputs, logits_of(output)) for output in gave):
+        return
+    if any(_same_values(outputs, other) for other in others):
+        raise ArgumentError(
+            "step=…",
+            f"takes another output of {type(model).__name__} than its first, or its logits, by which channels are "
+            "chosen; expected a network that gives those first: wrap it in one that does",
+        )
+
+
+def _same_values(one: Tensor, other: Any) -> bool:
+    return isinstance(other, Tensor) and one.numel() == other.numel() and one.flatten().equal(other.flatten())
 
 
 class _Called(Exception):

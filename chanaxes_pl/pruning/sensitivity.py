@@ -10,16 +10,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from heapq import heapify, heappop, heappush
-from typing import Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from scipy.interpolate import PchipInterpolator
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from chanaxes_pl.compensation.layerwise import POSITIONS, RIDGE
+from chanaxes_pl.core.divergence import Divergence, by_position, mean_divergence
 from chanaxes_pl.core.errors import ArgumentError, InputError
 from chanaxes_pl.core.memory import GIGABYTE, MEMORY
 from chanaxes_pl.network.hooks import activation_bytes, observed
@@ -30,7 +29,6 @@ from chanaxes_pl.units.removal import Group, masked
 
 #: What outputs are compared by: ``"kl"`` of the classes' probabilities along dimension 1, ``"bits"`` of each logit's
 #: own probability, or ``"square"``, the squared error as a share of the variance of the dense outputs.
-Divergence = Literal["kl", "bits", "square"]
 #: Levels of removal of a group, evenly spaced, after which one unit is left.
 LEVELS = 8
 #: Images on which outputs are compared at most.
@@ -219,7 +217,8 @@ class _Outputs:
         self._logits = [forward.run(part) for forward, part in zip(self._cycled(), self._parts, strict=True)]
         if not all(bool(logits.isfinite().all()) for logits in self._logits):
             raise InputError("the outputs hold NaN or infinity on this probe; leave out the images that give them")
-        if divergence == "square" and len(torch.cat(self._logits).unique(dim=0)) < 2:
+        rows = torch.cat([by_position(logits) for logits in self._logits])
+        if divergence == "square" and bool((rows == rows[0]).all()):
             count = sum(map(len, self._parts))
             raise InputError(
                 f"the outputs are the same for all of the last {count} images of the probe, where they are compared: "
@@ -239,25 +238,6 @@ class _Outputs:
 
     def _cycled(self) -> list[PartialForward]:
         return self._forwards if len(self._forwards) == len(self._parts) else self._forwards * len(self._parts)
-
-
-def mean_divergence(divergence: Divergence, dense: Sequence[Tensor], cut: Sequence[Tensor]) -> float:
-    """Return the mean divergence of outputs from those of the dense network, over images and their positions.
-
-    Args:
-        divergence: what they are compared by.
-        dense: outputs ``[B, …]`` of the dense network, batch by batch.
-        cut: the same of another network.
-    """
-    wanted, found = torch.cat(list(dense)).double(), torch.cat(list(cut)).double()
-    if divergence == "square":
-        return float((wanted - found).square().sum() / (wanted - wanted.mean(0)).square().sum())
-    if divergence == "kl":
-        wanted, found = (F.log_softmax(outputs, 1) for outputs in (wanted, found))
-        return float((wanted.exp() * (wanted - found)).sum(1).mean())
-    log_yes, log_no = (F.logsigmoid(sign * wanted) - F.logsigmoid(sign * found) for sign in (1, -1))
-    each = wanted.sigmoid() * log_yes + (-wanted).sigmoid() * log_no
-    return float(each.sum(1).mean() if each.ndim == 2 else each.mean())
 
 
 def some(batches: Iterable[Tensor], first: int, last: int) -> Iterator[Tensor]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from chanaxes_pl.core.errors import InputError, naming, nearest, short
 from chanaxes_pl.core.files import replacing
 from chanaxes_pl.units.flow import LAYERS, NORMS, width
-from chanaxes_pl.units.plain import plain
+from chanaxes_pl.units.plain import plain, unwrapped
 from chanaxes_pl.units.removal import Group, avoid_crash, resize
 
 #: Version of the plan; a reader refuses any other.
@@ -419,7 +419,7 @@ def load_slim(path: str | Path, model: nn.Module | None = None) -> nn.Module:
             plan = Plan.from_json(metadata["plan"])
             shapes = {name: content.get_slice(name).get_shape() for name in content.keys()}  # noqa: SIM118
             _check_shapes(plan, shapes, file.name)
-            dense = _built(plan) if model is None else plain(model)
+            dense = _built(plan) if model is None else plain(unwrapped(model))
             _check_model(dense, plan, shapes)
             tensors = {name: content.get_tensor(name) for name in shapes}
             if _digest(metadata["plan"], tensors) != metadata["sha256"]:
@@ -450,7 +450,7 @@ def _of_checkpoint(path: Path, model: nn.Module | None) -> nn.Module:
     else:  # the shapes say it all
         sizes = {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
         plan = Plan(kept={}, sizes={}, input_shape=(), shapes=sizes, macs=0, dense_macs=0)
-    dense = _built(plan) if model is None else plain(model)
+    dense = _built(plan) if model is None else plain(unwrapped(model))
     fill(dense, plan, tensors)
     if model is None:
         _take_memory(dense)

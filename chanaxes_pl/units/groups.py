@@ -24,7 +24,7 @@ from chanaxes_pl.core.errors import ArgumentError, InputError, naming, nearest
 from chanaxes_pl.core.moments import accumulation_device
 from chanaxes_pl.network.batches import FAILURES, logits_of
 from chanaxes_pl.network.cloning import clone
-from chanaxes_pl.network.hooks import calls, entered
+from chanaxes_pl.network.hooks import calls, entered, isolated_rng, undisturbed
 from chanaxes_pl.network.layers import CONVOLUTIONS
 from chanaxes_pl.units.flow import LAYERS, TRANSPOSED, Flow, goes_by_groups
 from chanaxes_pl.units.removal import Cut, Group, disagreement, remove
@@ -71,13 +71,14 @@ def find_units(model: nn.Module, example: Tensor) -> Units:
     """Find the units of a model by one forward pass, and try their removal on a copy.
 
     Args:
-        model: model to search; it does not change. Of what it gives, only the logits count, see :func:`logits_of`.
+        model: model to search; it does not change. Of what it gives, only the logits count, see :func:`logits_of`; what
+            only other outputs depend on stays whole.
         example: ``[B, …]``, an input of the model, on its device.
 
     Raises:
         ValueError: if the model does not run on the example, or has no channels that can be removed.
     """
-    with naming("find_units"):
+    with naming("find_units"), undisturbed(model), isolated_rng():  # what runs in training alone may draw
         copied = clone(model).eval()
         flow, order = _followed(copied, example)
         groups, fixed = _groups(flow, copied, order)
@@ -89,6 +90,10 @@ def find_units(model: nn.Module, example: Tensor) -> Units:
                     name = _unused(group.layer, groups)
                     groups[name] = replace(group, name=name)
         groups = {group.name: group for group in sorted(groups.values(), key=lambda group: order[group.layer])}
+        beside = _beside(copied, example)
+        others = [g for g in groups.values() if beside.issuperset(f"{name}.weight" for name in g.producers)]
+        fixed |= {name: "only other outputs than the logits depend on it" for g in others for name in g.producers}
+        groups = {name: group for name, group in groups.items() if group not in others}
         groups, refused = _tried(copied, example, groups)
         removable = {name for group in groups.values() for name in group.producers}
         fixed = {name: why for name, why in (fixed | refused).items() if name not in removable}
@@ -110,6 +115,30 @@ def _followed(model: nn.Module, example: Tensor, widths: bool = False) -> tuple[
     if any(isinstance(module, LAYERS) and name not in order for name, module in model.named_modules()):
         _follow_training(flow, model, example)
     return flow, order
+
+
+def _beside(model: nn.Module, example: Tensor) -> set[str]:
+    """Return the names of the parameters that outputs depend on, and the logits do not."""
+    parameters = {name: value for name, value in model.named_parameters() if value.is_floating_point()}
+    flags = [value.requires_grad for value in parameters.values()]
+    for value in parameters.values():
+        value.requires_grad_(True)
+    output = _run(model, example)
+    logits = logits_of(output)
+    others = [value for value in tree_leaves(output) if isinstance(value, Tensor) and value is not logits]
+    others = [value for value in others if value.grad_fn is not None]
+    found = set()
+    if others and logits.grad_fn is not None:
+        each = [
+            torch.autograd.grad(
+                [part.sum() for part in parts], list(parameters.values()), None, True, allow_unused=True
+            )
+            for parts in ([logits], others)
+        ]
+        found = {name for name, main, rest in zip(parameters, *each, strict=True) if main is None and rest is not None}
+    for value, flag in zip(parameters.values(), flags, strict=True):
+        value.requires_grad_(flag)
+    return found
 
 
 def _members(group: Group) -> list[tuple[str, int | None, tuple[int, ...]]]:
@@ -473,11 +502,13 @@ def _misfit(model: nn.Module, images: list[Tensor], groups: list[Group], exact: 
     generator = torch.Generator().manual_seed(0)
     for trial, (share, batch) in enumerate(zip(_KEPT, images, strict=True)):
         kept = {}
-        for group in groups:
+        for number, group in enumerate(groups):
             # An odd number, so that the units do not read the same backwards; once without the first unit, and once
             # without the last.
+            # Of each group another share, for some layers run only where two groups lose alike.
             order = torch.randperm(group.size, generator=generator)
-            kept[group.name] = order[order != (group.size - 1) * trial][: int(group.size * share) | 1]
+            count = max(1, (int(group.size * share) | 1) - number % 3 * max(1, group.size // 6))
+            kept[group.name] = order[order != (group.size - 1) * trial][:count]
         slim = clone(model, tensors=False)  # removal makes new ones
         try:
             remove(slim, groups, kept)

@@ -173,8 +173,9 @@ class Macs:
         for number, group in enumerate(self.groups):
             half = np.zeros(len(self.groups), dtype=int)
             half[number] = group.size // 2
-            rest = count(without(model, self.groups, half), example) - self._of_layers(half)
-            if half[number] and rest < self._rest:
+            counted = count(without(model, self.groups, half), example)
+            rest = counted - self._of_layers(half)
+            if half[number] and counted >= 0 and rest < self._rest:
                 lost[number] = (self._rest - rest) / half[number]  # MACs of a unit
         products: list[_Product] = []
         while lost:

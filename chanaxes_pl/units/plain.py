@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 from torch.overrides import TorchFunctionMode
@@ -20,6 +21,13 @@ _HOOKS = {
     "WeightNorm": remove_weight_norm,
     "SpectralNorm": remove_spectral_norm,
 }
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module that ``torch.compile`` or ``DataParallel`` wrapped, whose tensors have other names."""
+    while isinstance(model, (OptimizedModule, nn.DataParallel)):
+        model = model._orig_mod if isinstance(model, OptimizedModule) else model.module
+    return model
 
 
 def plain(model: nn.Module) -> nn.Module:

@@ -104,7 +104,7 @@ def test_images_that_are_streamed_are_read_again_as_often_as_it_takes():
     model, slim, groups, kept = pruned("concatenating")
     streamed = Streamed()
     polish(slim, model, groups, kept, streamed, steps=7)
-    assert streamed.reads == 4  # one for an image; three batches each time
+    assert streamed.reads == 8  # one for an image; then all of them together are less than a step takes
 
 
 @pytest.mark.parametrize("side", [(8, 8), (16, 24)])
@@ -253,3 +253,34 @@ def test_other_heads_and_images_of_several_sizes(module, images):
     polish(slim, model, groups, kept, images, steps=2)
     assert not torch.equal(slim.head.weight, before)
     assert all(value.isfinite().all() for value in slim.state_dict().values())
+
+
+def test_yes_or_no_outputs_are_compared_one_by_one():
+    generator = torch.Generator().manual_seed(0)
+    logits, wanted = (torch.randn(5, 4, generator=generator).double() for _ in range(2))
+    p, q = ((outputs / 2).sigmoid() for outputs in (wanted, logits))
+    bits = 4 * (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).sum(1).mean()
+    assert float(distillation_loss(logits, wanted, divergence="bits")) == pytest.approx(float(bits), rel=1e-10)
+    shares = (logits - wanted).square().mean() / wanted.var()
+    assert float(distillation_loss(logits, wanted, divergence="square")) == pytest.approx(float(shares), rel=1e-10)
+
+
+class Again:
+    """A stream that can be read again."""
+
+    def __init__(self, batches: list[Tensor]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.batches)
+
+
+def test_single_images_are_joined_to_batches():
+    images = [torch.full((1, 1, 2, 2), float(number)) for number in range(300)]
+    source = home._endless(Again(images), torch.Generator().manual_seed(0))
+    drawn = [next(source) for _ in range(6)]
+    assert {len(batch) for batch in drawn} == {128, 44}
+    assert sorted(torch.cat(drawn[:3])[:, 0, 0, 0].tolist()) == list(range(300))
+    sizes = [torch.zeros(1, 1, 2, 2 + number // 2) for number in range(4)]
+    source = home._endless(sizes, torch.Generator().manual_seed(0))
+    assert [tuple(next(source).shape) for _ in range(2)] == [(2, 1, 2, 2), (2, 1, 2, 3)]

@@ -1,0 +1,135 @@
+"""Several outputs, outputs of other shapes, and contexts around pruning: what is cut, and that it is the same."""
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from chanaxes_pl import find_units, load_slim, prune, sensitivity
+
+
+class TwoHeads(nn.Module):
+    """Gives classes and boxes, in some order or mapping."""
+
+    def __init__(self, form=lambda classes, boxes: (classes, boxes)) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 10, 3), nn.ReLU())
+        self.classes = nn.Sequential(nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 4))
+        self.boxes = nn.Sequential(nn.Linear(10, 14), nn.ReLU(), nn.Linear(14, 4))
+        self.form = form
+
+    def forward(self, images):
+        seen = self.body(images).mean((2, 3))
+        return self.form(self.classes(seen), self.boxes(seen))
+
+
+def pictures(count=48):
+    return torch.randn(count, 3, 10, 10, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "form", [lambda c, b: (c, b), lambda c, b: {"boxes": b, "logits": c}], ids=["tuple", "mapping"]
+)
+def test_what_only_other_outputs_depend_on_stays_whole(form):
+    torch.manual_seed(0)
+    model = TwoHeads(form)
+    slim = prune(model, [pictures()], budget=0.3)
+    assert slim.model.boxes[0].out_features == 14
+    assert slim.model.classes[0].out_features < 16
+    assert slim.model.body[2].out_channels < 10  # which both heads read
+    assert find_units(model, pictures()[:1]).fixed["boxes.0"] == "only other outputs than the logits depend on it"
+
+
+def test_a_step_that_reads_another_output_is_refused():
+    torch.manual_seed(0)
+    data = TensorDataset(pictures(), torch.randn(48, 4))
+    with pytest.raises(
+        ValueError, match=r"prune\(step=…\): takes another output of TwoHeads than its first, or its logits"
+    ):
+        prune(TwoHeads(), data, budget=0.5, step=lambda model, batch: (model(batch[0])[1], batch[1]))
+    for first in (lambda output: output[0], lambda output: output[0].softmax(1)):
+        slim = prune(TwoHeads(), data, budget=0.5, step=lambda model, batch, f=first: (f(model(batch[0])), batch[1]))
+        assert slim.macs / slim.dense_macs == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize("compensate", ["refit", "distill"])
+def test_outputs_of_one_number_an_image_without_a_second_dimension(compensate, monkeypatch):
+    monkeypatch.setattr("chanaxes_pl.compensation.polish.STEPS", 3)
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 8, 8), nn.Flatten(), nn.Linear(8, 1), nn.Flatten(0)
+    )
+    data = TensorDataset(pictures(), torch.randn(48, generator=torch.Generator().manual_seed(1)))
+    slim = prune(model, data, budget=0.5, compensate=compensate)
+    assert slim.model(pictures(5)).shape == (5,)
+    assert slim.steps["divergence"].iloc[1] < slim.steps["divergence"].iloc[0]
+
+
+def test_images_of_several_sizes():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    images = [pictures(16), pictures(16)[:, :, :8], pictures(16)[:, :, :7, :9]]
+    slim = prune(model, images, budget=0.5)
+    assert slim.macs / slim.dense_macs == pytest.approx(0.5, abs=0.05)
+    assert slim.steps["divergence"].iloc[1] < slim.steps["divergence"].iloc[0]
+
+
+@pytest.mark.parametrize(
+    "surroundings", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)]
+)
+def test_pruning_is_the_same_whatever_surrounds_it(surroundings):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 8, 8), nn.Flatten(), nn.Linear(8, 4))
+    alone = prune(model, [pictures()], budget=0.5)
+    data = [pictures()]
+    with surroundings():
+        within = prune(model, data, budget=0.5)
+        table = sensitivity(model, data)
+    assert torch.equal(within.model(pictures()), alone.model(pictures()))
+    assert alone.steps["divergence"].tolist() == within.steps["divergence"].tolist()
+    pd.testing.assert_frame_equal(table, alone.sensitivity)
+
+
+def test_a_compiled_network_is_pruned_and_loaded_as_the_one_that_it_wraps(tmp_path):
+    def network() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 8, 8), nn.Flatten(), nn.Linear(8, 4))
+
+    torch.manual_seed(0)
+    slim = prune(torch.compile(network()), [pictures()], budget=0.5, score="l1", allocation="uniform")
+    slim.save(tmp_path / "half")
+    for empty in (network(), torch.compile(network()), nn.DataParallel(network())):
+        assert torch.equal(load_slim(tmp_path / "half", empty)(pictures()), slim.model(pictures()))
+
+
+class SeparateHeads(nn.Module):
+    """Attention whose code knows its number of heads and their width, for queries, keys and values alike."""
+
+    def __init__(self, split) -> None:
+        super().__init__()
+        self.heads, self.head_dim, self.split = 4, 6, split
+        self.stem = nn.Conv2d(3, 24, 4, 4)
+        self.q, self.k, self.v, self.o = (nn.Linear(24, 24) for _ in range(4))
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, images):
+        tokens = self.stem(images).flatten(2).mT
+        q, k, v = (self.split(self, layer(tokens)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return self.head((tokens + self.o(mixed.reshape(*tokens.shape[:2], -1))).mean(1))
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        lambda s, x: x.view(*x.shape[:2], s.heads, s.head_dim),
+        lambda s, x: x.view(*x.shape[:2], -1, s.head_dim),
+        lambda s, x: x.view(*x.shape[:2], s.heads, -1),
+    ],
+    ids=["both", "width", "number"],
+)
+@pytest.mark.parametrize("ways", [{}, {"score": "l1", "allocation": "uniform"}], ids=["default", "even"])
+def test_attention_that_knows_its_widths_meets_the_budget(split, ways):
+    torch.manual_seed(0)
+    slim = prune(SeparateHeads(split), [pictures(32)[:, :, :8, :8]], budget=0.5, **ways)
+    assert slim.macs / slim.dense_macs == pytest.approx(0.5, abs=0.06)
