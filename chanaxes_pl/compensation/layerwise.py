@@ -152,7 +152,7 @@ def reestimate_norms(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
-    with observed(model):
+    with observed(model, buffers=False):
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # a plain average

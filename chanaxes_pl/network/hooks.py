@@ -120,19 +120,23 @@ def _shape(value: Any) -> tuple[int, ...]:
 
 
 @contextmanager
-def observed(model: nn.Module) -> Iterator[None]:
+def observed(model: nn.Module, buffers: bool = True) -> Iterator[None]:
     """Put ``model`` in eval mode without gradients inside the block; then restore its flags, buffers and RNG streams.
 
     Some networks write buffers in eval mode too: observers of quantisation, norms that stay in training mode. A
     compiled model runs uncompiled in the block, because hooks added after its first call would not fire. It is given
     copies of its inputs, because some networks normalise their images in place.
+
+    Args:
+        model: model in any mode.
+        buffers: whether to restore its buffers.
     """
     training = {module: module.training for module in model.modules()}
-    buffers = [
+    kept = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
-        if buffer is not None and not is_lazy(buffer)
+        if buffers and buffer is not None and not is_lazy(buffer)
     ]
     copies = model.register_forward_pre_hook(_copied, with_kwargs=True)
     with isolated_rng():
@@ -142,7 +146,7 @@ def observed(model: nn.Module) -> Iterator[None]:
                 yield
         finally:
             _restore(training)
-            _write_back(buffers)
+            _write_back(kept)
             copies.remove()
 
 
