@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from lightning.pytorch.loggers import CSVLogger
 
 from chanaxes_pl import AxisTracker, read_run
 from chanaxes_pl.analysis.runs import read_runs
@@ -100,3 +101,9 @@ def test_a_run_that_goes_on_stays_in_its_folder_though_a_newer_one_is_beside_it(
     assert tracker.folder == tmp_path / "axis"
     assert read_run(tmp_path / "axis")["step"].unique().tolist() == [0, 4, 8]
     assert not checkpoint_path(tmp_path / "axis-2", 0).exists()
+
+
+def test_a_run_without_a_name_has_that_of_its_folder(tmp_path):
+    logger = CSVLogger(tmp_path / "mine", "", "")
+    trainer(tmp_path, AxisTracker(), logger=logger, max_epochs=1).fit(build(), **loaders())
+    assert read_run(tmp_path / "mine" / "axis")["run"].unique().tolist() == ["mine"]

@@ -200,6 +200,11 @@ def test_lesions_are_found_in_the_folder_and_scores_in_the_lesions(tmp_path):
         predicted(tmp_path)
 
 
+def test_anything_but_one_run_is_refused():
+    with pytest.raises(TypeError, match=r"early_prediction\(run=\['a'\]\): expected one run, .*\.each\[0\]"):
+        early_prediction(["a"])
+
+
 def test_bad_input_is_named(tmp_path):
     end = written(tmp_path)
     lesions = lesioned(end)

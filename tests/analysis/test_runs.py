@@ -137,6 +137,11 @@ def test_the_same_run_twice_is_refused(seeds):
         read_runs([seeds[0], seeds[0] / "axis"])
 
 
+def test_one_folder_needs_no_list(seeds):
+    for folder in (seeds[0], str(seeds[0])):
+        assert [each.name for each in read_runs(folder).each] == [each.name for each in read_runs([seeds[0]]).each]
+
+
 def test_no_run_is_refused():
     with pytest.raises(ValueError, match="no run folder given: expected one that training with AxisTracker wrote"):
         read_runs([])

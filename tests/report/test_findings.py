@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from chanaxes_pl.analysis.runs import Damage
-from chanaxes_pl.report.findings import _chance, _damage
+from chanaxes_pl.report.findings import _chance, _coupled, _coupling, _damage, _separation
 
 
 @pytest.mark.parametrize(
@@ -34,3 +34,42 @@ def test_damage_is_told_with_its_sign(mean, verb):
     assert (
         text.split() == f"Removing one channel {verb} the test loss by 0.2000 [0.1000, 0.3000] nats on average.".split()
     )
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "runs", "said"),
+    [
+        (0.28, 0.03, 2, "coupled"),  # 12.7 standard errors for two runs
+        (0.28, 0.05, 2, "not coupled"),
+        (0.49, 0.09, 3, "coupled"),
+        (-0.3, 0.1, 3, "inversely coupled"),
+        (
+            0.2,
+            0.1,
+            3,
+            "not coupled",
+        ),  # though the bootstrap's interval, which is little more than the range, may not hold 0
+    ],
+)
+def test_few_runs_are_judged_by_students_interval(mean, std, runs, said):
+    row = pd.Series({"mean": mean, "std": std, "runs": runs, "low": mean - std, "high": mean + std})
+    assert _coupled(row) == said
+
+
+def test_a_training_that_diverged_is_told_so(tmp_path):
+    steps, reason = [0, 5], "output not finite"
+    rows = [
+        {"step": step, "layer": "a", "channel": c, "epoch": step / 5, "reason": ""} for step in steps for c in range(4)
+    ]
+    table = pd.DataFrame(rows)
+    table.loc[table["step"] == 5, "reason"] = [reason] * 3 + [""]
+    rho = pd.DataFrame(
+        {"run": "r", "step": steps, "epoch": [0.0, 1.0], "layer": "network", "local": "input_capture"}
+        | {"target": "task_information", "rho": [0.6, float("nan")], "low": [0.5, float("nan")]}
+        | {"high": [0.7, float("nan")], "null": 0.0}
+    )
+    runs = SimpleNamespace(each=[None], steps=steps, table=table, correlations=rho)
+    (text,) = _coupling(runs)
+    assert text.endswith("; at the last checkpoint ρ is undefined (output not finite: 3 of 4 channels).")
+    (text,) = _separation(runs)
+    assert text == "The correlation is highest at initialisation, where ρ is 0.60."

@@ -271,3 +271,42 @@ def test_both_monitors_see_a_correlation_whenever_they_look(tmp_path, flags, at_
     assert differences(trained(tmp_path / "0", **settings), tracked) == []
     assert float(stop.best_score) == pytest.approx(max(rhos(tracker)[0 if flags.get("val_check_interval") else 1 :]))
     assert float(best.best_model_score) == pytest.approx(float(stop.best_score))
+
+
+class TestImagesAlone(L.LightningDataModule):
+    """As on a machine without the training images."""
+
+    __test__ = False
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            raise FileNotFoundError("train.h5 is not here")
+        self.held = images(30, 5)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.trained, batch_size=16)
+
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(self.held, batch_size=16)
+
+
+def test_where_training_images_are_missing_a_test_is_probed_with_its_own(tmp_path):
+    tracker, model = AxisTracker(), build()
+    trainer(tmp_path, tracker).test(model, datamodule=TestImagesAlone(), verbose=False)
+    pd.testing.assert_frame_equal(tracker.table.drop(columns=KEYS), compute_axes(model, images(30, 5)).table)
+
+
+def test_a_test_without_labels_is_not_measured_and_goes_on(tmp_path):
+    class Unlabelled(Small):
+        def test_step(self, batch, batch_idx):
+            self(batch)
+
+    tracker = AxisTracker()
+    with pytest.warns(UserWarning, match="AxisTracker: the tested network is not measured: outputs: .*labels: nothing"):
+        trainer(tmp_path, tracker).test(
+            Unlabelled(), DataLoader([image for image, _ in images()], batch_size=16), verbose=False
+        )
+    with pytest.raises(ValueError, match=r"AxisTracker: outputs: .*labels: nothing"):  # what was asked for is
+        trainer(tmp_path, AxisTracker(probe=[torch.randn(8, 3, 8, 8)])).test(
+            build(), DataLoader(images(), batch_size=16), verbose=False
+        )

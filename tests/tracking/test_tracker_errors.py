@@ -36,7 +36,13 @@ def test_a_schedule_that_means_nothing_is_quoted_with_those_that_do(schedule):
     assert f"schedule={schedule!r}" in str(error.value)
 
 
-@pytest.mark.parametrize("schedule", ["epoch", "log", 3, "3 epochs", "1 epoch", "500 steps", [0, 10], (1, 2), range(3)])
+MEANINGFUL = [
+    *("epoch", "log", 3, "3 epochs", "1 epoch", "500 steps", [0, 10], (1, 2), range(3)),
+    *(np.int64(2), np.array([1, 4]), [np.int64(1), 5], torch.tensor([1, 2])),
+]
+
+
+@pytest.mark.parametrize("schedule", MEANINGFUL, ids=repr)
 def test_schedules_that_mean_something_are_taken(schedule):
     assert Schedule.parse(schedule).due(step=0, epoch=0, epoch_ends=False)
 
@@ -54,6 +60,24 @@ def test_schedules_that_mean_something_are_taken(schedule):
 def test_settings_out_of_range_are_refused_before_training(settings, message):
     with pytest.raises(ValueError, match=message):
         AxisTracker(**settings)
+
+
+def test_numbers_of_numpy_are_settings_that_a_checkpoint_can_hold():
+    settings = AxisTracker(positions=np.int64(4), probe_size=np.int32(40)).settings
+    assert [type(value) for value in (settings.positions, settings.probe_size)] == [int, int]
+
+
+@pytest.mark.parametrize("layers", [None, 3, ["net.0", 1], [torch.nn.Conv2d(1, 1, 1)]])
+def test_layers_of_another_type_are_answered_with_those_that_are_taken(tmp_path, layers):
+    with pytest.raises(TypeError, match=r"AxisTracker\(layers=.*\): expected 'auto', .* globs .* a mapping from names"):
+        train(tmp_path, AxisTracker(layers=layers))
+
+
+@pytest.mark.parametrize("gives", [lambda logits, labels: logits, lambda logits, labels: (logits, labels, 3)])
+def test_a_step_that_gives_no_pair_is_told_so(tmp_path, gives):
+    tracker = AxisTracker(step=lambda module, batch: gives(module(batch[0]), batch[1]))
+    with pytest.raises(ValueError, match=r"AxisTracker\(step=… gave a .*\): expected a pair \(outputs, labels\)"):
+        train(tmp_path, tracker)
 
 
 def test_a_misspelt_kind_of_layers_is_answered_with_the_right_one(tmp_path):
