@@ -456,7 +456,7 @@ intervals(mean_over_runs(by_run, "value", by=["width", "measure"]), "measure", "
 plot_correlations(wide[wide["width"] == "full width"], title="ResNet-18 at full width")
 
 # %% [markdown]
-# Removing one channel of the wide network does about fifteen times less damage, so more test images are needed to see it
+# Removing one channel of the wide network does about fifteen times less damage, so it takes more test images to see it
 # (2,500, on 8 channels a layer). The first table shows ρ with damage, the second one how much of the variance of damage
 # within layers is more than noise of the test images.
 

@@ -486,7 +486,9 @@ def test_a_training_without_validation_leaves_the_datamodule_alone():
             raise AssertionError
 
     loops = SimpleNamespace(epoch_loop=SimpleNamespace(val_loop=SimpleNamespace(setup_data=lambda: None)))
-    fitting = stand_in(testing=False, datamodule=Given(), train_dataloader=DataLoader(Numbers(), 5), fit_loop=loops)
+    module = SimpleNamespace(_current_fx_name="on_train_start")
+    own = {"datamodule": Given(), "train_dataloader": DataLoader(Numbers(), 5), "lightning_module": module}
+    fitting = stand_in(testing=False, fit_loop=loops, **own)
     with pytest.warns(UserWarning, match="measured on training images"):
         find_probe(None, fitting)
 
