@@ -320,7 +320,7 @@ def _count(batch: Any) -> int:
     try:
         return extract_batch_size(batch)
     except MisconfigurationException:  # Lightning's error speaks of logging
-        raise InputError(f"a batch is {describe(batch)}: expected (images, labels)") from None
+        raise InputError(f"a batch is {describe(batch)}: expected (images, labels), as tensors") from None
 
 
 class ImageBatches:

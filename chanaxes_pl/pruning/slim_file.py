@@ -392,6 +392,9 @@ def load_slim(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         >>> [model[0].weight.equal(slim.model[0].weight) for model in loaded]
         [True, True]
     """
+    if model is not None and not isinstance(model, nn.Module):
+        made = f", such as {model.__name__}(…)" if isinstance(model, type) else ""
+        raise TypeError(f"load_slim(…, {short(model)}): expected a new dense network{made}")
     if Path(path).suffix == ".ckpt" and Path(path).is_file():
         with naming(str(path)):
             return _of_checkpoint(Path(path), model)

@@ -109,7 +109,11 @@ def _followed(model: nn.Module, example: Tensor, widths: bool = False) -> tuple[
     with flow.following():
         output = logits_of(_run(model, example))
     if not isinstance(output, Tensor):
-        raise InputError(f"{type(model).__name__}(images) gave {type(output).__name__}: expected logits")
+        raise InputError(
+            f"{type(model).__name__}(images) gave {type(output).__name__}: expected logits, as a tensor, first in a "
+            "tuple or list, or as logits or out of a mapping or an object; wrap a network that gives others in one that "
+            "does"
+        )
     flow.fix([output], "its channels are the network's output")
     order = {name: place for place, name in enumerate(executed_layers(model, example))}
     if any(isinstance(module, LAYERS) and name not in order for name, module in model.named_modules()):

@@ -133,3 +133,13 @@ def test_attention_that_knows_its_widths_meets_the_budget(split, ways):
     torch.manual_seed(0)
     slim = prune(SeparateHeads(split), [pictures(32)[:, :, :8, :8]], budget=0.5, **ways)
     assert slim.macs / slim.dense_macs == pytest.approx(0.5, abs=0.06)
+
+
+def test_what_is_no_network_is_told_so(tmp_path):
+    slim = prune(TwoHeads(), [pictures()], budget=0.5, score="l1", allocation="uniform", compensate=False)
+    with pytest.raises(TypeError, match=r"(?s)prune\(model=.*\): expected a network, .* such as slim.model of a Slim"):
+        prune(slim, [pictures()], budget=0.5)
+    with pytest.raises(TypeError, match=r"load_slim\(…, .*\): expected a new dense network, such as TwoHeads\(…\)"):
+        load_slim(tmp_path / "half", TwoHeads)
+    with pytest.raises(ValueError, match=r"TwoHeads\(images\) gave dict: expected logits, .*; wrap a network"):
+        prune(TwoHeads(lambda c, b: {"classes": c, "boxes": b}), [pictures()], budget=0.5)
