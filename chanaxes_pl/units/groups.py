@@ -111,8 +111,7 @@ def _followed(model: nn.Module, example: Tensor, widths: bool = False) -> tuple[
     if not isinstance(output, Tensor):
         raise InputError(
             f"{type(model).__name__}(images) gave {type(output).__name__}: expected logits, as a tensor, first in a "
-            "tuple or list, or as logits or out of a mapping or an object; wrap a network that gives others in one that "
-            "does"
+            "tuple or list, or as logits or out of a mapping or an object; wrap a network of others in one that does so"
         )
     flow.fix([output], "its channels are the network's output")
     order = {name: place for place, name in enumerate(executed_layers(model, example))}
