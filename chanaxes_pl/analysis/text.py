@@ -192,7 +192,7 @@ def noise_of(table: pd.DataFrame, damage: str) -> list[str]:
     clear = int((table[damage] > CLEAR * table[f"{damage}_se"]).sum())
     return [
         f"{clear} of {len(table)} channels do damage beyond {CLEAR:g} standard errors; {share:.0%} of the variance of "
-        "damage within layers is more than noise of the test images (take more images if that is little)"
+        "damage within layers is not noise of the test images (use more of them if this is low)"
     ]
 
 

@@ -60,8 +60,7 @@ def some_of(loader: DataLoader, groups: list[list[Any]], size: int) -> list[list
     items = [item for group in groups for item in group]
     if size >= len(items):
         return groups
-    chosen = [items[place] for place in np.sort(shuffled(len(items))[:size])]
-    return in_batches(chosen, loader.batch_sampler.batch_size if deals_singly(loader) else 1)  # type: ignore[union-attr]
+    return in_batches(chosen(items, size), loader.batch_sampler.batch_size if deals_singly(loader) else 1)  # type: ignore[union-attr]
 
 
 def deals_singly(loader: DataLoader) -> bool:
@@ -72,6 +71,11 @@ def deals_singly(loader: DataLoader) -> bool:
 def in_batches(items: Any, at_once: int) -> list[Any]:
     """Cut items into batches, of which the last may be smaller."""
     return [items[start : start + at_once] for start in range(0, len(items), at_once)]
+
+
+def chosen(items: list[Any], size: int) -> list[Any]:
+    """A fixed random choice of ``size`` items, in their order; all if there are fewer."""
+    return [items[place] for place in np.sort(shuffled(len(items))[:size])]
 
 
 def shuffled(count: int) -> np.ndarray:

@@ -31,6 +31,7 @@ from chanaxes_pl.network.hooks import isolated_rng
 from chanaxes_pl.network.loaders import (
     FixedDraws,
     again,
+    chosen,
     deals_singly,
     first_loader,
     in_batches,
@@ -103,12 +104,11 @@ class Probe:
         """Fix which items of the data set make up the probe, and in which batches."""
         self._dealt_singly = deals_singly(loader)
         if self._dealt_singly:
+            batches: Any = loader.batch_sampler
             items, random_order = items_of(loader)
-            if len(items) > self._size and (shuffles or random_order):
-                items = [items[place] for place in np.sort(shuffled(len(items))[: self._size])]
-            items = items[: self._size]
-            size: int = loader.batch_sampler.batch_size  # type: ignore[union-attr]
-            if loader.drop_last and len(items) >= size:  # the model may know no smaller batches
+            items = chosen(items, self._size) if shuffles or random_order else items[: self._size]
+            size = batches.batch_size
+            if batches.drop_last and len(items) >= size:  # the model may know no smaller batches
                 items = items[: len(items) // size * size]
             if self._mixed:
                 items = [items[place] for place in shuffled(len(items))]
@@ -135,12 +135,12 @@ class Probe:
         """Batches of some images from all over the probe, or the first batch of a stream; read in this process."""
         if self._groups is None:
             return [batch for _, batch in islice(self._streamed(0, 1), 1)]
-        chosen = self._groups[:1]
+        groups = self._groups[:1]
         if self._dealt_singly:
-            chosen = in_batches(self._items[:: -(-self._images // size)], len(self._groups[0]))
+            groups = in_batches(self._items[:: -(-self._images // size)], len(self._groups[0]))
         source: Any = self._source
         here = {"num_workers": 0, "prefetch_factor": None, "multiprocessing_context": None, "timeout": 0}
-        return list(same_draws(again(source, batch_sampler=chosen, **here)))
+        return list(same_draws(again(source, batch_sampler=groups, **here)))
 
     def batches(self, rank: int = 0, world: int = 1) -> Iterator[tuple[np.ndarray, Any]]:
         """This process's share, as ``(indices [B] of the images in the probe, batch)``.

@@ -169,7 +169,7 @@ class Pruner:
         images: Tensor = next(iter(self.batches)) if given is None else given
         self.model = model = plain(unwrapped(model))
         if step is not None:
-            _check_step(model, step, place.to_device(next(iter(Probe(probe, IMAGES).batches()))[1]))
+            _check_step(model, step, _first_batch(probe, place))
         self.units = find_units(model, images[:1]).protect(protect)
         if not self.units.groups:
             raise ArgumentError(f"protect={protect!r}", "protects every layer; expected some left to prune")
@@ -601,8 +601,7 @@ def check_sensitivity(table: pd.DataFrame | None, allocation: str, groups: Seque
 
 def divergence_of(model: nn.Module, probe: ProbeSource, step: Step | None, place: Placement) -> Divergence:
     """Return what outputs are compared by, from the first outputs and the kind of their labels, if there are any."""
-    _, batch = next(iter(Probe(probe, IMAGES).batches()))
-    moved = place.to_device(batch)
+    moved = _first_batch(probe, place)
     with observed(model):
         if step is None:
             images, labels = split_batch(moved)
@@ -610,6 +609,11 @@ def divergence_of(model: nn.Module, probe: ProbeSource, step: Step | None, place
         else:
             outputs, labels = step(model, moved)
     return divergence_for(outputs, labels)
+
+
+def _first_batch(probe: ProbeSource, place: Placement) -> Any:
+    _, batch = next(iter(Probe(probe, IMAGES).batches()))
+    return place.to_device(batch)
 
 
 def _images_of(model: nn.Module, step: Step | None) -> Callable[[Any], Any] | None:
@@ -654,8 +658,8 @@ def _check_step(model: nn.Module, step: Step, batch: Any) -> None:
     if any(_same_values(outputs, other) for other in others):
         raise ArgumentError(
             "step=…",
-            f"takes another output of {type(model).__name__} than its first, or its logits, by which channels are "
-            "chosen; expected a network that gives those first: wrap it in one that does",
+            f"reads an output of {type(model).__name__} other than its logits, by which channels are chosen; expected "
+            "a network that gives the logits first: wrap it in one that does",
         )
 
 

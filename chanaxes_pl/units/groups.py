@@ -80,7 +80,7 @@ def find_units(model: nn.Module, example: Tensor) -> Units:
     """
     with naming("find_units"), undisturbed(model), isolated_rng():  # what runs in training alone may draw
         copied = clone(model).eval()
-        flow, order = _followed(copied, example)
+        flow, order, several = _followed(copied, example)
         groups, fixed = _groups(flow, copied, order)
         if any(len(heads.labels) > 1 for heads in flow.heads):
             found, _ = _groups(_followed(copied, example, widths=True)[0], copied, order)
@@ -90,7 +90,7 @@ def find_units(model: nn.Module, example: Tensor) -> Units:
                     name = _unused(group.layer, groups)
                     groups[name] = replace(group, name=name)
         groups = {group.name: group for group in sorted(groups.values(), key=lambda group: order[group.layer])}
-        beside = _beside(copied, example)
+        beside = _beside(copied, example) if several else set()
         others = [g for g in groups.values() if beside.issuperset(f"{name}.weight" for name in g.producers)]
         fixed |= {name: "only other outputs than the logits depend on it" for g in others for name in g.producers}
         groups = {name: group for name, group in groups.items() if group not in others}
@@ -103,45 +103,48 @@ def find_units(model: nn.Module, example: Tensor) -> Units:
         return Units(groups, fixed)
 
 
-def _followed(model: nn.Module, example: Tensor, widths: bool = False) -> tuple[Flow, dict[str, int]]:
-    """Return the flow of a forward pass, and of training where that runs other layers; and layer → place of its run."""
+def _followed(model: nn.Module, example: Tensor, widths: bool = False) -> tuple[Flow, dict[str, int], bool]:
+    """Return the flow of a forward pass, and of training where that runs other layers; layer → place of its run; and
+    whether the forward pass gives several tensors."""
     flow = Flow(model, widths)
     with flow.following():
-        output = logits_of(_run(model, example))
+        given = _run(model, example)
+        output = logits_of(given)
+    several = len(tree_leaves(given)) > 1
     if not isinstance(output, Tensor):
         raise InputError(
             f"{type(model).__name__}(images) gave {type(output).__name__}: expected logits, as a tensor, first in a "
-            "tuple or list, or as logits or out of a mapping or an object; wrap a network of others in one that does so"
+            "tuple or list, or as logits or out of a mapping or an object; wrap a network that gives others"
         )
     flow.fix([output], "its channels are the network's output")
     order = {name: place for place, name in enumerate(executed_layers(model, example))}
     if any(isinstance(module, LAYERS) and name not in order for name, module in model.named_modules()):
         _follow_training(flow, model, example)
-    return flow, order
+    return flow, order, several
 
 
 def _beside(model: nn.Module, example: Tensor) -> set[str]:
-    """Return the names of the parameters that outputs depend on, and the logits do not."""
+    """Return the names of the parameters that outputs depend on, and the logits do not.
+
+    Args:
+        model: copy of the model; all of its parameters will require gradients.
+        example: ``[B, …]``, an input of the model.
+    """
     parameters = {name: value for name, value in model.named_parameters() if value.is_floating_point()}
-    flags = [value.requires_grad for value in parameters.values()]
     for value in parameters.values():
         value.requires_grad_(True)
     output = _run(model, example)
     logits = logits_of(output)
     others = [value for value in tree_leaves(output) if isinstance(value, Tensor) and value is not logits]
     others = [value for value in others if value.grad_fn is not None]
-    found = set()
-    if others and logits.grad_fn is not None:
-        each = [
-            torch.autograd.grad(
-                [part.sum() for part in parts], list(parameters.values()), None, True, allow_unused=True
-            )
-            for parts in ([logits], others)
-        ]
-        found = {name for name, main, rest in zip(parameters, *each, strict=True) if main is None and rest is not None}
-    for value, flag in zip(parameters.values(), flags, strict=True):
-        value.requires_grad_(flag)
-    return found
+    if not others or logits.grad_fn is None:
+        return set()
+    values = list(parameters.values())
+    main, rest = (
+        torch.autograd.grad([part.sum() for part in parts], values, retain_graph=True, allow_unused=True)
+        for parts in ([logits], others)
+    )
+    return {name for name, one, other in zip(parameters, main, rest, strict=True) if one is None and other is not None}
 
 
 def _members(group: Group) -> list[tuple[str, int | None, tuple[int, ...]]]:

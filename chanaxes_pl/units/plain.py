@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 from torch.overrides import TorchFunctionMode
@@ -25,9 +24,8 @@ _HOOKS = {
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the module that ``torch.compile`` or ``DataParallel`` wrapped, whose tensors have other names."""
-    while isinstance(model, (OptimizedModule, nn.DataParallel)):
-        model = model._orig_mod if isinstance(model, OptimizedModule) else model.module
-    return model
+    inside = model.module if isinstance(model, nn.DataParallel) else getattr(model, "_orig_mod", None)
+    return unwrapped(inside) if isinstance(inside, nn.Module) else model
 
 
 def plain(model: nn.Module) -> nn.Module:

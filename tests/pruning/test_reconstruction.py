@@ -16,8 +16,8 @@ from chanaxes_pl.units.plain import plain
 from chanaxes_pl.units.removal import Group
 from tests.helpers import cases as zoo
 from tests.helpers.networks import build
-from tests.pruning.test_any_network import IMAGES as PICTURES
-from tests.pruning.test_any_network import NETWORKS, FusedAttention, SamePadding, Transformer
+from tests.pruning.any_network.test_patterns import IMAGES as PICTURES
+from tests.pruning.any_network.test_patterns import NETWORKS, FusedAttention, SamePadding, Transformer
 from tests.pruning.test_scores import residual
 
 RIDGE = 1e-2

@@ -45,7 +45,7 @@ def test_a_step_that_reads_another_output_is_refused():
     torch.manual_seed(0)
     data = TensorDataset(pictures(), torch.randn(48, 4))
     with pytest.raises(
-        ValueError, match=r"prune\(step=…\): takes another output of TwoHeads than its first, or its logits"
+        ValueError, match=r"prune\(step=…\): reads an output of TwoHeads other than its logits, by which channels are"
     ):
         prune(TwoHeads(), data, budget=0.5, step=lambda model, batch: (model(batch[0])[1], batch[1]))
     for first in (lambda output: output[0], lambda output: output[0].softmax(1)):
