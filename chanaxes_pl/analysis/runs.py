@@ -152,6 +152,15 @@ class Runs:
         tables = pd.concat([table.assign(place=place) for _, place, table in found], ignore_index=True)
         return Damage(column, tables, correlations, over)
 
+    @cached_property
+    def grids(self) -> dict[str, pd.DataFrame]:
+        """Folder relative to the run folder → the pruning grids that the runs have there, in one table."""
+        places: dict[str, dict[Path, pd.DataFrame]] = {}
+        for run in self.each:
+            for place, grid in run.pruning.items():
+                places.setdefault(place, {})[run.folder] = grid  # two trackers of one run count once
+        return {place: pd.concat(grids.values(), ignore_index=True) for place, grids in places.items()}
+
     def mean(self, value: str = "rho") -> pd.DataFrame:
         """Average a column of the correlations over runs, see :func:`mean_over_runs`."""
         return mean_over_runs(self.correlations, value, self.resamples)

@@ -95,27 +95,25 @@ def pruning(runs: Runs, against: str = "l1") -> Section:
         against: score that the others are compared with if there are several runs.
     """
     about = "Test accuracy over the share of multiply–accumulates (MACs) that remains, for each score."
-    places = list(dict.fromkeys(place for run in runs.each for place in run.pruning))
-    if not places:
+    if not runs.grids:
         command = "chanaxes prune --config CONFIG --ckpt_path RUN/checkpoints/last.ckpt"
         return Section(
             "Pruning", about, [Missing(f"The run folder has no pruning.parquet yet; make it with `{command}`.")]
         )
     blocks: list[Block] = []
-    for nth, place in enumerate(places):
-        grids = list({run.folder: run.pruning[place] for run in runs.each if place in run.pruning}.values())
-        grid = pd.concat(grids, ignore_index=True)
+    for nth, (place, grid) in enumerate(runs.grids.items()):
+        count = grid["run"].nunique()
         title = "" if place == "." else place
-        spread = f"Mean of {len(grids)} runs; a band is their range. " if len(grids) > 1 else ""
+        spread = f"Mean of {count} runs; a band is their range. " if count > 1 else ""
         caption = f"{spread}The horizontal line is the dense network. Each row of panels has its own scale."
         if "tuned_accuracy" in grid:
             caption += " Accuracies are those before fine-tuning."
         if (grid["score"] == DENSE).all():
             blocks.append(Missing(f"The table in {place} holds no pruned network."))
             continue
-        name = f"pruning-{nth}" if len(places) > 1 else "pruning"
+        name = f"pruning-{nth}" if len(runs.grids) > 1 else "pruning"
         blocks += [Picture(name, plot_pruning(grid, title), grid, caption), *_accuracies(grid, title, runs.resamples)]
-        if len(grids) > 1:
+        if count > 1:
             blocks += _paired(grid, title, against)
     return Section("Pruning", about, blocks)
 

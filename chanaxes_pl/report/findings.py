@@ -20,6 +20,8 @@ from chanaxes_pl.tables import DENSE, budget_words
 BUDGET = 0.5
 # From as many runs on, a bootstrap over them is a fair interval.
 _ENOUGH = 10
+# Kinds of compensation in the order in which a sentence looks for them.
+_COMPENSATIONS = ("none", "refit", "fold", "distill")
 
 
 @dataclass(frozen=True)
@@ -158,11 +160,10 @@ def _peers(runs: Runs) -> Iterator[str]:
 
 def _pruning(runs: Runs) -> Iterator[str]:
     """State the accuracy of the best score at half the budget without compensation, and of that score with it."""
-    place = next((place for run in runs.each for place in run.pruning), None)
-    if place is None:
+    if not runs.grids:
         return
-    grids = {run.folder: run.pruning[place] for run in runs.each if place in run.pruning}
-    grid = pd.concat(grids.values(), ignore_index=True)
+    # Grids may have other test images, so they are not mixed; the one that compares most compensations says most.
+    grid = max(runs.grids.values(), key=lambda grid: grid["compensate"].nunique())
     pruned = grid[grid["score"] != DENSE]
     if not len(pruned):
         return
@@ -171,7 +172,7 @@ def _pruning(runs: Runs) -> Iterator[str]:
     keys = ["score", "allocation"]
     by = [*keys, "compensate"]
     means = mean_over_runs(rows, "accuracy", runs.resamples, by=by).dropna(subset=["mean"]).set_index(by)["mean"]
-    kinds = [kind for kind in ("none", "refit", "fold") if kind in means.index.get_level_values("compensate")]
+    kinds = [kind for kind in _COMPENSATIONS if kind in means.index.get_level_values("compensate")]
     if not kinds:
         return
     bare = means.xs(kinds[0], level="compensate")
@@ -181,11 +182,12 @@ def _pruning(runs: Runs) -> Iterator[str]:
     text = f"At {100 * budget:g} % of the {budget_words(pruned)}, accuracy {verb} from {number(dense, 1)} % to "
     text += f"{number(100 * bare.max(), 1)} % under the best score, {score} ({allocation} allocation"
     text += ", no compensation)" if kinds[0] == "none" else f", {kinds[0]})"
-    if kinds[0] == "none" and len(kinds) > 1 and (score, allocation, kinds[1]) in means.index:
-        mended = means[score, allocation, kinds[1]]
+    others = [kind for kind in kinds[1:] if (score, allocation, kind) in means.index]
+    if kinds[0] == "none" and others:
+        mended = means[score, allocation, others[0]]
         points = 100 * (mended - bare.max())
         verb = "recovers" if points >= 0 else "costs a further"
-        text += f"; {kinds[1]} {verb} {number(abs(points), 1)} points, to {number(100 * mended, 1)} %"
+        text += f"; {others[0]} {verb} {number(abs(points), 1)} points, to {number(100 * mended, 1)} %"
     yield text + "."
 
 

@@ -1,4 +1,4 @@
-"""What the first finding says of chance."""
+"""The sentences at the top of the page."""
 
 from types import SimpleNamespace
 
@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from chanaxes_pl.analysis.runs import Damage
-from chanaxes_pl.report.findings import _chance, _coupled, _coupling, _damage, _separation
+from chanaxes_pl.report.findings import _chance, _coupled, _coupling, _damage, _pruning, _separation
 
 
 @pytest.mark.parametrize(
@@ -73,3 +73,31 @@ def test_a_training_that_diverged_is_told_so(tmp_path):
     assert text.endswith("; at the last checkpoint ρ is undefined (output not finite: 3 of 4 channels).")
     (text,) = _separation(runs)
     assert text == "The correlation is highest at initialisation, where ρ is 0.60."
+
+
+def _grid(**accuracies: float) -> pd.DataFrame:
+    """A grid of one run: the accuracies of the kinds of compensation, of two scores, the second 1 point below."""
+    rows = [{"score": "dense", "allocation": "", "compensate": "", "budget": 1.0, "accuracy": 0.7}]
+    for score, less in (("reconstruction", 0.0), ("l1", 0.01)):
+        for kind, accuracy in accuracies.items():
+            row = {"score": score, "allocation": "uniform", "compensate": kind, "budget": 0.5}
+            rows.append(row | {"accuracy": accuracy - less})
+    return pd.DataFrame(rows).assign(run="a", budget_of="macs")
+
+
+def test_the_finding_on_pruning_is_of_the_grid_that_compares_most():
+    polish, selection = _grid(distill=0.69), _grid(none=0.5, refit=0.66)
+    for grids in ({"polish": polish, "selection": selection}, {"selection": selection, "polish": polish}):
+        (text,) = _pruning(SimpleNamespace(grids=grids, resamples=10))
+        assert text == (
+            "At 50 % of the multiply–accumulates, accuracy falls from 70.0 % to 50.0 % under the best score, "
+            "reconstruction (uniform allocation, no compensation); refit recovers 16.0 points, to 66.0 %."
+        )
+
+
+def test_the_finding_on_pruning_of_polished_networks_alone():
+    (text,) = _pruning(SimpleNamespace(grids={".": _grid(distill=0.69)}, resamples=10))
+    assert text.endswith(
+        "accuracy falls from 70.0 % to 69.0 % under the best score, reconstruction (uniform allocation, distill)."
+    )
+    assert not list(_pruning(SimpleNamespace(grids={})))
