@@ -14,6 +14,7 @@ from chanaxes_pl.analysis.groupings import groupings
 from chanaxes_pl.core.errors import naming
 from chanaxes_pl.core.targets import TargetSpec
 from chanaxes_pl.network.batches import Placement, Step
+from chanaxes_pl.network.hooks import check_network
 from chanaxes_pl.network.layers import LayerSpec, channel_count
 from chanaxes_pl.network.probe import Probe, ProbeSource
 from chanaxes_pl.network.recording import UNREACHED, Settings, record
@@ -128,6 +129,7 @@ def compute_axes(
         1     0        1          0.360
     """
     with naming("compute_axes"):
+        check_network(model)
         settings = Settings(
             layers=layers,
             positions=positions,

@@ -441,6 +441,10 @@ IMAGES, LABELS = zoo.images_2d(6), zoo.labels_of(6)
             {"x": IMAGES, "img": IMAGES, "y": LABELS},
             r"keys x, img, y: 2 for the images and 1 for the.*step=lambda",
         ),
+        (
+            {"image": IMAGES, "species": LABELS},
+            r"keys image, species, and none .* \(module\(batch\['image'\]\), batch\['species'\]\)",
+        ),
         (IMAGES, r"labels: nothing\. .*target=lambda outputs, labels: outputs.norm\(dim=1\)"),
         (
             (IMAGES, LABELS[:, None]),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from chanaxes_pl.core.errors import ArgumentError, InputError
 from chanaxes_pl.core.targets import describe
+from chanaxes_pl.network.lightning_twins import overrides
 
 #: ``(module, batch) → (outputs, labels)``, such as logits ``[B, K]`` and class indices ``[B]``.
 Step = Callable[[nn.Module, Any], tuple[Any, Any]]
@@ -86,6 +87,26 @@ def _which(batch: Any, keys: list[str], images: list[str], labels: list[str]) ->
         f"a batch has the keys {', '.join(keys[:12])}: {found[0]} and {found[1]}. Expected one of "
         f"{', '.join(IMAGE_KEYS)} and at most one of {', '.join(LABEL_KEYS)}; "
         f"otherwise pass step=lambda module, batch: ({example})"
+    )
+
+
+def without_labels(batch: Any) -> str:
+    """Return what to do about a batch that :func:`split_batch` finds no labels in, if they may be under another key.
+
+    Example:
+        >>> print(without_labels({"image": 0, "klass": 1}).partition("; ")[2])
+        pass step=lambda module, batch: (module(batch['image']), batch['klass'])
+    """
+    named = _named(batch) or {}
+    image = next((key for key in IMAGE_KEYS if key in named), None)
+    others = [key for key in named if key != image]
+    if image is None or not others:
+        return ""
+    get = "batch[{!r}]" if isinstance(batch, Mapping) else "batch.{}"
+    return (
+        f"a batch has the keys {', '.join(map(str, list(named)[:12]))}, and none of them is a known one of labels "
+        f"({', '.join(LABEL_KEYS)}); pass step=lambda module, batch: "
+        f"(module({get.format(image)}), {get.format(others[0])})"
     )
 
 
@@ -207,17 +228,3 @@ def _as_in_validation(trainer: Trainer, batch: Any) -> Any:
     hooks: Any = datamodule if own else trainer.lightning_module
     batch = hooks.on_before_batch_transfer(batch, 0)
     return trainer.strategy.batch_to_device(batch)
-
-
-def overrides(module: Any, hook: str) -> bool:
-    """Return whether a module or datamodule has a hook of its own, and not that of ``lightning.pytorch``.
-
-    The package has a second name, ``pytorch_lightning``, with the same classes again.
-    """
-    home = getattr(getattr(module, hook), "__module__", None) or ""
-    return home.partition(".")[0] not in ("lightning", "pytorch_lightning")
-
-
-def is_a(value: Any, name: str) -> bool:
-    """Return whether an object is of a class of this name, or of one derived from it, in either of those packages."""
-    return any(kind.__name__ == name for kind in type(value).__mro__)

@@ -150,6 +150,25 @@ def observed(model: nn.Module, buffers: bool = True) -> Iterator[None]:
             copies.remove()
 
 
+def check_network(model: object, inside: bool = False) -> None:
+    """Check that hooks can listen to a model, and with ``inside`` to all that it consists of.
+
+    Raises:
+        TypeError: if it is no module, or TorchScript.
+    """
+    if not isinstance(model, nn.Module):
+        hint = ", such as slim.model of a Slim" if isinstance(getattr(model, "model", None), nn.Module) else ""
+        raise ArgumentTypeError(f"model={short(model)}", f"expected a network, a torch.nn.Module{hint}")
+    for name, module in model.named_modules() if inside else [("", model)]:
+        if isinstance(module, torch.jit.ScriptModule):
+            what = f"{name!r}, which is " if name else ""
+            raise ArgumentTypeError(
+                f"model={type(model).__name__}(…)",
+                f"expected a network of Python modules, got {what}TorchScript, which hooks cannot listen to; pass what "
+                "torch.jit.script or torch.jit.trace was given",
+            )
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Compute inside the block in the model's own precision and with gradients, whatever context surrounds it.
@@ -157,11 +176,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     Under autocast a forward pass may use cached weights after they have changed; inference mode knows no gradients.
 
     Raises:
-        TypeError: if ``model`` is no module.
+        TypeError: if ``model`` is no module, or TorchScript.
     """
-    if not isinstance(model, nn.Module):
-        hint = ", such as slim.model of a Slim" if isinstance(getattr(model, "model", None), nn.Module) else ""
-        raise ArgumentTypeError(f"model={short(model)}", f"expected a network, a torch.nn.Module{hint}")
+    check_network(model)
     device = next((parameter.device.type for parameter in model.parameters()), "cpu")
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
         yield

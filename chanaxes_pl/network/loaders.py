@@ -28,8 +28,8 @@ from torch.utils.data import (
 )
 
 from chanaxes_pl.core.errors import InputError, short
-from chanaxes_pl.network.batches import is_a
 from chanaxes_pl.network.hooks import isolated_rng
+from chanaxes_pl.network.lightning_twins import is_a
 
 #: Seed of every fixed choice of images.
 SEED = 0

@@ -26,8 +26,9 @@ from torch.utils.data import (
 
 from chanaxes_pl.core.errors import ArgumentError, ArgumentTypeError, InputError, short
 from chanaxes_pl.core.targets import describe
-from chanaxes_pl.network.batches import FAILURES, Placement, is_a, overrides, split_batch
+from chanaxes_pl.network.batches import FAILURES, Placement, split_batch
 from chanaxes_pl.network.hooks import isolated_rng
+from chanaxes_pl.network.lightning_twins import is_a, overrides
 from chanaxes_pl.network.loaders import (
     FixedDraws,
     again,

@@ -16,7 +16,7 @@ from chanaxes_pl.core.errors import ArgumentError, InputError
 from chanaxes_pl.core.metrics import check_noise
 from chanaxes_pl.core.moments import Moments, accumulation_device
 from chanaxes_pl.core.targets import MAP_TARGETS, Target, TargetSpec, infer_target, null_target
-from chanaxes_pl.network.batches import Placement, Step, default_step, pair_of
+from chanaxes_pl.network.batches import Placement, Step, default_step, pair_of, without_labels
 from chanaxes_pl.network.hooks import observed, same_outputs
 from chanaxes_pl.network.layers import (
     CONVOLUTIONS,
@@ -501,6 +501,13 @@ def record(
     def forward() -> Any:
         with place.forward_context():
             outputs, labels = pair_of(step(model, moved))
+        if (
+            labels is None
+            and not callable(settings.target)
+            and settings.step is None
+            and (told := without_labels(moved))
+        ):
+            raise InputError(told)
         if target.name == "auto":
             target.settle(_agreed(infer_target(outputs, labels), place.world))
         return outputs, labels

@@ -47,7 +47,7 @@ from chanaxes_pl.pruning.sensitivity import (
     some,
 )
 from chanaxes_pl.pruning.slim_file import Plan, save_slim
-from chanaxes_pl.units.groups import find_units
+from chanaxes_pl.units.groups import check_example, find_units
 from chanaxes_pl.units.macs import Macs, count_macs
 from chanaxes_pl.units.plain import plain, unwrapped
 from chanaxes_pl.units.removal import Group, disagreement, remove
@@ -165,6 +165,8 @@ class Pruner:
         self._probe, self._step, self._size, self._memory = probe, step, probe_size, memory
         self._images_of = _images_of(model, step)
         self.batches = ImageBatches(probe, probe_size, place, self._images_of).within(memory / 4 * GIGABYTE)
+        if example is not None:
+            check_example(example, "example_input")
         given = None if example is None else place.to_device(example)
         images: Tensor = next(iter(self.batches)) if given is None else given
         self.model = model = plain(unwrapped(model))

@@ -17,7 +17,7 @@ from chanaxes_pl.analysis.scores import OWN_SCORES, REVERSE, SCORES, base_score,
 from chanaxes_pl.core.errors import ArgumentError, InputError
 from chanaxes_pl.core.memory import MEMORY
 from chanaxes_pl.core.moments import Moments
-from chanaxes_pl.network.batches import Placement, Step, default_step, split_batch
+from chanaxes_pl.network.batches import Placement, Step, default_step, split_batch, without_labels
 from chanaxes_pl.network.layers import channel_count
 from chanaxes_pl.network.probe import Probe, ProbeSource
 from chanaxes_pl.network.recording import LayerMoments, Settings, record
@@ -101,7 +101,10 @@ def channel_scores(
         return (place.to_device(batch) for _, batch in Probe(probe, probe_size).batches())
 
     tasks = sorted(name for name in asked if name == "taylor" or SCORES[name] in ("target", "both"))
-    if tasks and step is None and split_batch(next(batches(), (None, None)))[1] is None:
+    first = next(batches(), (None, None)) if tasks and step is None else (None, 0)
+    if split_batch(first)[1] is None:
+        if told := without_labels(first):
+            raise ArgumentError(f"score={tasks[0]!r}", f"needs labels, and {told}")
         raise ArgumentError(
             f"score={tasks[0]!r}",
             "needs labels, and the batches of the probe hold images alone: expected (images, labels), or a score of "

@@ -18,8 +18,8 @@ from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogg
 
 from chanaxes_pl.analysis.correlations import MAIN_PAIR, NETWORK, PAIRS, main_correlation, reliabilities, task_masses
 from chanaxes_pl.core.metrics import METRICS
-from chanaxes_pl.network.batches import is_a
 from chanaxes_pl.network.hooks import isolated_rng
+from chanaxes_pl.network.lightning_twins import is_a
 from chanaxes_pl.run_folder import ABOUT, checkpoint_path
 from chanaxes_pl.tables import ALIGNMENT, COLUMNS, write_parquet
 

@@ -9,7 +9,7 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from chanaxes_pl.network.batches import is_a
+from chanaxes_pl.network.lightning_twins import is_a
 
 # By name, for Lightning has these classes from 2.6 on, and again in a package named pytorch_lightning.
 #: Callbacks that give validation the averages of the weights.

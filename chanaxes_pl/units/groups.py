@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from chanaxes_pl.core.errors import ArgumentError, InputError, naming, nearest
+from chanaxes_pl.core.errors import ArgumentError, ArgumentTypeError, InputError, naming, nearest, short
 from chanaxes_pl.core.moments import accumulation_device
+from chanaxes_pl.core.targets import describe
 from chanaxes_pl.network.batches import FAILURES, logits_of
 from chanaxes_pl.network.cloning import clone
-from chanaxes_pl.network.hooks import calls, entered, isolated_rng, undisturbed
+from chanaxes_pl.network.hooks import calls, check_network, entered, isolated_rng, undisturbed
 from chanaxes_pl.network.layers import CONVOLUTIONS
 from chanaxes_pl.units.flow import LAYERS, TRANSPOSED, Flow, goes_by_groups
 from chanaxes_pl.units.removal import Cut, Group, disagreement, remove
@@ -51,9 +52,14 @@ class Units:
         """Return the units without the groups that have a producer whose name matches one of some globs.
 
         Raises:
-            ValueError: if a pattern matches no layer.
+            TypeError: if a pattern is no text.
+            ValueError: if one matches no layer.
         """
-        patterns = [patterns] if isinstance(patterns, str) else patterns
+        patterns = [patterns] if isinstance(patterns, str) or not isinstance(patterns, Iterable) else list(patterns)
+        if not all(isinstance(pattern, str) for pattern in patterns):
+            raise ArgumentTypeError(
+                f"protect={short(patterns)}", "expected a glob over layer names, or several, such as ['layer4.*']"
+            )
         names = [name for group in self.groups.values() for name in group.producers] + list(self.fixed)
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in names):
@@ -79,6 +85,8 @@ def find_units(model: nn.Module, example: Tensor) -> Units:
         ValueError: if the model does not run on the example, or has no channels that can be removed.
     """
     with naming("find_units"), undisturbed(model), isolated_rng():  # what runs in training alone may draw
+        check_network(model, inside=True)
+        check_example(example, "example")
         copied = clone(model).eval()
         flow, order, several = _followed(copied, example)
         groups, fixed = _groups(flow, copied, order)
@@ -101,6 +109,16 @@ def find_units(model: nn.Module, example: Tensor) -> Units:
             why = "; ".join(f"{name}: {reason}" for name, reason in list(fixed.items())[:3])
             raise InputError(f"{type(model).__name__} has no channels that can be removed ({why or 'no layers'})")
         return Units(groups, fixed)
+
+
+def check_example(example: object, name: str) -> None:
+    """Check an argument that holds images as a model takes them.
+
+    Raises:
+        TypeError: if it is no tensor.
+    """
+    if not isinstance(example, Tensor):
+        raise ArgumentTypeError(f"{name}={describe(example)}", "expected images as the model takes them, one tensor")
 
 
 def _followed(model: nn.Module, example: Tensor, widths: bool = False) -> tuple[Flow, dict[str, int], bool]:

@@ -252,6 +252,15 @@ def test_a_split_of_fixed_sizes_keeps_the_channels_that_it_splits():
         ),
         ({"protect": ["*"]}, "protects every layer"),
         ({"protect": ["layer9*"]}, r"protect='layer9\*'\): matches no layer; there is '"),
+        (
+            {"protect": [nn.Conv2d(3, 8, 3)]},
+            r"protect=\[Conv2d\(3, 8, .*\): expected a glob over layer names, or several",
+        ),
+        ({"protect": nn.Conv2d(3, 8, 3)}, r"protect=\[Conv2d\(3, 8, .*\): expected a glob"),
+        (
+            {"example_input": (torch.zeros(1, 3, 32, 32),)},
+            r"example_input=a tuple of 1: .*\): expected images .* tensor",
+        ),
         ({"score": "taylr"}, r"prune\(score='taylr'\): no such score; did you mean 'taylor'"),
         ({"allocation": "unform"}, r"prune\(allocation='unform'\): expected one of 'uniform', 'shared', 'own'"),
         (

@@ -157,6 +157,10 @@ def test_images_alone_do_for_scores_of_weights_and_activations(score):
 def test_scores_of_the_task_ask_for_labels(score):
     with pytest.raises(ValueError, match=rf"prune\(score='{score}'\): needs labels, and the batches of the probe hold"):
         prune(network(), [IMAGES], budget=0.7, score=score)
+    with pytest.raises(
+        ValueError, match=rf"score='{score}'\): needs labels, and a batch has the keys image, kind, and"
+    ):
+        prune(network(), [{"image": IMAGES, "kind": LABELS}], budget=0.7, score=score)
 
 
 def test_a_grid_with_a_step():

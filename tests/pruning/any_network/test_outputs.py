@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from chanaxes_pl import find_units, load_slim, prune, sensitivity
+from chanaxes_pl import compute_axes, find_units, load_slim, prune, sensitivity
 
 
 class TwoHeads(nn.Module):
@@ -143,3 +143,19 @@ def test_what_is_no_network_is_told_so(tmp_path):
         load_slim(tmp_path / "half", TwoHeads)
     with pytest.raises(ValueError, match=r"TwoHeads\(images\) gave dict: expected logits, .*; wrap a network"):
         prune(TwoHeads(lambda c, b: {"classes": c, "boxes": b}), [pictures()], budget=0.5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_torchscript_is_no_network():
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(1), nn.LazyLinear(4))
+    images = torch.randn(8, 3, 8, 8)
+    plain(images)
+    scripted, data = torch.jit.script(plain), [(images, torch.arange(8) % 4)]
+    with pytest.raises(TypeError, match=r"prune\(model=RecursiveScriptModule\(…\)\): .*, got TorchScript, which"):
+        prune(scripted, data, budget=0.5)
+    with pytest.raises(TypeError, match=r"compute_axes\(model=RecursiveScriptModule\(…\)\): .* torch.jit.script or"):
+        compute_axes(scripted, data)
+    plain[1] = torch.jit.script(nn.ReLU())
+    assert len(compute_axes(plain, data).table) == 16
+    with pytest.raises(TypeError, match=r"prune\(model=Sequential\(…\)\): .*, got '1', which is TorchScript"):
+        prune(plain, data, budget=0.5)
