@@ -56,6 +56,8 @@ Experiment = PruningExperiment | LesionExperiment
 #: A key of the registry of experiments.
 ExperimentName = Literal["prune", "lesion"]
 _EXPERIMENTS: dict[ExperimentName, type[Experiment]] = {"prune": PruningExperiment, "lesion": LesionExperiment}
+# Rows of a grid that is not finished, a file for each process.
+_UNFINISHED = "pruning-unfinished"
 
 
 class PruneModule(ImageClassifier):
@@ -64,7 +66,8 @@ class PruneModule(ImageClassifier):
     ``trainer.test(PruneModule(model), datamodule=dm)`` evaluates the network on the test images, then runs the
     experiment on them. ``"prune"`` makes the grid of :func:`pruning_grid`; ``"lesion"`` makes the table of
     :func:`lesion_table`, with the axes of the same channels. The table and a figure go to ``<out>/pruning.parquet`` and
-    ``<out>/pruning.png``, or ``<out>/lesions.…``. Several processes share the work and get the same table as one.
+    ``<out>/pruning.png``, or ``<out>/lesions.…``. Several processes share the work and get the same table as one. An
+    interrupted grid goes on in the same folder where it had got to.
 
     ``trainer.fit(PruneModule(prune(…)), datamodule=dm)`` fine-tunes with a fixed recipe (SGD, momentum, cosine). Its
     checkpoints hold the plan, so a run can be resumed with a module made from the same plan or from the dense network.
@@ -170,13 +173,14 @@ class PruneModule(ImageClassifier):
         experiment = self.experiment
         if experiment is None:
             return
+        folder = self.folder  # which all processes have to ask for
         # Pruning traces the network by gradients, which do not exist in inference mode.
         with torch.inference_mode(False), torch.enable_grad(), naming("PruneModule"):
             prunes = isinstance(experiment, PruningExperiment)
-            share = self._prune(experiment) if prunes else self._lesion(experiment)
+            share = self._prune(experiment, folder) if prunes else self._lesion(experiment)
             self.table = join_shares(_gathered(share, self.trainer))
         if self.trainer.is_global_zero and not getattr(self.trainer, "fast_dev_run", False):
-            self._write()
+            self._write(folder)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the plan with the weights."""
@@ -209,8 +213,9 @@ class PruneModule(ImageClassifier):
         """Folder of the results."""
         return Path(self._out if self._out is not None else self.trainer.log_dir or self.trainer.default_root_dir)
 
-    def _prune(self, experiment: PruningExperiment) -> pd.DataFrame:
-        """Make this process's part of the pruning grid."""
+    def _prune(self, experiment: PruningExperiment, folder: Path) -> pd.DataFrame:
+        """Make this process's part of the pruning grid, from where an interrupted one got to."""
+        unfinished = folder / f"{_UNFINISHED}-{self.global_rank}.parquet"
         return pruning_grid(
             self.network,
             find_probe(self._probe, self.trainer),
@@ -219,6 +224,7 @@ class PruneModule(ImageClassifier):
             finetune=partial(self._finetune, experiment) if experiment.finetune_epochs else None,
             progress=self._shows_progress,
             place=self._place,
+            unfinished=None if getattr(self.trainer, "fast_dev_run", False) else unfinished,
         )
 
     def _lesion(self, experiment: LesionExperiment) -> pd.DataFrame:
@@ -290,10 +296,12 @@ class PruneModule(ImageClassifier):
             trainer.fit(module, datamodule=stand_in)
         slim.to(self.device)
 
-    def _write(self) -> None:
-        folder, experiment = self.folder, self.experiment
+    def _write(self, folder: Path) -> None:
+        experiment = self.experiment
         if isinstance(experiment, PruningExperiment):
             write_parquet(self.table, folder / "pruning.parquet")
+            for rows in folder.glob(f"{_UNFINISHED}-*.parquet"):
+                rows.unlink()
             (folder / "pruning.png").unlink(missing_ok=True)  # may be of an earlier table
             plot_pruning(self.table).savefig(folder / "pruning.png", dpi=150)
             return

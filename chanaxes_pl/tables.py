@@ -39,7 +39,7 @@ ALIGNMENT = ("alignment", "signal_power", "task_covariance", "capture_norm", "ta
 #: Columns that name the checkpoint of a row.
 KEYS = ("run", "epoch", "step")
 #: Columns of text, and of whole numbers; all other columns that are checked hold numbers.
-TEXTS = {"run", "layer", "score", "family", "allocation", "compensate", "budget_of"}
+TEXTS = {"run", "layer", "score", "family", "allocation", "compensate", "budget_of", "settings"}
 COUNTS = {"step", "channel"}
 _FINITE = {"epoch", "budget", "macs_share"}
 

@@ -174,6 +174,12 @@ def test_two_processes_get_the_table_of_one(tmp_path, experiment, options, limit
     pd.testing.assert_frame_equal(*tables, rtol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks")
+def test_two_processes_write_into_the_trainers_folder(tmp_path):
+    ran(tmp_path, settings={"devices": 2, "strategy": "ddp_fork"})
+    assert sorted(path.name for path in tmp_path.rglob("pruning*")) == ["pruning.parquet", "pruning.png"]
+
+
 def test_finetuned_networks_of_the_grid(tmp_path):
     data = Data()
     before = dict(vars(data))

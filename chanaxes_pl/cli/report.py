@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pandas as pd
 from tqdm import tqdm
 
 from chanaxes_pl.analysis.correlations import main_correlation
@@ -79,8 +78,6 @@ def describe(runs: Runs, value: str = "accuracy", against: str = "l1", all_check
             when = [_LANDMARKS[name] if name != "first" or not step else "at first" for name, step in landmarks.items()]
             rows = rows.set_index("step").loc[list(landmarks.values())].reset_index().assign(when=when)
         parts.append((f"{run.name}: " if len(runs.each) > 1 else "") + describe_correlations(rows))
-    for place in dict.fromkeys(place for run in runs.each for place in run.pruning):
-        found = {run.folder: run.pruning[place] for run in runs.each if place in run.pruning}  # two trackers share one
-        grids = pd.concat(found.values(), ignore_index=True)
-        parts.append(("" if place == "." else f"{place}: ") + describe_grids(grids, value, against))
+    for place, grid in runs.grids.items():
+        parts.append(("" if place == "." else f"{place}: ") + describe_grids(grid, value, against))
     return "\n\n".join(parts)

@@ -118,7 +118,18 @@ def compensate(
         factors = scales.get(f"{name}.weight", {})
         scale = torch.tensor([factors.get(output, 1.0) for output in outputs.tolist()]) if factors else None
         tasks[name] = _Task(
-            name, layer, original, inputs, outputs, scale, each, positions, strength, shape, samples, possible
+            name=name,
+            layer=layer,
+            original=original,
+            inputs=inputs,
+            outputs=outputs,
+            scale=scale,
+            rows=each,
+            positions=positions,
+            ridge=strength,
+            shape=shape,
+            samples=samples,
+            possible=possible,
         )
     listed = sum(size for _, size in sizes) if isinstance(batches, Sequence) else 0
     fit, take = (_fold, _dense_inputs) if compensation == "fold" else (_refit, _dense_outputs)

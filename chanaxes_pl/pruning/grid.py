@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from chanaxes_pl.analysis.scores import score_family
@@ -35,14 +37,23 @@ from chanaxes_pl.pruning.pruner import (
     BudgetOf,
     Compensate,
     Pruner,
+    Scores,
     check_budget_of,
     compensation_of,
 )
 from chanaxes_pl.pruning.scores import default_scores
-from chanaxes_pl.tables import DENSE, TUNED
+from chanaxes_pl.tables import DENSE, TUNED, VARIANT, read_parquet, write_parquet
 
 #: Function that fine-tunes a slim network in place.
 FineTune = Callable[[nn.Module], None]
+#: Score, allocation, compensation and budget of one network of a grid.
+Variant = tuple[str, Any, Any, float]
+#: What stands for the network before pruning.
+DENSE_VARIANT: Variant = (DENSE, "", None, 1.0)
+# Settings of a grid of which each row has one choice.
+_CHOICES = ("budgets", "scores", "allocations", "compensate")
+# Column of a file of rows: what else they depend on, as text.
+_SETTINGS = "settings"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +127,7 @@ def pruning_grid(
     progress: bool = True,
     place: Placement | None = None,
     step: Step | None = None,
+    unfinished: Path | None = None,
 ) -> pd.DataFrame:
     """Prune a network in every way that the experiment names, and measure the accuracies.
 
@@ -130,6 +142,9 @@ def pruning_grid(
         place: device and processes; default one process, on the device of the model's first parameter. Several
             processes take the variants in turn.
         step: ``(model, batch) → (logits, labels)`` for other batches, as for :func:`prune`.
+        unfinished: file that keeps every row as soon as it is made, one for each process. If the grid is interrupted,
+            another call with the same network, images and settings (but for more or fewer variants) goes on after the
+            rows that the file holds.
 
     Returns:
         One row per variant, and one for the dense network: ``score, family, allocation, compensate, budget``;
@@ -138,7 +153,8 @@ def pruning_grid(
         batch of 1 and of 64.
 
     Raises:
-        ValueError: if a budget cannot be reached or the data does not fit; raised before the first network is pruned.
+        ValueError: if a budget cannot be reached, the data does not fit, or ``unfinished`` is another file; raised
+            before the first network is pruned.
     """
     experiment = experiment or PruningExperiment()
     with naming("pruning_grid"), undisturbed(model):
@@ -160,35 +176,92 @@ def pruning_grid(
             pruner.check_reachable(allocation, budget)
         scores = experiment.scores
         scores = default_scores(pruner.model, pruner.units, example) if scores is None else scores
-        needed = [*scores, REFERENCE] if "shared" in experiment.allocations else scores
-        values, tables = pruner.scores(needed, experiment.seed), {}
-        if "sensitivity" in experiment.allocations:
-            tables = {score: pruner.sensitivity(values, score) for score in scores}
         kinds = [compensation_of(choice) for choice in experiment.compensate]
-        variants = list(product(scores, experiment.allocations, kinds, experiment.budgets))
-        share, quiet = [None, *variants][place.rank :: place.world], None if progress else True
-        rows = []
-        for variant in tqdm(share, disable=quiet, desc="pruning", unit="network"):
-            if variant is None:
-                slim, macs = model, pruner.macs.dense
-                row = {"score": DENSE, "family": DENSE, "allocation": "", "compensate": "", "budget": 1.0}
-            else:
-                score, allocation, compensation, budget = variant
+        variants = [DENSE_VARIANT, *product(scores, experiment.allocations, kinds, experiment.budgets)]
+        share = variants[place.rank :: place.world]
+        made = _Made.of(unfinished, experiment, example, lambda: evaluate(model, evaluation, place, step))
+        left = [variant for variant in share if variant not in made.rows and variant != DENSE_VARIANT]
+        values = _scores_of(pruner, left, experiment.seed)
+        measured = dict.fromkeys(score for score, allocation, *_ in left if allocation == "sensitivity")
+        tables = {score: pruner.sensitivity(values, score) for score in measured}
+        for variant in tqdm(share, disable=None if progress else True, desc="pruning", unit="network"):
+            if variant in made.rows:
+                continue
+            score, allocation, compensation, budget = variant
+            row = {"score": score, "family": DENSE, "allocation": allocation, "compensate": "", "budget": budget}
+            slim, macs = model, pruner.macs.dense
+            if variant != DENSE_VARIANT:
                 kept = pruner.choose(values, score, allocation, budget, tables.get(score))
                 slim, macs = pruner.cut(kept), pruner.count(kept)
                 pruner.compensate(slim, kept, compensation, experiment.seed, progress=progress)
-                row = {"score": score, "family": score_family(score), "allocation": allocation}
-                row |= {"compensate": compensation or "none", "budget": budget}
+                row |= {"family": score_family(score), "compensate": compensation or "none"}
             row |= {"budget_of": experiment.budget_of, "macs_share": macs / pruner.macs.dense, "macs": macs}
             row |= {"parameters": count_parameters(slim)}
             row |= evaluate(slim, evaluation, place, step)
-            if finetune is not None and variant is not None:
+            if finetune is not None and variant != DENSE_VARIANT:
                 finetune(slim)
                 row |= {f"{TUNED}{name}": value for name, value in evaluate(slim, evaluation, place, step).items()}
             if experiment.latency:
                 row |= {f"latency_{count}": milliseconds(slim, example, count) for count in (1, 64)}
-            rows.append(row)
-        return pd.DataFrame(rows)
+            made.add(variant, row)
+        return pd.DataFrame([made.rows[variant] for variant in share])
+
+
+def _scores_of(pruner: Pruner, variants: Sequence[Variant], seed: int) -> Scores:
+    """Return the scores that some variants are chosen by."""
+    if not variants:
+        return {}
+    needed = dict.fromkeys(score for score, *_ in variants)
+    if any(allocation == "shared" for _, allocation, *_ in variants):
+        needed[REFERENCE] = None
+    return pruner.scores(list(needed), seed)
+
+
+class _Made:
+    """Rows of a grid that are there already, by variant; each is also kept in a file as soon as it is made.
+
+    Attributes:
+        rows: variant → its row.
+    """
+
+    def __init__(self, path: Path | None, settings: str) -> None:
+        self._path, self._settings = path, settings
+        self.rows: dict[Variant, dict[str, Any]] = {}
+
+    @classmethod
+    def of(
+        cls, path: Path | None, experiment: PruningExperiment, example: Tensor, dense: Callable[[], dict[str, float]]
+    ) -> _Made:
+        """Return the rows of an interrupted grid of the same settings, on the same network and the same images.
+
+        Args:
+            path: file of the rows; ``None`` if none are kept.
+            experiment: settings of the grid.
+            example: first batch of the probe.
+            dense: evaluates the dense network, by which it and the test images are known again.
+
+        Raises:
+            ValueError: if the file is there, and is none of such rows.
+        """
+        if path is None:
+            return cls(None, "")
+        settings = {field.name: getattr(experiment, field.name) for field in fields(experiment)}
+        settings = {name: value for name, value in settings.items() if name not in _CHOICES}
+        seen = {"probe": float(example.double().sum()), "dense": dense()}
+        made = cls(path, json.dumps(settings | seen, default=list))
+        if path.exists():
+            table = read_parquet(path, (*VARIANT, _SETTINGS))
+            for row in table[table[_SETTINGS] == made._settings].drop(columns=_SETTINGS).to_dict("records"):
+                row = {str(name): value for name, value in row.items()}
+                compensation = None if row["compensate"] in ("", "none") else row["compensate"]
+                made.rows[row["score"], row["allocation"], compensation, row["budget"]] = row
+        return made
+
+    def add(self, variant: Variant, row: dict[str, Any]) -> None:
+        """Add a row."""
+        self.rows[variant] = row
+        if self._path is not None:
+            write_parquet(pd.DataFrame(self.rows.values()).assign(**{_SETTINGS: self._settings}), self._path)
 
 
 def evaluate(model: nn.Module, batches: Iterable[Any], place: Placement, step: Step | None = None) -> dict[str, float]:

@@ -14,7 +14,7 @@
 #   resnet18           18.4     3.9       5.1           2.6       15.3     7.4
 #   vgg16_bn           11.7     1.5       2.9           1.6        8.3     3.9
 #   mobilenet_v2       22.4     3.9       4.1           4.2          –       –
-# and 9 minutes for tiny_resnet18, 11 for tiny_convnext. At full width, with OMP_NUM_THREADS=2 on both cores, an epoch of
+# and 9 minutes a seed for tiny_resnet18, 11 for tiny_convnext. At full width, with OMP_NUM_THREADS=2 on both cores, an epoch of
 # ResNet-18 takes 8 minutes with its measurement; selection takes 36 minutes of processor time, and polish about 50 for each
 # of its two budgets.
 #
@@ -28,7 +28,8 @@ STUDY ?= runs/study$(if $(WIDTH),-width_$(WIDTH))$(if $(TOY),-toy)
 STUDY_TABLES ?= $(if $(TOY),$(STUDY)/tables,notebooks/results/study$(if $(WIDTH),/width_$(WIDTH)))
 STUDY_SEEDS ?= 0 $(if $(WIDTH),,1 2)
 STUDY_NETWORKS ?= resnet18 vgg16_bn mobilenet_v2
-# one seed each, and no pruning: whether the path works
+# no lesions and no pruning: whether what the others show is seen on other data; and a pilot of one seed
+STUDY_SEEDS_tiny_convnext ?= 0
 STUDY_EXTRA ?= $(if $(WIDTH),,tiny_resnet18 tiny_convnext)
 
 # What each step is asked for; with TOY, as little as shows that it runs.
@@ -85,10 +86,12 @@ endif
 
 STUDY_STEPS ?= test lesion protocol compensation selection polish
 STUDY_SEEDED := $(foreach network,$(STUDY_NETWORKS),$(STUDY_SEEDS:%=$(network)/seed_%))
-STUDY_RUNS := $(STUDY_SEEDED) $(STUDY_EXTRA:%=%/seed_0)
+study_extra = $(patsubst %,$(1)/seed_%,$(or $(STUDY_SEEDS_$(1)),$(STUDY_SEEDS)))
+STUDY_RUNS := $(STUDY_SEEDED) $(foreach network,$(STUDY_EXTRA),$(call study_extra,$(network)))
 STUDY_DONE = $(foreach network,$(STUDY_NETWORKS),$(patsubst %,$(STUDY)/$(network)/%.done,$(STUDY_SEEDS:%=seed_%/fit) \
 	$(foreach seed,$(STUDY_SEEDS),$(STUDY_STEPS:%=seed_$(seed)/%)) tables)) \
-	$(foreach network,$(STUDY_EXTRA),$(patsubst %,$(STUDY)/$(network)/%.done,seed_0/fit seed_0/test tables))
+	$(foreach network,$(STUDY_EXTRA),$(foreach run,$(call study_extra,$(network)),$(STUDY)/$(run)/fit.done \
+	$(STUDY)/$(run)/test.done) $(STUDY)/$(network)/tables.done)
 
 .PHONY: study study-networks study-steps study-status
 # Only one at a time: a training whose make was killed lives on, and holds the lock until it has ended.
@@ -169,6 +172,7 @@ endef
 
 $(foreach network,$(STUDY_NETWORKS),$(eval $(STUDY)/$(network)/tables.done: $(foreach \
 	seed,$(STUDY_SEEDS),$(STUDY_STEPS:%=$(STUDY)/$(network)/seed_$(seed)/%.done))))
-$(foreach network,$(STUDY_EXTRA),$(eval $(STUDY)/$(network)/tables.done: $(STUDY)/$(network)/seed_0/test.done))
+$(foreach network,$(STUDY_EXTRA),$(eval $(STUDY)/$(network)/tables.done: $(patsubst \
+	%,$(STUDY)/%/test.done,$(call study_extra,$(network)))))
 $(patsubst %,$(STUDY)/%/tables.done,$(STUDY_NETWORKS) $(STUDY_EXTRA)):
 	$(call study_step,$(chanaxes) report $(study_runs) --out $(@D)/report $(STUDY_REPORT) && ($(study_collect)))

@@ -4,8 +4,7 @@
 
 The others' numbers are for CIFAR-10, which is easier; ours are for networks that ``chanaxes fit`` trained on CIFAR-100.
 So the simplest of their methods, filters of least norm and norm statistics measured anew, is also run here, at the same
-budget on the same network, beside the default of ``prune``. Accuracies are of the first 5,000 test images: from
-class folders those of 50 classes.
+budget on the same network, beside the default of ``prune``. Accuracies are of 5,000 test images, a fixed random choice.
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "default": {},
 }
-IMAGES, EVALUATED = 2000, 5000
+IMAGES, TESTED, EVALUATED = 2000, 10_000, 5000
 
 
 def first(loader: DataLoader, count: int) -> tuple[Tensor, Tensor]:
@@ -103,8 +102,9 @@ def main() -> None:
     data.setup("fit")
     data.setup("test")
     probe = TensorDataset(*first(data.probe_dataloader(), IMAGES))
-    images, labels = first(data.test_dataloader(), EVALUATED)
-    images = data.evaluation_transform(images)
+    images, labels = first(data.test_dataloader(), TESTED)
+    chosen = torch.randperm(TESTED, generator=torch.Generator().manual_seed(0))[:EVALUATED]
+    images, labels = data.evaluation_transform(images[chosen]), labels[chosen]
     rows = []
     for path in args.checkpoints:
         classifier = load_classifier(path)

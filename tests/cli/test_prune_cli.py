@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import lightning.pytorch as L
@@ -14,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from chanaxes_pl.cli import main as cli
 from chanaxes_pl.models import Classifier
+from tests.helpers.killing import kill_once_there
 from tests.helpers.training import Small, images, trainer
 
 DIGITS = str(Path(__file__).parents[2] / "configs" / "digits" / "resnet18.yaml")
@@ -78,6 +81,21 @@ def test_prune_writes_into_the_run_folder_and_nothing_else(chanaxes, checkpoint,
     told = capsys.readouterr().out
     assert f"table:  {tmp_path / 'run' / 'pruning.parquet'}" in told
     assert f"figure: {tmp_path / 'run' / 'pruning.png'}" in told
+
+
+def test_a_killed_grid_goes_on_where_it_was(chanaxes, checkpoint, tmp_path):
+    asked = ["prune", *CONFIG, *TINY, *PRUNE, "--ckpt_path", checkpoint]
+    rows = tmp_path / "run" / "pruning-unfinished-0.parquet"
+    command = [sys.executable, "-m", "chanaxes_pl", *asked, "--scores=[l1,l2,fpgm,lamp]", "--trainer.accelerator=cpu"]
+    kill_once_there(command, rows, {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})
+    assert files(tmp_path / "run") == ["checkpoints/last.ckpt", "pruning-unfinished-0.parquet"]
+    made = pd.read_parquet(rows).assign(margin=-7.0)  # to be known again
+    made.to_parquet(rows)
+    chanaxes(*asked)
+    table = pd.read_parquet(tmp_path / "run" / "pruning.parquet")
+    assert table["score"].tolist() == ["dense", "l1", "l1", "random", "random"]
+    assert table["margin"].eq(-7.0).sum() == made["score"].isin(table["score"]).sum()
+    assert files(tmp_path / "run") == ["checkpoints/last.ckpt", "pruning.parquet", "pruning.png"]
 
 
 def test_lesion_writes_where_it_is_told(chanaxes, checkpoint, tmp_path):

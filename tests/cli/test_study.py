@@ -2,10 +2,8 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import torch
 
 from chanaxes_pl.analysis.runs import read_runs
 from tests.cli.test_configs import write_dataset
+from tests.helpers.killing import kill_once_there
 
 ROOT = Path(__file__).parents[2]
 EPOCHS = 8
@@ -43,23 +42,11 @@ def call(study: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(make(study, *arguments), env=environment(), capture_output=True, text=True, timeout=300)
 
 
-def kill_once_there(command: list[str], path: Path) -> None:
-    """Start it, and kill it and all its children as soon as the file is there."""
-    process = subprocess.Popen(command, env=environment(), start_new_session=True, stdout=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 240
-        while not path.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
 def test_a_killed_training_goes_on_and_what_is_done_stays(tmp_path):
     write_dataset("cifar100", tmp_path / "images")
     study = tmp_path / "study"
     run = study / "resnet18" / "seed_0"
-    kill_once_there(make(study, str(run / "test.done")), run / "checkpoints" / "last.ckpt")
+    kill_once_there(make(study, str(run / "test.done")), run / "checkpoints" / "last.ckpt", environment())
     reached = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
     assert 0 < reached < 2 * EPOCHS
     assert not (run / "fit.done").exists()

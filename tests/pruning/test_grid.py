@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -38,9 +39,9 @@ def network() -> nn.Sequential:
     ).eval()  # fmt: skip
 
 
-def grid(place: Placement | None = None, **options) -> pd.DataFrame:
+def grid(place: Placement | None = None, unfinished: Path | None = None, **options) -> pd.DataFrame:
     experiment = PruningExperiment(**{"budgets": BUDGETS, "scores": SCORES} | options)
-    return pruning_grid(network(), PROBE, TEST, experiment, progress=False, place=place)
+    return pruning_grid(network(), PROBE, TEST, experiment, progress=False, place=place, unfinished=unfinished)
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +126,61 @@ def test_the_shares_of_two_processes_make_the_whole(table):
     shares = [grid(Placement(same, rank=rank, world=2)) for rank in (0, 1)]
     assert abs(len(shares[0]) - len(shares[1])) <= 1
     pd.testing.assert_frame_equal(join_shares(shares), table, check_exact=True)
+
+
+class Interrupted(Exception):
+    """What ends a process in the middle."""
+
+
+def test_an_interrupted_grid_goes_on(table, tmp_path, monkeypatch):
+    rows, cuts = tmp_path / "rows.parquet", []
+
+    def cut(pruner, kept):
+        cuts.append(kept)
+        if len(cuts) == 15:
+            raise Interrupted
+        return whole(pruner, kept)
+
+    whole = protocol.Pruner.cut
+    monkeypatch.setattr(protocol.Pruner, "cut", cut)
+    with pytest.raises(Interrupted):
+        grid(unfinished=rows)
+    assert len(pd.read_parquet(rows)) == 15  # the dense network, and 14 others
+    pd.testing.assert_frame_equal(grid(unfinished=rows), table, check_exact=True)
+    assert len(cuts) == 15 + len(table) - 15
+    wider = grid(unfinished=rows, budgets=(0.9, *BUDGETS))  # rows serve whatever else is asked for
+    assert len(cuts) == 15 + len(wider) - 15
+    kept = wider[wider["budget"] != 0.9].reset_index(drop=True)
+    pd.testing.assert_frame_equal(kept, table, check_exact=True)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"options": {"seed": 1}},
+        {"options": {"protect": "0"}},
+        {"probe": images(32, 2)},
+        {"evaluation": DataLoader(images(24, 4), batch_size=10)},
+        {"model": nn.Sequential(*network()[:-1], nn.Linear(16, CLASSES)).eval()},
+    ],
+    ids=["settings", "layers", "probe", "test images", "network"],
+)
+def test_rows_of_another_grid_are_not_taken_over(tmp_path, other):
+    rows, settings = tmp_path / "rows.parquet", {"budgets": (0.6,), "scores": ("random",), "allocations": ("uniform",)}
+    grid(unfinished=rows, **settings)
+    experiment = PruningExperiment(**settings | other.get("options", {}))
+    asked = other.get("model", network()), other.get("probe", PROBE), other.get("evaluation", TEST), experiment
+    wanted = pruning_grid(*asked, progress=False)
+    pd.testing.assert_frame_equal(pruning_grid(*asked, progress=False, unfinished=rows), wanted, check_exact=True)
+    assert set(pd.read_parquet(rows)["accuracy"]) == set(wanted["accuracy"])
+
+
+def test_a_file_of_something_else_is_no_unfinished_grid(tmp_path):
+    pd.DataFrame({"layer": ["conv"]}).to_parquet(tmp_path / "axes.parquet")
+    with pytest.raises(
+        ValueError, match=r"axes.parquet: lacks the columns score, allocation, compensate, budget, settings"
+    ):
+        grid(unfinished=tmp_path / "axes.parquet")
 
 
 @pytest.mark.parametrize(
