@@ -23,7 +23,7 @@ from chanaxes_pl.analysis.scores import SCORE_COLUMN
 from chanaxes_pl.axes import measure_axes
 from chanaxes_pl.compensation.polish import Spread, distillation_loss
 from chanaxes_pl.core.divergence import Divergence, divergence_for
-from chanaxes_pl.core.errors import InputError, naming
+from chanaxes_pl.core.errors import InputError, naming, short
 from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.core.targets import are_classes
 from chanaxes_pl.lesions.damage_table import LesionExperiment, join_shares, lesion_table
@@ -93,6 +93,7 @@ class PruneModule(ImageClassifier):
         plan: plan of a pruned network; ``None`` for a dense one.
 
     Raises:
+        TypeError: if ``model`` or ``teacher`` is no network.
         ValueError: if the experiment is unknown, or the checkpoint is not of a :class:`Classifier`.
     """
 
@@ -119,8 +120,9 @@ class PruneModule(ImageClassifier):
         self.table = pd.DataFrame()
         self._num_classes = classes
         # In a tuple, so that it is no submodule: its weights are not trained and in no checkpoint.
-        teacher = teacher.model if isinstance(teacher, Slim) else teacher
-        self._teacher: tuple[nn.Module, ...] = () if teacher is None else (clone(teacher).eval(),)
+        self._teacher: tuple[nn.Module, ...] = ()
+        if teacher is not None:
+            self._teacher = (clone(_network(teacher, "teacher")).eval(),)
         self._wanted = Spread()  # the teacher's outputs so far
         self._divergence: Divergence | None = None
         self._probe = probe
@@ -224,23 +226,24 @@ class PruneModule(ImageClassifier):
             finetune=partial(self._finetune, experiment) if experiment.finetune_epochs else None,
             progress=self._shows_progress,
             place=self._place,
+            recipe=self._recipe if experiment.finetune_epochs else "",
             unfinished=None if getattr(self.trainer, "fast_dev_run", False) else unfinished,
         )
 
     def _lesion(self, experiment: LesionExperiment) -> pd.DataFrame:
         """Make this process's lesions, with the axes and scores of their channels."""
-        probe, place = find_probe(self._probe, self.trainer), self._place
+        probe, place, network = find_probe(self._probe, self.trainer), self._place, plain(self.network)
         size, seed = experiment.probe_size, experiment.seed
         example = next(iter(ImageBatches(probe, MIN_IMAGES, place)))
-        units = find_units(self.network, example)
-        layers = select_layers(self.network, experiment.layers, whole=True)  # what is lesioned
+        units = find_units(network, example)
+        layers = select_layers(network, experiment.layers, whole=True)  # what is lesioned
         settings = Settings(layers=layers, reliability=False, probe_size=size)
-        axes = measure_axes(self.network, Probe(probe, size), settings, place)
+        axes = measure_axes(network, Probe(probe, size), settings, place)
         names = experiment.scores
-        names = default_scores(self.network, units, example) if names is None else names
-        scores = channel_scores(self.network, probe, units, names, probe_size=size, seed=seed, place=place)
+        names = default_scores(network, units, example) if names is None else names
+        scores = channel_scores(network, probe, units, names, probe_size=size, seed=seed, place=place)
         share = lesion_table(
-            self.network,
+            network,
             probe,
             _evaluation(self.trainer, experiment.evaluation_size),
             experiment,
@@ -255,6 +258,14 @@ class PruneModule(ImageClassifier):
                 for layer, channel in zip(table["layer"], table["channel"], strict=True)
             ]
         return table
+
+    @property
+    def _recipe(self) -> str:
+        """What a fine-tuned network depends on beside the settings of the grid, as far as it can be told."""
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        held = {} if datamodule is None else vars(datamodule)
+        held = {name: value for name, value in held.items() if isinstance(value, (int, float, str))}
+        return repr((dict(self.hparams), self.trainer.precision, type(datamodule).__name__, held))
 
     @property
     def _place(self) -> Placement:
@@ -335,10 +346,15 @@ def _experiment(experiment: object, plan: Plan | None) -> Experiment | None:
     )
 
 
-def _network(model: nn.Module | Slim | str | Path) -> nn.Module:
-    if isinstance(model, (str, Path)):
+def _network(model: object, name: str = "model") -> nn.Module:
+    """Return the network of an argument, which may be in a Slim or, as ``model``, in a checkpoint."""
+    if name == "model" and isinstance(model, (str, Path)):
         return load_classifier(model)
-    return model.model if isinstance(model, Slim) else model
+    model = model.model if isinstance(model, Slim) else model
+    if not isinstance(model, nn.Module):
+        path = ", or the path of a Classifier's checkpoint" if name == "model" else ""
+        raise TypeError(f"PruneModule({name}={short(model)}): expected a network, what prune returned{path}")
+    return model
 
 
 def _outputs(network: nn.Module) -> int:

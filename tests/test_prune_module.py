@@ -102,6 +102,8 @@ def test_lesions_are_the_tables_of_lesions_and_axes(tmp_path):
         progress=False,
     )
     pd.testing.assert_frame_equal(module.table[list(wanted)], wanted, check_exact=True)
+    assert module.table.attrs["baseline"] == wanted.attrs["baseline"]
+    assert pd.read_parquet(tmp_path / "lesions.parquet").attrs["baseline"]["images"] == 28
     assert {"input_capture", "peer_r2", "task_information"} <= set(module.table)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lesions.parquet", "lesions.png"]
 
@@ -329,6 +331,37 @@ def test_a_pruned_module_that_trained_itself_loads_in_one_call(tmp_path):
         load_slim(tmp_path / "epoch=1.ckpt", Own(nn.BatchNorm2d(3, affine=False)))
 
 
+class Holder(Own):
+    """Has the network as one of its attributes."""
+
+    def __init__(self, network: nn.Module) -> None:
+        L.LightningModule.__init__(self)
+        self.model = network
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        return self.model(batch)
+
+
+def test_the_network_in_a_module_of_ones_own_loads_in_one_call(tmp_path):
+    data = torch.stack([image for image, _ in images(8, 1)])
+    for name, held in {"pruned": slim().model, "dense": network()}.items():
+        fitted(tmp_path / name, Holder(held.train()), 1)
+        loaded = load_slim(tmp_path / name / "epoch=1.ckpt", network())
+        assert torch.equal(loaded(data), held.eval()(data))
+
+
+def test_rows_of_another_learning_rate_are_not_taken_over(tmp_path):
+    tables = []
+    for folder, lr in (("a", 1e-6), ("a", 0.1), ("b", 0.1)):
+        module = PruneModule(network(), made("prune", finetune_epochs=1), lr=lr, out=tmp_path / folder)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(PruneModule, "_write", lambda *_: None)  # as if interrupted at the very end
+            trainer(tmp_path).test(module, datamodule=Data(), verbose=False)
+        tables.append(module.table)
+    assert not tables[0].equals(tables[1])
+    pd.testing.assert_frame_equal(tables[1], tables[2], check_exact=True)
+
+
 def test_a_checkpoint_pruned_otherwise_is_refused(tmp_path):
     first = fitted(tmp_path / "a", PruneModule(slim()), 1)
     with pytest.raises(ValueError, match="pruned differently from this one"):
@@ -338,6 +371,12 @@ def test_a_checkpoint_pruned_otherwise_is_refused(tmp_path):
 def test_errors_say_what_was_expected(tmp_path):
     with pytest.raises(ValueError, match=r"experiment='prun'\): expected 'prune', 'lesion', PruningExperiment"):
         PruneModule(network(), "prun")  # type: ignore[arg-type]
+    with pytest.raises(
+        TypeError, match=r"PruneModule\(model=None\): expected a network, .*, or the path of a Classifier's"
+    ):
+        PruneModule(None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"PruneModule\(teacher='x'\): expected a network, what prune returned$"):
+        PruneModule(network(), teacher="x")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="has no Linear layer; pass num_classes="):
         PruneModule(nn.Conv2d(3, 4, 1))
     with pytest.raises(ValueError, match=r"PruneModule: found no probe images: pass probe=a Dataset"):

@@ -39,7 +39,7 @@ _KEYS = ["layer", "channel"]
 def join_axes(axes: pd.DataFrame, lesions: pd.DataFrame) -> pd.DataFrame:
     """Join the table of channels of one checkpoint and the table of their lesions, with a row per lesioned channel.
 
-    The lesions' ``reason`` becomes ``lesion_reason``.
+    The lesions' ``reason`` becomes ``lesion_reason``; ``attrs`` are those of the lesions.
 
     Raises:
         ValueError: if a channel occurs twice in one table, or the tables have no channel in common.
@@ -55,6 +55,7 @@ def join_axes(axes: pd.DataFrame, lesions: pd.DataFrame) -> pd.DataFrame:
             f"join_axes: no channel in common; axes have the layers {', '.join(axes['layer'].unique()[:3])}, lesions "
             f"{', '.join(lesions['layer'].unique()[:3])}"
         )
+    joined.attrs = dict(lesions.attrs)
     return joined
 
 

@@ -91,9 +91,11 @@ def score_family(score: str) -> Family:
     names = [*SCORES, *(REVERSE + name for name in OWN_SCORES)]
     if base in _RENAMED:
         names = [score.removesuffix(base) + _RENAMED[base]]
+    near = nearest(score, names)
+    near = near if near.endswith("?") else f"{near}."
     raise ArgumentError(
         f"score={score!r}",
-        f"no such score; {nearest(score, names)} Expected one of {', '.join(SCORES)}; random_1, random_2, … for "
+        f"no such score; {near} Expected one of {', '.join(SCORES)}; random_1, random_2, … for "
         f"further random draws; {REVERSE}NAME for the opposite order of {', '.join(OWN_SCORES)}",
     )
 

@@ -73,7 +73,8 @@ def nearest(name: str, names: Iterable[str]) -> str:
         "there is 'stem', 'a.conv1', 'a.conv2' and 1 more"
     """
     names = list(names)
-    near = get_close_matches(name[:_LENGTH], names, n=2) or (names if len(names) <= 2 else [])
+    same = [other for other in names if other.lower() == name.lower()]
+    near = same or get_close_matches(name[:_LENGTH], names, n=2) or (names if len(names) <= 2 else [])
     if near or not names:
         return f"did you mean {' or '.join(map(repr, near))}?" if near else "there is none"
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""

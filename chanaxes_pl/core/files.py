@@ -32,7 +32,10 @@ def replacing(path: Path) -> Iterator[Path]:
         >>> path.read_text()
         'whole'
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(f"{path} cannot be written: {error.filename} is a file, expected a folder") from error
     # No other process, on this machine or another, and no other thread gets the same name.
     draft = path.with_name(f".{path.name}.{uuid4().hex[:12]}")
     try:

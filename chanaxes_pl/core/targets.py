@@ -236,7 +236,26 @@ def check_classes(outputs: Any, labels: Any) -> None:
     Raises:
         ValueError: if they do not fit each other, or a label is none of the logits' classes.
     """
+    if isinstance(outputs, Tensor) and outputs.ndim > 2:
+        raise InputError(
+            f"outputs: {describe(outputs)}, labels: {describe(labels)}. Expected [B, K] with K ≥ 2 classes "
+            "and [B], one class an image, for accuracies and the probability of the right class"
+        )
     _check_classes(outputs if isinstance(outputs, Tensor) and outputs.ndim == 2 else None, labels)
+
+
+def check_finite(logits: Tensor, network: str) -> None:
+    """Check the logits ``[B, …]`` of a network.
+
+    Raises:
+        ValueError: if some are not finite.
+    """
+    bad = ~logits.reshape(len(logits), -1).isfinite().all(1)
+    if bad.any():
+        raise InputError(
+            f"{network} gives logits with NaN or infinity for {int(bad.sum())} of {len(logits)} images: "
+            "expected finite ones; look for such values in those images and in the weights"
+        )
 
 
 def _check_bits(outputs: Any, labels: Any) -> None:
@@ -359,6 +378,6 @@ def null_target(indices: np.ndarray, width: int) -> np.ndarray:
 
 
 def image_scores(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return ``[B, 3]``: cross-entropy in nats, whether the label comes first, logit margin."""
-    correct = (logits.argmax(1) == labels).to(logits.dtype)
+    """Return ``[B, 3]``: cross-entropy in nats, whether the label comes first of finite logits, logit margin."""
+    correct = ((logits.argmax(1) == labels) & logits.isfinite().all(1)).to(logits.dtype)
     return torch.stack([-log_probability(logits, labels), correct, logit_margin(logits, labels)], 1)

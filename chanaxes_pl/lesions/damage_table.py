@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
+from operator import index
 from typing import Any, Literal
 
 import numpy as np
@@ -15,8 +17,8 @@ from tqdm import tqdm
 
 from chanaxes_pl.analysis.damage import CLEAR
 from chanaxes_pl.analysis.scores import score_family
-from chanaxes_pl.core.errors import ArgumentError, naming
-from chanaxes_pl.core.targets import check_classes, image_scores, lifted
+from chanaxes_pl.core.errors import ArgumentError, ArgumentTypeError, naming, short
+from chanaxes_pl.core.targets import check_classes, check_finite, image_scores, lifted
 from chanaxes_pl.lesions.interventions import (
     OPERATIONS,
     Intervention,
@@ -30,10 +32,12 @@ from chanaxes_pl.lesions.replacements import Replacement, check_operations, meas
 from chanaxes_pl.network.batches import Placement, Step, default_step, split_batch
 from chanaxes_pl.network.hooks import observed, undisturbed
 from chanaxes_pl.network.layers import channel_count, select_layers
+from chanaxes_pl.network.loaders import same_draws
 from chanaxes_pl.network.probe import Probe, ProbeSource, check_rereadable, check_sizes
 from chanaxes_pl.network.recording import Settings
 from chanaxes_pl.network.tracing import PartialForward
 from chanaxes_pl.units.groups import Units, find_units
+from chanaxes_pl.units.plain import plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +75,9 @@ class LesionExperiment:
             for score in self.scores or ():
                 score_family(score)
             check_sizes(self.probe_size, self.evaluation_size)
-            number = isinstance(self.channels, int) and self.channels > 0
-            if not (number or self.channels == "all" or isinstance(self.channels, Mapping)):
+            several = isinstance(self.channels, Mapping) and len(self.channels) > 0
+            number = isinstance(self.channels, Integral) and self.channels is not True and int(self.channels) > 0
+            if not (number or several or self.channels == "all"):
                 raise ArgumentError(
                     f"channels={self.channels!r}",
                     "expected 'all', a number of channels per layer (above 0), or layer name → channels",
@@ -98,7 +103,8 @@ def lesion_table(
     several processes, the channels are dealt out in turn; :func:`join_shares` joins the tables of all processes.
 
     Args:
-        model: network such that ``model(images)`` gives logits ``[B, K]``.
+        model: network such that ``model(images)`` gives logits ``[B, K]``. Its layers are those that it has with plain
+            weights, as for :func:`find_units`.
         probe: data that means and coefficients are measured on; ``None`` if ``"zero"`` is the only operation.
         evaluation: batches of ``(images, labels)`` that are not in the probe.
         experiment: channels, operations and size of the probe; default a :class:`LesionExperiment`. Of its settings
@@ -122,9 +128,12 @@ def lesion_table(
         ValueError: if a layer or channel is unknown, or the data does not fit.
     """
     experiment = experiment or LesionExperiment()
+    if not isinstance(experiment, LesionExperiment):
+        raise ArgumentTypeError(f"lesion_table(experiment={short(experiment)})", "expected a LesionExperiment(…)")
     operations = experiment.operations
     with naming("lesion_table"), undisturbed(model):
         check_rereadable(evaluation, "evaluation")
+        model = plain(model)
         modules = select_layers(model, experiment.layers, whole=True)
         settings = Settings(
             layers=modules,
@@ -150,7 +159,7 @@ def lesion_table(
             batches = sized_len(evaluation)
             total = None if batches is None else batches * len(planned.chosen)
             with tqdm(total=total, disable=None if progress else True, desc="lesions", unit="lesion") as bar:
-                for batch in evaluation:
+                for batch in same_draws(evaluation):
                     damage.add(place.to_device(batch), bar.update)
         if not damage.images:
             raise ArgumentError("evaluation", "it holds no images")
@@ -163,7 +172,7 @@ def _places(
     """Return the layer and channel of every lesion, in the order of the table."""
     widths = {name: channel_count(module) for name, module in modules.items()}
     if isinstance(channels, Mapping):
-        chosen = {layer: list(of_layer) for layer, of_layer in channels.items()}
+        chosen = {layer: _numbers(layer, of_layer) for layer, of_layer in channels.items()}
         check_places(modules, chosen)
     elif channels == "all":
         chosen = {layer: list(range(width)) for layer, width in widths.items()}
@@ -175,10 +184,20 @@ def _places(
     return [(layer, channel) for layer, of_layer in chosen.items() for channel in of_layer]
 
 
+def _numbers(layer: str, channels: object) -> list[int]:
+    """Return channels of a layer, given as whole numbers of any kind, as int."""
+    try:
+        return [index(channel) for channel in channels]  # type: ignore[attr-defined]
+    except TypeError:
+        raise ArgumentTypeError(
+            f"channels={{{layer!r}: {short(channels)}, …}}", "expected the numbers of channels, such as [0, 5]"
+        ) from None
+
+
 def _units_of_first(model: nn.Module, evaluation: Iterable[Any], place: Placement, step: Step | None) -> Units:
     if step is not None:
         raise ArgumentError("step=…", "with a custom step, 'zero' needs units=find_units(model, example)")
-    batch = next(iter(evaluation), None)
+    batch = next(same_draws(evaluation), None)
     if batch is None:
         raise ArgumentError("evaluation", "it holds no images")
     moved = place.to_device(batch)
@@ -204,6 +223,7 @@ class _Damage:
         """Add the effects on one batch."""
         logits, labels = self._step(self._model, batch)
         check_classes(logits, labels)
+        check_finite(logits, type(self._model).__name__)
         labels = lifted(labels)
         intact = image_scores(lifted(logits), labels)
         if self._forward is not None:
@@ -259,4 +279,6 @@ def join_shares(shares: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """Join the tables of all processes, given in the order of their ranks, into one; they may come from disk."""
     placed = [share.set_axis(rank + len(shares) * np.arange(len(share))) for rank, share in enumerate(shares)]
     # the columns of a process that had none to make have no types
-    return pd.concat([share for share in placed if len(share)] or placed).sort_index()
+    whole = pd.concat([share for share in placed if len(share)] or placed).sort_index()
+    whole.attrs = dict(shares[0].attrs)  # which concatenation keeps only where all have the same
+    return whole

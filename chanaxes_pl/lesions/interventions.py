@@ -10,10 +10,11 @@ from typing import Literal, TypedDict
 import torch
 from torch import Tensor, nn
 
-from chanaxes_pl.core.errors import InputError, naming, nearest
+from chanaxes_pl.core.errors import ArgumentError, InputError, naming, nearest
 from chanaxes_pl.lesions.replacements import REPLACEMENTS, Replacement, check_channels, check_operations, replacement
 from chanaxes_pl.network.layers import channel_count, select_layers
 from chanaxes_pl.network.tracing import Edit, PartialForward, edited
+from chanaxes_pl.units.flow import LAYERS
 from chanaxes_pl.units.groups import Units
 from chanaxes_pl.units.removal import Group, masked
 
@@ -130,6 +131,20 @@ class Row(TypedDict):
     reason: str
 
 
+def _check_units(groups: Mapping[str, Group], modules: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError if units are not of the network with these modules."""
+    for group in groups.values():
+        for name, members in group.producers.items():
+            width = channel_count(modules[name]) if isinstance(modules.get(name), LAYERS) else None
+            if width is None or members.max() >= width or members.numel() > width:
+                has = "has no such layer" if width is None else f"has {width} channels there"
+                raise ArgumentError(
+                    "units=…",
+                    f"group {group.name!r} has {members.numel()} channels of {name!r}, and this network {has}: "
+                    "expected find_units(model, images) of the same network",
+                )
+
+
 class Interventions:
     """Interventions behind the rows of a table of damage; the channels of one unit share one removal.
 
@@ -149,6 +164,7 @@ class Interventions:
         self._paths = {module: name for name, module in model.named_modules()}
         self._replacements = replacements
         self._fixed = {} if units is None else units.fixed
+        _check_units({} if units is None else units.groups, dict(model.named_modules()))
         self._units = {
             (path, channel): (group, unit)
             for group in (() if units is None else units.groups.values())

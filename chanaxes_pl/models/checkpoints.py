@@ -17,6 +17,8 @@ from chanaxes_pl.models import Classifier
 # Errors of a constructor that gets settings of the wrong kind or size.
 _NO_SETTINGS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 # Errors of torch.load for a damaged file.
+# An error's text of so few characters says nothing by itself, such as the key of a KeyError.
+_TERSE = 8
 _UNREADABLE = (*_NO_SETTINGS, AssertionError, EOFError, OSError, StructError, UnpicklingError)
 
 
@@ -93,7 +95,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        told = (str(error).splitlines() or [""])[0]
+        reason = told if len(told) > _TERSE else f"{type(error).__name__}: {told}"
         raise ValueError(
             f"{path}: not a checkpoint of tensors and plain values ({reason}); it was cut off or changed, or holds "
             "objects, which are never unpickled here"

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
-from chanaxes_pl.core.errors import ArgumentError
+from chanaxes_pl.core.errors import ArgumentError, short
 from chanaxes_pl.pruning.costs import Cost
 from chanaxes_pl.units.removal import Group
 
@@ -140,16 +141,16 @@ def _widths(group: Group) -> list[int]:
 
 def check_budget(budget: float, unit: str = "MACs") -> None:
     """Raise ValueError unless 0 < budget ≤ 1; ``unit`` is what it is a share of."""
-    if not 0 < budget <= 1:
+    if not isinstance(budget, Real) or not 0 < budget <= 1:
         raise ArgumentError(
-            f"budget={budget}",
+            f"budget={short(budget)}",
             f"expected the share of the dense network's {unit} that remains, above 0 and at most 1, such as 0.5",
         )
 
 
 def check_round_to(round_to: int) -> None:
     """Raise ValueError unless ``round_to`` is a whole number from 1 on."""
-    if not isinstance(round_to, int) or isinstance(round_to, bool) or round_to < 1:
+    if not isinstance(round_to, Integral) or isinstance(round_to, bool) or round_to < 1:
         raise ArgumentError(
             f"round_to={round_to!r}",
             "expected a whole number of channels, such as 8, of which every layer keeps a multiple, or 1 for any width",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
@@ -11,15 +12,17 @@ from typing import Any
 
 import pandas as pd
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from chanaxes_pl.analysis.scores import score_family
-from chanaxes_pl.core.errors import ArgumentError, naming
+from chanaxes_pl.core.errors import ArgumentError, ArgumentTypeError, InputError, naming, short
 from chanaxes_pl.core.memory import MEMORY, check_memory
 from chanaxes_pl.core.targets import check_classes, image_scores
 from chanaxes_pl.network.batches import Placement, Step, default_step
 from chanaxes_pl.network.hooks import observed, undisturbed
+from chanaxes_pl.network.loaders import same_draws
 from chanaxes_pl.network.probe import ProbeSource, check_rereadable, check_sizes
 from chanaxes_pl.pruning.allocation import (
     GRID,
@@ -127,7 +130,8 @@ def pruning_grid(
     progress: bool = True,
     place: Placement | None = None,
     step: Step | None = None,
-    unfinished: Path | None = None,
+    unfinished: str | Path | None = None,
+    recipe: str = "",
 ) -> pd.DataFrame:
     """Prune a network in every way that the experiment names, and measure the accuracies.
 
@@ -144,7 +148,8 @@ def pruning_grid(
         step: ``(model, batch) → (logits, labels)`` for other batches, as for :func:`prune`.
         unfinished: file that keeps every row as soon as it is made, one for each process. If the grid is interrupted,
             another call with the same network, images and settings (but for more or fewer variants) goes on after the
-            rows that the file holds.
+            rows that the file holds, and says how many these are.
+        recipe: what ``finetune`` does and ``step`` reads, in words of your own: rows of another recipe are made anew.
 
     Returns:
         One row per variant, and one for the dense network: ``score, family, allocation, compensate, budget``;
@@ -157,6 +162,8 @@ def pruning_grid(
             before the first network is pruned.
     """
     experiment = experiment or PruningExperiment()
+    if not isinstance(experiment, PruningExperiment):
+        raise ArgumentTypeError(f"pruning_grid(experiment={short(experiment)})", "expected a PruningExperiment(…)")
     with naming("pruning_grid"), undisturbed(model):
         check_rereadable(evaluation, "evaluation")
         place = place or Placement.of(model)
@@ -179,7 +186,14 @@ def pruning_grid(
         kinds = [compensation_of(choice) for choice in experiment.compensate]
         variants = [DENSE_VARIANT, *product(scores, experiment.allocations, kinds, experiment.budgets)]
         share = variants[place.rank :: place.world]
-        made = _Made.of(unfinished, experiment, example, lambda: evaluate(model, evaluation, place, step))
+        made = _Made(None, "")
+        if unfinished is not None:
+            seen = {"probe": _fingerprint(pruner.batches), "dense": evaluate(model, evaluation, place, step)}
+            made = _Made.of(Path(unfinished), experiment, seen | {"recipe": recipe})
+            if known := sum(variant in made.rows for variant in share):
+                rank_zero_info(
+                    f"{unfinished} holds {known} of {len(share)} networks of this grid, which goes on there."
+                )
         left = [variant for variant in share if variant not in made.rows and variant != DENSE_VARIANT]
         values = _scores_of(pruner, left, experiment.seed)
         measured = dict.fromkeys(score for score, allocation, *_ in left if allocation == "sensitivity")
@@ -198,6 +212,11 @@ def pruning_grid(
             row |= {"budget_of": experiment.budget_of, "macs_share": macs / pruner.macs.dense, "macs": macs}
             row |= {"parameters": count_parameters(slim)}
             row |= evaluate(slim, evaluation, place, step)
+            if variant == DENSE_VARIANT and not math.isfinite(row["loss"]):
+                raise InputError(
+                    f"{type(model).__name__} has a loss of {row['loss']} on the evaluation images: expected a finite "
+                    "one; leave out images that hold NaN or infinity, or look for such values in the weights"
+                )
             if finetune is not None and variant != DENSE_VARIANT:
                 finetune(slim)
                 row |= {f"{TUNED}{name}": value for name, value in evaluate(slim, evaluation, place, step).items()}
@@ -217,6 +236,12 @@ def _scores_of(pruner: Pruner, variants: Sequence[Variant], seed: int) -> Scores
     return pruner.scores(list(needed), seed)
 
 
+def _fingerprint(batches: Iterable[Tensor]) -> list[float]:
+    """Return two numbers by which images are known again: a sum over all, and one that tells their order."""
+    sums = torch.cat([images.flatten(1).double().sum(1).cpu() for images in batches])
+    return [float(sums.sum()), float(sums @ torch.arange(len(sums), dtype=sums.dtype))]
+
+
 class _Made:
     """Rows of a grid that are there already, by variant; each is also kept in a file as soon as it is made.
 
@@ -229,26 +254,20 @@ class _Made:
         self.rows: dict[Variant, dict[str, Any]] = {}
 
     @classmethod
-    def of(
-        cls, path: Path | None, experiment: PruningExperiment, example: Tensor, dense: Callable[[], dict[str, float]]
-    ) -> _Made:
+    def of(cls, path: Path, experiment: PruningExperiment, seen: Mapping[str, object]) -> _Made:
         """Return the rows of an interrupted grid of the same settings, on the same network and the same images.
 
         Args:
-            path: file of the rows; ``None`` if none are kept.
+            path: file of the rows.
             experiment: settings of the grid.
-            example: first batch of the probe.
-            dense: evaluates the dense network, by which it and the test images are known again.
+            seen: by what network and images are known again, as JSON can hold it.
 
         Raises:
             ValueError: if the file is there, and is none of such rows.
         """
-        if path is None:
-            return cls(None, "")
         settings = {field.name: getattr(experiment, field.name) for field in fields(experiment)}
         settings = {name: value for name, value in settings.items() if name not in _CHOICES}
-        seen = {"probe": float(example.double().sum()), "dense": dense()}
-        made = cls(path, json.dumps(settings | seen, default=list))
+        made = cls(path, json.dumps({**settings, **seen}, default=list))
         if path.exists():
             table = read_parquet(path, (*VARIANT, _SETTINGS))
             for row in table[table[_SETTINGS] == made._settings].drop(columns=_SETTINGS).to_dict("records"):
@@ -268,7 +287,7 @@ def evaluate(model: nn.Module, batches: Iterable[Any], place: Placement, step: S
     """Return the mean cross-entropy (``loss``, nats), ``accuracy`` and logit ``margin``; the model does not change."""
     total, count = torch.zeros(3, dtype=torch.float64), 0
     with observed(model):
-        for batch in batches:
+        for batch in same_draws(batches):
             logits, labels = (step or default_step)(model, place.to_device(batch))
             check_classes(logits, labels)
             total += image_scores(logits.cpu().double(), labels.cpu().long()).sum(0)

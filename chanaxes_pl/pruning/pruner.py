@@ -22,6 +22,7 @@ from chanaxes_pl.core.divergence import Divergence, divergence_for, mean_diverge
 from chanaxes_pl.core.errors import ArgumentError, InputError, naming, short
 from chanaxes_pl.core.memory import GIGABYTE, MEMORY, check_memory
 from chanaxes_pl.core.moments import true_float32
+from chanaxes_pl.core.targets import check_finite
 from chanaxes_pl.network.batches import Placement, Step, logits_of, pair_of, split_batch
 from chanaxes_pl.network.cloning import clone
 from chanaxes_pl.network.hooks import observed, undisturbed
@@ -354,12 +355,7 @@ def _exactness(model: nn.Module, images: Tensor) -> float:
     """
     with observed(model):
         logits = logits_of(model(images))
-    bad = len(logits) - int(logits.reshape(len(logits), -1).isfinite().all(1).sum())
-    if bad:
-        raise InputError(
-            f"{type(model).__name__} gives logits with NaN or infinity for {bad} of {len(logits)} images: "
-            "expected finite ones; look for such values in those images and in the weights"
-        )
+    check_finite(logits, type(model).__name__)
     return max(_AGREE, _ROUNDINGS * torch.finfo(logits.dtype).eps)
 
 

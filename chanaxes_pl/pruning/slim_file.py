@@ -285,6 +285,8 @@ def save_slim(path: str | Path, model: nn.Module, plan: Plan) -> None:
 
 def _file(path: str | Path) -> Path:
     path = Path(path)
+    if not path.name:
+        raise InputError("expected the path of a file, such as 'half'")
     return path if path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")
 
 
@@ -398,8 +400,9 @@ def load_slim(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     if Path(path).suffix == ".ckpt" and Path(path).is_file():
         with naming(str(path)):
             return _of_checkpoint(Path(path), model)
-    with naming(str(_file(path))):
+    with naming(f"load_slim({str(path)!r})"):
         file = _file(path)
+    with naming(str(file)):
         if not file.is_file():
             raise FileNotFoundError(
                 f"load_slim({str(path)!r}): there is no {file}; expected a file that save_slim wrote"
@@ -451,6 +454,7 @@ def _of_checkpoint(path: Path, model: nn.Module | None) -> nn.Module:
             "with PruneModule(slim), or load slim.save's file and then the checkpoint's state_dict"
         )
     else:  # the shapes say it all
+        tensors = _without_prefix(tensors, plain(unwrapped(model)).state_dict())
         sizes = {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
         plan = Plan(kept={}, sizes={}, input_shape=(), shapes=sizes, macs=0, dense_macs=0)
     dense = _built(plan) if model is None else plain(unwrapped(model))
@@ -458,6 +462,17 @@ def _of_checkpoint(path: Path, model: nn.Module | None) -> nn.Module:
     if model is None:
         _take_memory(dense)
     return dense.eval()
+
+
+def _without_prefix(tensors: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """Return a checkpoint's tensors by their names in the network, where a module holds it as one attribute or more."""
+    first, *others = names
+    starts = [name.removesuffix(first) for name in tensors if name.endswith(first)]
+    fits = [start for start in starts if all(f"{start}{name}" in tensors for name in others)]
+    if "" in fits or len(fits) != 1:
+        return tensors
+    start = fits[0]
+    return {name[len(start) :]: tensor for name, tensor in tensors.items() if name.startswith(start)}
 
 
 def _built(plan: Plan) -> nn.Module:

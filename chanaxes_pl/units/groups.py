@@ -28,6 +28,7 @@ from chanaxes_pl.network.cloning import clone
 from chanaxes_pl.network.hooks import calls, check_network, entered, isolated_rng, undisturbed
 from chanaxes_pl.network.layers import CONVOLUTIONS
 from chanaxes_pl.units.flow import LAYERS, TRANSPOSED, Flow, goes_by_groups
+from chanaxes_pl.units.plain import plain
 from chanaxes_pl.units.removal import Cut, Group, disagreement, remove
 
 # A trial removal keeps these shares of each group's units, because some errors show only if few units stay.
@@ -76,6 +77,9 @@ class Units:
 def find_units(model: nn.Module, example: Tensor) -> Units:
     """Find the units of a model by one forward pass, and try their removal on a copy.
 
+    Layers have their names in the model with plain weights, see :func:`plain`; those of an attention are ``in_proj``,
+    for queries, keys and values together, and ``out_proj``.
+
     Args:
         model: model to search; it does not change. Of what it gives, only the logits count, see :func:`logits_of`; what
             only other outputs depend on stays whole.
@@ -87,7 +91,7 @@ def find_units(model: nn.Module, example: Tensor) -> Units:
     with naming("find_units"), undisturbed(model), isolated_rng():  # what runs in training alone may draw
         check_network(model, inside=True)
         check_example(example, "example")
-        copied = clone(model).eval()
+        copied = clone(plain(model)).eval()
         flow, order, several = _followed(copied, example)
         groups, fixed = _groups(flow, copied, order)
         if any(len(heads.labels) > 1 for heads in flow.heads):
@@ -116,9 +120,12 @@ def check_example(example: object, name: str) -> None:
 
     Raises:
         TypeError: if it is no tensor.
+        ValueError: if it holds no image.
     """
     if not isinstance(example, Tensor):
         raise ArgumentTypeError(f"{name}={describe(example)}", "expected images as the model takes them, one tensor")
+    if not example.ndim or not len(example):
+        raise ArgumentError(f"{name}={describe(example)}", "expected images as the model takes them, one at least")
 
 
 def _followed(model: nn.Module, example: Tensor, widths: bool = False) -> tuple[Flow, dict[str, int], bool]:
@@ -188,7 +195,7 @@ def _run(model: nn.Module, example: Tensor) -> Any:
     except FAILURES as error:
         raise InputError(
             f"{type(model).__name__} does not run on a {example.dtype} batch of shape "
-            f"{tuple(example.shape)} ({error}); pass example_input=a batch of images as the model takes them"
+            f"{tuple(example.shape)} ({error}); pass images as the model takes them, to prune as example_input="
         ) from error
 
 

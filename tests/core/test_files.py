@@ -48,6 +48,14 @@ def test_two_drafts_of_one_file_do_not_meet(tmp_path):
     assert listed(tmp_path) == ["file"]
 
 
+@pytest.mark.parametrize("path", ["file/below", "file/deep/below"])
+def test_a_file_in_place_of_a_folder_is_named(tmp_path, path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(NotADirectoryError, match=rf"{path} cannot be written: .*/file.* is a file, expected a folder"):
+        interrupted(tmp_path / path)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 class WithState(Grouped):
     def get_extra_state(self) -> dict:
         return {"seen": 3}

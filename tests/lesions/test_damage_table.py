@@ -19,6 +19,7 @@ from chanaxes_pl.models import BACKBONES
 from chanaxes_pl.network.batches import Placement, default_step
 from chanaxes_pl.network.hooks import observed
 from chanaxes_pl.units.groups import find_units
+from chanaxes_pl.units.plain import plain
 from chanaxes_pl.units.removal import remove
 from tests.helpers import cases as zoo
 from tests.helpers import reference
@@ -55,6 +56,51 @@ def lesions(network, probe, evaluation, **options) -> pd.DataFrame:
     experiment = LesionExperiment(**{name: value for name, value in options.items() if name in fields})
     others = {name: value for name, value in options.items() if name not in fields}
     return lesion_table(network, probe, evaluation, experiment, **{"progress": False} | others)
+
+
+def transformer() -> nn.Module:
+    """Patches, and a layer of torch's transformer, whose attention is plain products only in a copy."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches = nn.Conv2d(3, 8, 4, 4)
+            self.block = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True, norm_first=True)
+            self.head = nn.Linear(8, zoo.CLASSES)
+
+        def forward(self, images):
+            return self.head(self.block(self.patches(images).flatten(2).mT).mean(1))
+
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+def weight_normed() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 6, 3)), nn.ReLU(), nn.Conv2d(6, 5, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, zoo.CLASSES),
+    ).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [transformer, weight_normed])
+def test_what_can_be_pruned_can_be_lesioned(make):
+    """Each unit's damage is that of the network without it."""
+    pictures, labels = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(12) % 3
+    network = make()
+    found = lesions(network, None, [(pictures, labels)], operations=("zero",), layers="conv+linear")
+    units = find_units(network, pictures[:1])
+    assert set(found.loc[found["zero_loss"].isna(), "layer"]) <= {"head", "6"}
+    with torch.no_grad():
+        intact = F.cross_entropy(network(pictures), labels)
+        for name, group in units.groups.items():
+            for unit in range(group.size):
+                kept = torch.tensor([other for other in range(group.size) if other != unit])
+                slim = copy.deepcopy(plain(network))
+                remove(slim, [group], {name: kept})
+                damage = float(F.cross_entropy(slim(pictures), labels) - intact)
+                told = found.loc[found["unit"] == f"{name}[{unit}]", "zero_loss"]
+                assert_allclose(told, damage, atol=1e-6)
 
 
 # ---------------------------------------------------------------- contexts
@@ -298,6 +344,67 @@ def test_evaluation_images_that_can_be_read_once_are_refused():
     """The first batch would be missing: it tells the units."""
     with pytest.raises(TypeError, match=r"lesion_table\(evaluation=.*\): expected batches that can be read again"):
         lesion_table(model(), loader(), iter(loader()), progress=False)
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array, list, tuple], ids=["torch", "NumPy", "list", "tuple"])
+def test_channels_may_be_whole_numbers_of_any_kind(kind):
+    wanted = table(layers=["net.0"], channels={"net.0": [1, 3]}, operations=("zero", "mean"))
+    found = table(layers=["net.0"], channels={"net.0": kind([1, 3])}, operations=("zero", "mean"))
+    pd.testing.assert_frame_equal(found, wanted, check_exact=True)
+    assert wanted["zero_loss"].notna().all()
+
+
+@pytest.mark.parametrize(
+    ("channels", "message"),
+    [
+        ({"net.0": [1.5]}, r"lesion_table\(channels=\{'net.0': \[1.5\], …\}\): expected the numbers of channels"),
+        ({"net.0": 3}, r"channels=\{'net.0': 3, …\}\): expected the numbers of channels, such as \[0, 5\]"),
+        ({"net.0": "all"}, r"channels=\{'net.0': 'all', …\}\): expected the numbers"),
+    ],
+)
+def test_channels_that_are_no_numbers_are_refused(channels, message):
+    with pytest.raises(TypeError, match=message):
+        table(channels=channels)
+
+
+@pytest.mark.parametrize("channels", [True, {}, 0])
+def test_no_channels_are_refused(channels):
+    with pytest.raises(ValueError, match=r"LesionExperiment\(channels=.*\): expected 'all', a number of channels"):
+        LesionExperiment(channels=channels)
+
+
+def test_other_kinds_of_experiment_are_refused():
+    with pytest.raises(TypeError, match=r"lesion_table\(experiment='lesion'\): expected a LesionExperiment\(…\)"):
+        lesion_table(model(), loader(), loader(), "lesion")
+    with pytest.raises(TypeError, match=r"LesionExperiment\(operations='zero'\): expected several, such as \['zero'\]"):
+        LesionExperiment(operations="zero")
+
+
+def test_units_of_another_network_are_refused():
+    example = next(iter(loader()))[0][:1]
+    with pytest.raises(ValueError, match=r"units=…\): group '.*' has .* channels of .*, and this network has no such"):
+        table(units=find_units(weight_normed(), example.float()), operations=("zero",))
+
+
+def test_images_or_weights_that_give_nan_are_told():
+    (images, labels), *_ = loader()
+    spoiled = images.clone()
+    spoiled[2] = float("nan")
+    with pytest.raises(ValueError, match=rf"gives logits with NaN or infinity for 1 of {len(images)} images: expected"):
+        lesions(model(), None, [(spoiled, labels)], operations=("zero",))
+    broken = model()
+    with torch.no_grad():
+        next(broken.parameters())[1] = float("nan")
+    with pytest.raises(ValueError, match=rf"with NaN or infinity for {len(images)} of {len(images)} images"):
+        lesions(broken, None, [(images, labels)], operations=("zero",))
+
+
+def test_a_loaders_generator_is_left_as_it_was():
+    generator = torch.Generator().manual_seed(3)
+    data = DataLoader(loader().dataset, batch_size=5, shuffle=True, generator=generator)
+    before = generator.get_state()
+    lesions(model(), None, data, operations=("zero",), channels=1)
+    assert torch.equal(generator.get_state(), before)
 
 
 def test_a_rank_outside_the_world_is_refused():

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 
 from chanaxes_pl.analysis.grids import area_under_curve, paired_difference, score_differences
 from chanaxes_pl.analysis.text import describe_pruning
@@ -160,19 +160,62 @@ def test_an_interrupted_grid_goes_on(table, tmp_path, monkeypatch):
         {"options": {"seed": 1}},
         {"options": {"protect": "0"}},
         {"probe": images(32, 2)},
+        {"probe": ConcatDataset([PROBE, images(8, 2)])},
         {"evaluation": DataLoader(images(24, 4), batch_size=10)},
+        {"recipe": "another"},
         {"model": nn.Sequential(*network()[:-1], nn.Linear(16, CLASSES)).eval()},
     ],
-    ids=["settings", "layers", "probe", "test images", "network"],
+    ids=["settings", "layers", "probe", "longer probe", "test images", "recipe", "network"],
 )
-def test_rows_of_another_grid_are_not_taken_over(tmp_path, other):
+def test_rows_of_another_grid_are_not_taken_over(tmp_path, monkeypatch, other):
     rows, settings = tmp_path / "rows.parquet", {"budgets": (0.6,), "scores": ("random",), "allocations": ("uniform",)}
     grid(unfinished=rows, **settings)
     experiment = PruningExperiment(**settings | other.get("options", {}))
     asked = other.get("model", network()), other.get("probe", PROBE), other.get("evaluation", TEST), experiment
     wanted = pruning_grid(*asked, progress=False)
-    pd.testing.assert_frame_equal(pruning_grid(*asked, progress=False, unfinished=rows), wanted, check_exact=True)
+    pruned: list[int] = []
+    whole = protocol.Pruner.cut
+    monkeypatch.setattr(protocol.Pruner, "cut", lambda *given: pruned.append(1) or whole(*given))
+    found = pruning_grid(*asked, progress=False, unfinished=str(rows), recipe=other.get("recipe", ""))
+    pd.testing.assert_frame_equal(found, wanted, check_exact=True)
+    assert len(pruned) == len(wanted) - 1
     assert set(pd.read_parquet(rows)["accuracy"]) == set(wanted["accuracy"])
+
+
+def test_a_grid_that_goes_on_says_so(tmp_path, caplog):
+    settings = {"budgets": (0.6,), "scores": ("random",), "allocations": ("uniform",)}
+    with caplog.at_level("INFO"):
+        grid(unfinished=tmp_path / "rows.parquet", **settings)
+        assert "of this grid" not in caplog.text
+        grid(unfinished=tmp_path / "rows.parquet", **settings)
+    assert "rows.parquet holds 3 of 3 networks of this grid, which goes on there." in caplog.text
+
+
+def test_images_that_give_nan_are_told():
+    pictures, labels = TEST.dataset[:]
+    spoiled = pictures.clone()
+    spoiled[5] = float("nan")
+    with pytest.raises(
+        ValueError, match=r"pruning_grid: Sequential has a loss of nan on the evaluation images: expected"
+    ):
+        pruning_grid(network(), PROBE, [(spoiled, labels)], PruningExperiment(budgets=(0.7,)), progress=False)
+    found = evaluate(network(), [(torch.full_like(pictures, float("nan")), labels)], Placement(same))
+    assert found["accuracy"] == 0.0  # a logit that is no number names no class
+    assert math.isnan(found["loss"])
+
+
+def test_other_kinds_of_experiment_are_refused():
+    with pytest.raises(TypeError, match=r"pruning_grid\(experiment='prune'\): expected a PruningExperiment\(…\)"):
+        pruning_grid(network(), PROBE, TEST, "prune", progress=False)
+
+
+def test_a_loaders_generator_is_left_as_it_was():
+    generator = torch.Generator().manual_seed(3)
+    data = DataLoader(TEST.dataset, batch_size=5, shuffle=True, generator=generator)
+    before = generator.get_state()
+    first, second = (evaluate(network(), data, Placement(same)) for _ in range(2))
+    assert first == second
+    assert torch.equal(generator.get_state(), before)
 
 
 def test_a_file_of_something_else_is_no_unfinished_grid(tmp_path):

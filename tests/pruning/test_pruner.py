@@ -261,6 +261,13 @@ def test_a_split_of_fixed_sizes_keeps_the_channels_that_it_splits():
             {"example_input": (torch.zeros(1, 3, 32, 32),)},
             r"example_input=a tuple of 1: .*\): expected images .* tensor",
         ),
+        ({"budget": "0.5"}, r"prune\(budget='0.5'\): expected the share"),
+        ({"score": "L1"}, r"prune\(score='L1'\): no such score; did you mean 'l1'\? Expected one of"),
+        ({"score": "none such"}, r"no such score; there is .* and \d+ more\. Expected one of"),
+        (
+            {"example_input": torch.zeros(0, 3, 32, 32)},
+            r"example_input=a tensor of shape \(0, 3, 32, 32\)\): .* one at least",
+        ),
         ({"score": "taylr"}, r"prune\(score='taylr'\): no such score; did you mean 'taylor'"),
         ({"allocation": "unform"}, r"prune\(allocation='unform'\): expected one of 'uniform', 'shared', 'own'"),
         (

@@ -71,6 +71,13 @@ def edit(file: Path, **changes) -> None:
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_path_without_a_name_is_refused(saved):
+    with pytest.raises(ValueError, match=r"load_slim\('.'\): expected the path of a file, such as 'half'"):
+        load_slim(".")
+    with pytest.raises(ValueError, match=r"save_slim\('.'\): expected the path of a file"):
+        save_slim(".", *saved[1:])
+
+
 def test_a_missing_file_is_named(tmp_path):
     refused(tmp_path / "slim", r"there is no \S+slim\.safetensors; expected a file", error=FileNotFoundError)
 

@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 from torchvision.models import convnext_tiny
 
 from chanaxes_pl.models import BACKBONES, Classifier
 from chanaxes_pl.units.groups import find_units
+from chanaxes_pl.units.plain import plain
 from chanaxes_pl.units.removal import masked, remove
 from tests.helpers.networks import IMAGES, NETS, ONE, Net, build, halves, head, pooled, relative_error, unsettled
 
@@ -235,7 +237,6 @@ FIXED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: between(lambda n, x: n.n(x.movedim(1, -1)).movedim(-1, 1), n=nn.RMSNorm(8)),
         SINGLE + "mean in n (RMSNorm) mixes them)",
     ),
-    "attention": (Attention, RUNS),
     "softmax over channels": (lambda: between(lambda n, x: x.softmax(1)), MIXES),
     "mean over channels": (
         lambda: between(lambda n, x: x * x.mean(1, keepdim=True)),
@@ -339,6 +340,23 @@ def test_what_goes_together_is_removed_together(name):
         hidden, slim = both(model, halves(groups, seed), groups)
         assert relative_error(slim, hidden) < 1e-5
         assert relative_error(hidden, model(IMAGES).detach()) > 1e-3
+
+
+def weight_normed() -> nn.Module:
+    return nn.Sequential(
+        parametrizations.weight_norm(conv(3, 8)), nn.ReLU(), conv(8, 8), nn.Flatten(), nn.LazyLinear(3)
+    )
+
+
+@pytest.mark.parametrize("make", [Attention, weight_normed], ids=["attention", "weight norm"])
+def test_units_are_those_of_the_network_with_plain_weights(make):
+    model = make().eval()
+    model(ONE)
+    found, wanted = find_units(model, ONE), find_units(plain(model), ONE)
+    assert plain(model) is not model
+    assert list(found.groups) == list(wanted.groups)
+    assert found.fixed == wanted.fixed
+    assert found.groups
 
 
 @pytest.mark.parametrize("name", FIXED)
