@@ -61,6 +61,11 @@ class Run:
         """Optimiser steps of the checkpoints, in order."""
         return sorted(self.table["step"].unique().tolist())
 
+    @property
+    def lesion_place(self) -> str | None:
+        """Folder, relative to the run folder, of the table of lesions that is taken for the run's own."""
+        return "." if "." in self.lesions else next(iter(self.lesions), None)
+
     @cached_property
     def widths(self) -> dict[str, int]:
         """Layer name → number of channels."""
@@ -76,10 +81,11 @@ class Damage:
 
     Attributes:
         column: column of the damage: the loss of the preferred operation, see :data:`DAMAGES`.
-        tables: lesioned channels of all runs, with columns ``run`` and ``place``.
-        correlations: ``run, place`` and the columns of :func:`score_damage_correlation`.
-        over_runs: ``score, mean, std, low, high, runs`` of the mean over layers; the interval is over units for one
-            table of lesions, and over runs for several, of which each counts as the mean of its own.
+        tables: lesioned channels of all runs, with columns ``run``, ``place``, and ``counts``, whether this is the
+            run's :attr:`~Run.lesion_place`; others may be of other weights.
+        correlations: ``run, place, counts`` and the columns of :func:`score_damage_correlation`.
+        over_runs: ``score, mean, std, low, high, runs`` of the mean over layers, where ``counts``; the
+            interval is over units for one run, and over runs for several.
     """
 
     column: str
@@ -131,25 +137,30 @@ class Runs:
         It is ``None`` without lesions, or if a table has too few channels for a rank correlation.
         """
         places = {
-            (run.folder, place): (run.name, place, run.lesions[place]) for run in self.each for place in run.lesions
+            (run.folder, place): (run.name, place, place == run.lesion_place, table)
+            for run in self.each
+            for place, table in run.lesions.items()
         }
         found = list(places.values())  # of two trackers of one run once
-        columns = [name for name in DAMAGES if all(_can_be_ranked(table, name) for _, _, table in found)]
+        columns = [name for name in DAMAGES if all(_can_be_ranked(table, name) for *_, table in found)]
         if not found or not columns:
             return None
         column, metrics = columns[0], [*METRICS, "peer_r2"]
         measured = [
-            score_damage_correlation(table, metrics, column, self.resamples).assign(run=name, place=place)
-            for name, place, table in found
+            score_damage_correlation(table, metrics, column, self.resamples).assign(
+                run=name, place=place, counts=counts
+            )
+            for name, place, counts, table in found
         ]
         correlations = pd.concat(measured, ignore_index=True)
-        network = correlations[correlations["layer"] == NETWORK]
-        if len(found) == 1:
+        network = correlations[(correlations["layer"] == NETWORK) & correlations["counts"]]
+        if network["run"].nunique() == 1:
             over = network.rename(columns={"rho": "mean"}).assign(std=float("nan"), runs=1)
         else:
             by_run = network.groupby(["run", "score"], sort=False)["rho"].mean().reset_index()
             over = mean_over_runs(by_run, "rho", self.resamples)
-        tables = pd.concat([table.assign(place=place) for _, place, table in found], ignore_index=True)
+        tables = [table.assign(place=place, counts=counts) for _, place, counts, table in found]
+        tables = pd.concat(tables, ignore_index=True)
         return Damage(column, tables, correlations, over)
 
     @cached_property

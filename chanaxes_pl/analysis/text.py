@@ -40,6 +40,16 @@ def number(value: float, digits: int = 2, sign: bool = False) -> str:
     return "–" if value != value else f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
 
 
+def epoch_number(epoch: float) -> str:
+    """Format an epoch, which may be a part of one, with at most three digits after the first.
+
+    Example:
+        >>> epoch_number(1 / 12), epoch_number(4.0), epoch_number(12.5), epoch_number(1500.0)
+        ('0.0833', '4', '12.5', '1500')
+    """
+    return f"{epoch:.3g}" if epoch < 100 else f"{epoch:.0f}"
+
+
 def interval(row: pd.Series, digits: int = 2, sign: bool = False, spread: bool = True, scale: float = 1.0) -> str:
     """Format a row of :func:`mean_over_runs` as ``mean ± std [low, high]``, without the parts that are undefined.
 
@@ -104,7 +114,7 @@ def describe_correlations(rows: pd.DataFrame) -> str:
         ceiling = (row["reliability_local"] * row["reliability_target"]) ** 0.5
         ends = f"[{row['low']:.2f}, {row['high']:.2f}]"
         lines.append(
-            f"{row.get('when', ''):18}{row['epoch']:8.3g}{row['step']:8}{row['rho']:8.2f}{ends:>17}"
+            f"{row.get('when', ''):18}{epoch_number(row['epoch']):>8}{row['step']:8}{row['rho']:8.2f}{ends:>17}"
             f"{ceiling:9.2f}{row['disattenuated']:11.2f}{row['null']:8.2f}"
         )
     lines.append("ceiling: the highest ρ that the metrics' reliabilities allow; corrected: ρ / ceiling")

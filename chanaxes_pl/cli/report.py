@@ -74,7 +74,9 @@ def describe(runs: Runs, value: str = "accuracy", against: str = "l1", all_check
         own = run.table.drop_duplicates("step").set_index("step")["epoch"]
         rows = rows.assign(epoch=rows["step"].map(own))
         if not all_checkpoints:
-            landmarks = runs.landmarks if len(runs.steps) > 1 else {"first": runs.steps[0]}  # told once
+            highest = int(rows["step"].iloc[int(rows["rho"].fillna(-2.0).to_numpy().argmax())])
+            landmarks = {"first": runs.steps[0], "highest": highest, "last": runs.steps[-1]}
+            landmarks = landmarks if len(runs.steps) > 1 else {"first": runs.steps[0]}  # told once
             when = [_LANDMARKS[name] if name != "first" or not step else "at first" for name, step in landmarks.items()]
             rows = rows.set_index("step").loc[list(landmarks.values())].reset_index().assign(when=when)
         parts.append((f"{run.name}: " if len(runs.each) > 1 else "") + describe_correlations(rows))

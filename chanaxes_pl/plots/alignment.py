@@ -7,6 +7,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from chanaxes_pl.analysis.text import epoch_number
 from chanaxes_pl.plots.style import COLOURS, GREY, canvas
 from chanaxes_pl.plots.ticks import layer_ticks
 
@@ -86,4 +87,4 @@ def _at_checkpoints(table: pd.DataFrame) -> pd.DataFrame:
     if len(steps) > _MOST_CHECKPOINTS:
         table = table[table["step"].isin([steps[0], steps[-1]])]
     table = table.sort_values("step", kind="stable")
-    return table.assign(moment=[f"epoch {epoch:.3g}" for epoch in table["epoch"]])
+    return table.assign(moment=[f"epoch {epoch_number(epoch)}" for epoch in table["epoch"]])

@@ -38,18 +38,19 @@ def lesions(runs: Runs) -> Section:
         losses = [name for name in DAMAGES if name in table and table[name].notna().any()]
         means = [f"{name.removesuffix('_loss')} {number(table[name].mean(), 4, True)}" for name in losses]
         panels = found.loc[found["layer"] == NETWORK, "score"]
+        where = run if place == "." else f"{run} ({place})"
         blocks.append(
             Picture(
                 f"lesions-{nth}" if len(tables) > 1 else "lesions",
                 plot_lesions(table, found, damage.column, title=str(run) if len(runs.each) > 1 else ""),
-                table,
-                f"{len(table)} channels of {run}; mean change of cross-entropy in nats: {', '.join(means)}. "
+                table.drop(columns="counts"),
+                f"{len(table)} channels of {where}; mean change of cross-entropy in nats: {', '.join(means)}. "
                 f"ρ: correlation of {damage.column} with the metric within layers, mean over layers [95 % over units]. "
                 + "".join(f"{line}." for line in noise_of(table, damage.column)),
                 [table[[*_POINT, score, damage.column]] for score in panels],
             )
         )
-    if len(tables) > 1:
+    if len(runs.each) > 1:
         rows = [[words(str(row["score"])), interval(row)] for _, row in damage.over_runs.iterrows()]
         caption = "ρ with damage: mean ± standard deviation [95 % bootstrap over runs]."
         blocks.append(Table(caption, ["metric", "ρ"], rows))
@@ -64,7 +65,7 @@ def early(runs: Runs) -> Section:
     for run in runs.each:
         try:
             damage = DAMAGES[0] if runs.damage is None else runs.damage.column
-            hurt = None if runs.damage is None else run.lesions.get(".", next(iter(run.lesions.values()), None))
+            hurt = None if runs.damage is None else run.lesions.get(run.lesion_place or "")
             found = early_prediction(run, hurt, damage=damage, resamples=runs.resamples)
         except ValueError as error:
             blocks.append(Missing(f"{run.name} is left out: {error}"))

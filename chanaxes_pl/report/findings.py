@@ -11,7 +11,7 @@ from scipy.stats import t as student
 
 from chanaxes_pl.analysis.correlations import main_correlation, separation
 from chanaxes_pl.analysis.runs import Runs
-from chanaxes_pl.analysis.text import interval, number
+from chanaxes_pl.analysis.text import epoch_number, interval, number
 from chanaxes_pl.core.statistics import mean_over_runs
 from chanaxes_pl.plots.style import words
 from chanaxes_pl.tables import DENSE, budget_words
@@ -44,22 +44,49 @@ def findings(runs: Runs) -> list[Finding]:
 
 def _coupling(runs: Runs) -> Iterator[str]:
     """State ρ at the first and the last checkpoint, with intervals over channels for one run, otherwise over runs."""
-    if len(runs.each) == 1:
-        rows = main_correlation(runs.correlations).rename(columns={"rho": "mean"}).set_index("step")
-    else:
-        rows = main_correlation(runs.mean()).set_index("step")
-    first, last = (rows[rows.index == runs.steps[place]].iloc[0] for place in (0, -1))
+    count = len(runs.each)
+    means = runs.mean() if count > 1 else runs.correlations.rename(columns={"rho": "mean"})
+    rows = main_correlation(means).set_index("step")
+    first, last = (_judged(rows[rows.index == runs.steps[place]].iloc[0]) for place in (0, -1))
     if first["mean"] != first["mean"]:
         return
     epoch = number(runs.table["epoch"].min(), 1) if runs.table["epoch"].min() else ""
     start = f"At epoch {epoch}" if epoch else "At initialisation"
-    text = f"{start} the two axes are {_coupled(first)}: ρ(input capture, task information) is {_cell(first)}"
-    text += _chance(first)
+    text = f"{start} {_state(first, 'the two axes are', 'ρ(input capture, task information)', count)}"
     if len(runs.steps) > 1 and last["mean"] == last["mean"]:
-        text += f"; after training they are {_coupled(last)}: ρ is {_cell(last)}{_chance(last)}"
+        text += f"; {_at_the_end(runs)} {_state(last, 'they are', 'ρ', count)}"
     elif len(runs.steps) > 1:
         text += f"; at the last checkpoint ρ is undefined{_cause(runs)}"
-    yield text + "."
+    if "std" in first and 1 < first["runs"] < _ENOUGH:
+        text += f" (95 % intervals by Student's t over {first['runs']:.0f} runs)"
+    yield f"{text}."
+
+
+def _judged(row: pd.Series) -> pd.Series:
+    """Return a mean over few runs with an interval by Student's t.
+
+    A bootstrap over three runs covers seven times in ten, not 95 in a hundred.
+    """
+    if not 1 < row.get("runs", 1) < _ENOUGH:
+        return row
+    off = student.ppf(0.975, row["runs"] - 1) * row["std"] / math.sqrt(row["runs"])
+    ends = {"low": row["mean"] - off, "high": row["mean"] + off}
+    return pd.Series({**row, **ends})
+
+
+def _state(row: pd.Series, are: str, rho: str, count: int) -> str:
+    """Say whether the axes are coupled, if an interval tells, and ρ."""
+    coupled = _coupled(row)
+    text = f"{are} {coupled}: {rho} is {_cell(row)}" if coupled else f"{rho} is {_cell(row)}"
+    if row.get("runs", count) < count:
+        text += f" in {row['runs']:.0f} of {count} runs, and undefined in the others"
+    return text + _chance(row)
+
+
+def _at_the_end(runs: Runs) -> str:
+    if all(run.steps[-1] == runs.steps[-1] for run in runs.each):
+        return "after training"
+    return f"at step {runs.steps[-1]}, the last that all runs share,"
 
 
 def _cause(runs: Runs) -> str:
@@ -70,52 +97,45 @@ def _cause(runs: Runs) -> str:
 
 
 def _coupled(row: pd.Series) -> str:
+    """Say what the interval tells; empty if there is none."""
     low, high = row["low"], row["high"]
     if low != low:
-        return "coupled" if row["mean"] > 0 else "not coupled"
-    if 1 < row.get("runs", 1) < _ENOUGH:  # a bootstrap over three runs covers seven times in ten, not 95 in a hundred
-        off = student.ppf(0.975, row["runs"] - 1) * row["std"] / math.sqrt(row["runs"])
-        low, high = row["mean"] - off, row["mean"] + off
+        return ""
     return "coupled" if low > 0 else "inversely coupled" if high < 0 else "not coupled"
 
 
 def _chance(row: pd.Series) -> str:
     """Say where a random target gives as much."""
     null = float(row.get("null", float("nan")))
-    if _coupled(row) != "not coupled" and null * row["mean"] > 0 and abs(null) >= abs(row["mean"]):
-        return f", no further from 0 than with a random target ({number(null)})"
-    return ""
+    if _coupled(row) == "not coupled" or null * row["mean"] <= 0 or not abs(null) >= abs(row["mean"]):
+        return ""
+    return f", no further from 0 than with a random target ({number(null)})"
 
 
 def _separation(runs: Runs) -> Iterator[str]:
-    """State when ρ had fallen to half of its highest value."""
-    if len(runs.steps) == 1:
+    """State when ρ, its mean over several runs, had fallen to half of its highest value."""
+    rows, which = main_correlation(runs.correlations), "The correlation"
+    if len(runs.each) > 1:
+        means = main_correlation(runs.mean())
+        rows = means[means["runs"] == len(runs.each)].rename(columns={"mean": "rho"}).assign(run="")
+        which = "The mean correlation"
+    if len(rows) < 2 or rows["rho"].isna().all():
         return
-    found = separation(main_correlation(runs.correlations))
-    coupled = found[found["highest"] > 0]
-    if not len(coupled):
-        if found["highest"].notna().any():
-            yield "The correlation is not above 0 at any checkpoint, so the axes had no coupling to lose."
+    (found,) = separation(rows).to_dict("records")
+    if not found["highest"] > 0:
+        yield f"{which} is not above 0 at any checkpoint, so the axes had no coupling to lose."
         return
-    apart = coupled.dropna(subset=["step"])
-    several = len(found) > 1
-    highest = f"The correlation is highest at {_when(coupled, '_highest')}, where ρ is {_middle(coupled['highest'])}"
-    if not len(apart):
-        last = main_correlation(runs.correlations).groupby("step")["rho"].mean().iloc[-1]
-        yield f"{highest}." if last != last else f"{highest}, and never falls to half of that."
-    elif several:
-        yield f"{highest}, and falls to half of that by {_when(apart)} in {len(apart)} of {len(found)} runs (medians)."
-    else:
-        yield f"{highest}, and falls to half of that by {_when(apart)}."
+    text = f"{which} is highest at {_when(found['epoch_highest'], found['step_highest'])}, where ρ is "
+    text += number(found["highest"])
+    if found["step"] == found["step"]:
+        text += f", and falls to half of that by {_when(found['epoch'], found['step'])}"
+    elif found["last"] == found["last"]:
+        text += ", and never falls to half of that"
+    yield f"{text}."
 
 
-def _when(rows: pd.DataFrame, which: str = "") -> str:
-    epoch, step = (rows[f"{name}{which}"].median() for name in ("epoch", "step"))
-    return f"epoch {epoch:.2g} (step {step:.0f})" if step else "initialisation"
-
-
-def _middle(values: pd.Series) -> str:
-    return number(values.median())
+def _when(epoch: float, step: float) -> str:
+    return f"epoch {epoch_number(epoch)} (step {step:.0f})" if step else "initialisation"
 
 
 def _damage(runs: Runs) -> Iterator[str]:
@@ -123,7 +143,8 @@ def _damage(runs: Runs) -> Iterator[str]:
     damage = runs.damage
     if damage is None:
         return
-    cost = _mean(damage.tables, damage.column)
+    tables = damage.tables[damage.tables["counts"]]
+    cost = _mean(tables, damage.column)
     verb = "raises"
     if cost["mean"] < 0:
         verb, cost = "lowers", pd.Series({"mean": -cost["mean"], "low": -cost["high"], "high": -cost["low"]})
@@ -132,6 +153,8 @@ def _damage(runs: Runs) -> Iterator[str]:
     if len(strongest):
         row = strongest.iloc[int(strongest["mean"].abs().to_numpy().argmax())]
         text += f"; within layers, this damage correlates most with {words(row['score'])} (ρ = {_cell(row)})"
+    if others := ", ".join(sorted(set(damage.tables["place"]) - set(tables["place"]))):
+        text += f"; tables of lesions in {others} are not counted"
     yield text + "."
 
 
@@ -148,7 +171,8 @@ def _peers(runs: Runs) -> Iterator[str]:
     damage = runs.damage
     if damage is None or damage.column == "peer_loss":
         return
-    both = damage.tables.dropna(subset=[column for column in ("peer_loss",) if column in damage.tables])
+    tables = damage.tables[damage.tables["counts"]]
+    both = tables.dropna(subset=[column for column in ("peer_loss",) if column in tables])
     if "peer_loss" not in both or not len(both):
         return
     removed, rebuilt = (_mean(both, column) for column in (damage.column, "peer_loss"))
@@ -171,13 +195,17 @@ def _pruning(runs: Runs) -> Iterator[str]:
     rows = pruned[pruned["budget"] == budget]
     keys = ["score", "allocation"]
     by = [*keys, "compensate"]
-    means = mean_over_runs(rows, "accuracy", runs.resamples, by=by).dropna(subset=["mean"]).set_index(by)["mean"]
+    found = mean_over_runs(rows, "accuracy", runs.resamples, by=by).dropna(subset=["mean"])
+    found = found[found["runs"] == found["runs"].max()]  # of as many runs as there are, so that the means compare
+    means = found.set_index(by)["mean"]
     kinds = [kind for kind in _COMPENSATIONS if kind in means.index.get_level_values("compensate")]
     if not kinds:
         return
     bare = means.xs(kinds[0], level="compensate")
     score, allocation = bare.index[int(bare.to_numpy().argmax())]
-    dense = 100 * grid.loc[grid["score"] == DENSE, "accuracy"].mean()
+    made = rows[(rows["score"] == score) & (rows["allocation"] == allocation) & (rows["compensate"] == kinds[0])]
+    whole = grid[(grid["score"] == DENSE) & grid["run"].isin(made["run"])]
+    dense = 100 * whole["accuracy"].mean()
     verb = "rises" if 100 * bare.max() > dense else "falls"
     text = f"At {100 * budget:g} % of the {budget_words(pruned)}, accuracy {verb} from {number(dense, 1)} % to "
     text += f"{number(100 * bare.max(), 1)} % under the best score, {score} ({allocation} allocation"
@@ -188,6 +216,8 @@ def _pruning(runs: Runs) -> Iterator[str]:
         points = 100 * (mended - bare.max())
         verb = "recovers" if points >= 0 else "costs a further"
         text += f"; {others[0]} {verb} {number(abs(points), 1)} points, to {number(100 * mended, 1)} %"
+    if made["run"].nunique() < len(runs.each):
+        text += f" ({made['run'].nunique()} of {len(runs.each)} runs)"
     yield text + "."
 
 

@@ -12,7 +12,7 @@ import yaml
 from chanaxes_pl.analysis.correlations import MAIN_PAIR, PAIRS, main_correlation, reliabilities, task_masses
 from chanaxes_pl.analysis.groupings import groupings
 from chanaxes_pl.analysis.runs import Run, Runs
-from chanaxes_pl.analysis.text import interval, intervals, number
+from chanaxes_pl.analysis.text import epoch_number, interval, intervals, number
 from chanaxes_pl.core.statistics import mean_over_runs
 from chanaxes_pl.plots import (
     channel_panels,
@@ -143,7 +143,7 @@ def _against_headline(runs: Runs) -> list[Table]:
         if pair != MAIN_PAIR
     ]
     caption = "ρ minus that of input capture and task information, at the same checkpoint of the same run."
-    return [Table(caption, ["pair", "first checkpoint", "last checkpoint"], rows)]
+    return [Table(caption, ["pair", "first checkpoint", _last(runs)], rows)]
 
 
 def metrics(runs: Runs) -> Section:
@@ -200,7 +200,7 @@ def groups(runs: Runs) -> Section:
 def peers(runs: Runs) -> Section:
     """Make the section on how well peers reconstruct channels."""
     last = runs.table[runs.table["step"] == runs.steps[-1]]
-    about = "Share of a channel's variance that a ridge regression on its peers explains, at the last checkpoint."
+    about = f"Share of a channel's variance that a ridge regression on its peers explains, at the {_last(runs)}."
     quartiles = last.groupby(["run", "layer"], sort=False)["peer_r2"].quantile(np.array([0.25, 0.5, 0.75])).unstack()
     support = quartiles.set_axis(["peer_r2_low", "peer_r2", "peer_r2_high"], axis=1).reset_index()
     table = support.merge(task_masses(last), on=["run", "layer"])
@@ -226,7 +226,7 @@ def gradients(runs: Runs) -> Section:
     known = {_setting(run.config, key) for run in runs.each for key in (_SHOWN["network"], _SHOWN["data"])}
     figure = plot_alignment(ends, published=known == {"resnet18", "CIFAR100DataModule"})
     caption = "Absolute values over channels: quartiles, 5 to 95 % range, and the mean as a diamond."
-    when = [f"epoch {epoch:.3g}" for epoch in sorted(ends["epoch"].unique())]
+    when = [f"epoch {epoch_number(epoch)}" for epoch in sorted(ends["epoch"].unique())]
     blocks = [Picture("alignment", figure, table, caption), Table("Mean |cos| of a layer.", ["layer", *when], rows)]
     return Section("Gradient alignment", about, blocks)
 
@@ -284,8 +284,13 @@ def _accuracies(run: Run) -> Iterator[dict[str, Any]]:
 def _when(runs: Runs) -> dict[str, str]:
     """Name the landmarks."""
     epochs = runs.table.drop_duplicates("step").set_index("step")["epoch"]
-    names = {"first": "first checkpoint", "highest": "highest", "last": "last checkpoint"}
-    return {key: f"{names[key]} (epoch {epochs[step]:.3g})" for key, step in runs.landmarks.items()}
+    names = {"first": "first checkpoint", "highest": "highest", "last": _last(runs)}
+    return {key: f"{names[key]} (epoch {epoch_number(epochs[step])})" for key, step in runs.landmarks.items()}
+
+
+def _last(runs: Runs) -> str:
+    """Name the last step at which all runs were measured."""
+    return "last checkpoint" if all(run.steps[-1] == runs.steps[-1] for run in runs.each) else "last shared checkpoint"
 
 
 def _distinct(runs: Runs) -> list[tuple[str, int]]:

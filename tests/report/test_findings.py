@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from chanaxes_pl.analysis.runs import Damage
-from chanaxes_pl.report.findings import _chance, _coupled, _coupling, _damage, _pruning, _separation
+from chanaxes_pl.analysis.runs import Damage, Runs
+from chanaxes_pl.report.findings import _chance, _coupled, _coupling, _damage, _judged, _pruning, _separation
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_a_coupling_that_a_random_target_shows_too_is_called_so(mean, low, high,
 
 @pytest.mark.parametrize(("mean", "verb"), [(0.2, "raises"), (-0.2, "lowers")])
 def test_damage_is_told_with_its_sign(mean, verb):
-    tables = pd.DataFrame({"run": ["a", "b"], "zero_loss": [mean - 0.1, mean + 0.1]})
+    tables = pd.DataFrame({"run": ["a", "b"], "zero_loss": [mean - 0.1, mean + 0.1], "place": ".", "counts": True})
     damage = Damage("zero_loss", tables, pd.DataFrame(), pd.DataFrame({"score": [], "mean": []}))
     (text,) = _damage(SimpleNamespace(damage=damage))
     assert (
@@ -53,7 +53,7 @@ def test_damage_is_told_with_its_sign(mean, verb):
 )
 def test_few_runs_are_judged_by_students_interval(mean, std, runs, said):
     row = pd.Series({"mean": mean, "std": std, "runs": runs, "low": mean - std, "high": mean + std})
-    assert _coupled(row) == said
+    assert _coupled(_judged(row)) == said
 
 
 def test_a_training_that_diverged_is_told_so(tmp_path):
@@ -68,7 +68,7 @@ def test_a_training_that_diverged_is_told_so(tmp_path):
         | {"target": "task_information", "rho": [0.6, float("nan")], "low": [0.5, float("nan")]}
         | {"high": [0.7, float("nan")], "null": 0.0}
     )
-    runs = SimpleNamespace(each=[None], steps=steps, table=table, correlations=rho)
+    runs = SimpleNamespace(each=[SimpleNamespace(steps=steps)], steps=steps, table=table, correlations=rho)
     (text,) = _coupling(runs)
     assert text.endswith("; at the last checkpoint ρ is undefined (output not finite: 3 of 4 channels).")
     (text,) = _separation(runs)
@@ -88,7 +88,7 @@ def _grid(**accuracies: float) -> pd.DataFrame:
 def test_the_finding_on_pruning_is_of_the_grid_that_compares_most():
     polish, selection = _grid(distill=0.69), _grid(none=0.5, refit=0.66)
     for grids in ({"polish": polish, "selection": selection}, {"selection": selection, "polish": polish}):
-        (text,) = _pruning(SimpleNamespace(grids=grids, resamples=10))
+        (text,) = _pruning(SimpleNamespace(grids=grids, resamples=10, each=[None]))
         assert text == (
             "At 50 % of the multiply–accumulates, accuracy falls from 70.0 % to 50.0 % under the best score, "
             "reconstruction (uniform allocation, no compensation); refit recovers 16.0 points, to 66.0 %."
@@ -96,8 +96,63 @@ def test_the_finding_on_pruning_is_of_the_grid_that_compares_most():
 
 
 def test_the_finding_on_pruning_of_polished_networks_alone():
-    (text,) = _pruning(SimpleNamespace(grids={".": _grid(distill=0.69)}, resamples=10))
+    (text,) = _pruning(SimpleNamespace(grids={".": _grid(distill=0.69)}, resamples=10, each=[None]))
     assert text.endswith(
         "accuracy falls from 70.0 % to 69.0 % under the best score, reconstruction (uniform allocation, distill)."
     )
     assert not list(_pruning(SimpleNamespace(grids={})))
+
+
+def test_a_score_that_some_runs_have_is_compared_with_their_own_networks():
+    both = pd.concat([_grid(none=0.5, refit=0.66), _grid(none=0.4).assign(run="b").replace({"accuracy": {0.7: 0.9}})])
+    (text,) = _pruning(SimpleNamespace(grids={".": both}, resamples=10, each=[None, None]))
+    assert "falls from 80.0 % to 45.0 % under the best score, reconstruction" in text  # both runs have this one
+    assert "refit" not in text
+    (text,) = _pruning(SimpleNamespace(grids={".": _grid(none=0.5, refit=0.66)}, resamples=10, each=[None, None]))
+    assert "falls from 70.0 % to 50.0 %" in text
+    assert text.endswith("to 66.0 % (1 of 2 runs).")
+
+
+def _several(*curves: list[float], ends: list[int] | None = None) -> Runs:
+    """Runs with these ρ at steps 0, 10, 20, …, of an epoch each; NaN where the output was not finite."""
+    frames, each = [], []
+    for number, curve in enumerate(curves):
+        steps = [10 * place for place in range(len(curve))]
+        frame = pd.DataFrame({"run": f"r{number}", "step": steps, "epoch": [step / 10 for step in steps], "rho": curve})
+        ties = {"local": "input_capture", "target": "task_information", "low": float("nan"), "high": float("nan")}
+        frames.append(frame.assign(layer="network", null=0.0, **ties))
+        each.append(SimpleNamespace(steps=steps if ends is None else [*steps, *range(100, ends[number] + 1, 10)]))
+    runs = Runs(tuple(each), 50)
+    table = pd.DataFrame({"step": steps, "epoch": [step / 10 for step in steps], "reason": ""})
+    vars(runs).update(correlations=pd.concat(frames, ignore_index=True), table=table, steps=steps)
+    return runs
+
+
+def test_a_mean_over_some_of_the_runs_says_so_and_has_no_verdict():
+    (text,) = _coupling(_several([0.3, 0.09], [0.4, float("nan")]))
+    assert "; after training ρ is 0.09 in 1 of 2 runs, and undefined in the others" in text
+    assert "after training they are" not in text
+
+
+def test_the_interval_that_is_shown_is_the_one_that_decides():
+    (text,) = _coupling(_several([0.10, 0.4], [0.20, 0.5], [0.35, 0.45]))
+    assert text == (
+        "At initialisation the two axes are not coupled: ρ(input capture, task information) is 0.22 "
+        "[−0.10,\N{NO-BREAK SPACE}0.53]; after training they are coupled: ρ is 0.45 [0.33,\N{NO-BREAK SPACE}0.57] "
+        "(95 % intervals by Student's t over 3 runs)."
+    )
+
+
+def test_where_runs_go_on_the_last_shared_step_is_named():
+    (text,) = _coupling(_several([0.3, 0.1], [0.4, 0.1], ends=[10, 120]))
+    assert "; at step 10, the last that all runs share, they are" in text
+
+
+def test_the_highest_correlation_of_several_runs_is_that_of_their_mean():
+    runs = _several([0.07, -0.1, 0.3, -0.04], [0.5, 0.09, -0.2, 0.0], [0.3, 0.02, -0.2, float("nan")])
+    (text,) = _separation(runs)
+    assert text == (
+        "The mean correlation is highest at initialisation, where ρ is 0.29, and falls to half of that by epoch 1 "
+        "(step 10)."
+    )
+    assert list(_separation(_several([0.2, float("nan")], [0.1, float("nan")]))) == []
