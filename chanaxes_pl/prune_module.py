@@ -15,6 +15,7 @@ from typing import Any, Literal
 import lightning.pytorch as L
 import pandas as pd
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -24,6 +25,7 @@ from chanaxes_pl.axes import measure_axes
 from chanaxes_pl.compensation.polish import Spread, distillation_loss
 from chanaxes_pl.core.divergence import Divergence, divergence_for
 from chanaxes_pl.core.errors import InputError, naming, short
+from chanaxes_pl.core.files import set_aside
 from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.core.targets import are_classes
 from chanaxes_pl.lesions.damage_table import LesionExperiment, join_shares, lesion_table
@@ -67,7 +69,7 @@ class PruneModule(ImageClassifier):
     experiment on them. ``"prune"`` makes the grid of :func:`pruning_grid`; ``"lesion"`` makes the table of
     :func:`lesion_table`, with the axes of the same channels. The table and a figure go to ``<out>/pruning.parquet`` and
     ``<out>/pruning.png``, or ``<out>/lesions.…``. Several processes share the work and get the same table as one. An
-    interrupted grid goes on in the same folder where it had got to.
+    interrupted grid goes on in the same folder where it had got to; an earlier table becomes ``pruning-1.parquet``.
 
     ``trainer.fit(PruneModule(prune(…)), datamodule=dm)`` fine-tunes with a fixed recipe (SGD, momentum, cosine). Its
     checkpoints hold the plan, so a run can be resumed with a module made from the same plan or from the dense network.
@@ -307,16 +309,22 @@ class PruneModule(ImageClassifier):
             trainer.fit(module, datamodule=stand_in)
         slim.to(self.device)
 
+    def _replace(self, path: Path) -> None:
+        """Write the table, and keep an earlier one under another name, which the report does not read."""
+        if (kept := set_aside(path)) is not None:
+            rank_zero_info(f"PruneModule: the earlier table of {path.parent} is {kept.name} now.")
+        write_parquet(self.table, path)
+
     def _write(self, folder: Path) -> None:
         experiment = self.experiment
         if isinstance(experiment, PruningExperiment):
-            write_parquet(self.table, folder / "pruning.parquet")
+            self._replace(folder / "pruning.parquet")
             for rows in folder.glob(f"{_UNFINISHED}-*.parquet"):
                 rows.unlink()
             (folder / "pruning.png").unlink(missing_ok=True)  # may be of an earlier table
             plot_pruning(self.table).savefig(folder / "pruning.png", dpi=150)
             return
-        write_parquet(self.table, folder / "lesions.parquet")
+        self._replace(folder / "lesions.parquet")
         (folder / "lesions.png").unlink(missing_ok=True)  # may be of an earlier table
         assert experiment is not None
         damage = f"{experiment.operations[0]}_loss"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from chanaxes_pl.core.errors import ArgumentError
+from chanaxes_pl.core.files import set_aside
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -160,14 +161,12 @@ class RunFolder:
 
     @property
     def test_scalars(self) -> Path:
-        """File of the CSV logger from ``chanaxes test``."""
-        return self.path / "test" / "metrics.csv"
+        """File of the CSV logger from ``chanaxes test``; the last one that was set aside, if the next test failed."""
+        return next(reversed(RunFolder(self.path / "test").scalars), self.path / "test" / "metrics.csv")
 
     def keep_scalars(self) -> None:
         """Rename the CSV logger's file to ``metrics-1.csv``, …, because the logger of a resumed run deletes it."""
-        path = self.path / "metrics.csv"
-        if path.is_file():
-            path.replace(next(kept for n in count(1) if not (kept := self.path / f"metrics-{n}.csv").exists()))
+        set_aside(self.path / "metrics.csv")
 
     def experiments(self, name: Literal["lesions", "pruning"]) -> dict[str, Path]:
         """Find the tables of one kind of experiment: folder relative to the run folder → path of the table.

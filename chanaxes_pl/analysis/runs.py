@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -225,8 +225,11 @@ def read_runs(folders: str | Path | Sequence[str | Path], resamples: int = 1000)
 
     Raises:
         FileNotFoundError: if a folder is not a run folder.
-        ValueError: if no folder is given, one is given twice, the networks differ, or the runs share no step.
+        ValueError: if no folder is given, one is given twice, the networks differ, the runs share no step, or
+            ``resamples`` is below 1.
     """
+    if resamples < 1:
+        raise ValueError(f"resamples={resamples}: expected 1 or more, such as 1000")
     folders = [folders] if isinstance(folders, (str, Path)) else folders
     if not folders:
         raise ValueError("no run folder given: expected one that training with AxisTracker wrote, RUNS/NAME/version_0")
@@ -237,7 +240,8 @@ def read_runs(folders: str | Path | Sequence[str | Path], resamples: int = 1000)
             raise ValueError(f"{tracker.parent} is given twice")
     roots = [run.path for run, _, _ in found]
     names = _names(roots if len(set(roots)) == len(roots) else trackers)
-    runs = Runs(tuple(_read(*place, name) for place, name in zip(found, names, strict=True)), resamples)
+    each = [_read(*place, name) for place, name in zip(found, names, strict=True)]
+    runs = Runs(tuple(replace(run, notes=(*run.notes, *_other_task(each[0], run))) for run in each), resamples)
     for run in runs.each[1:]:
         if run.widths != runs.each[0].widths:
             raise ValueError(_other_network(runs.each[0], run))
@@ -245,6 +249,18 @@ def read_runs(folders: str | Path | Sequence[str | Path], resamples: int = 1000)
         lists = "; ".join(f"{run.name}: {', '.join(map(str, run.steps[:4]))} …" for run in runs.each)
         raise ValueError(f"the runs have no step in common at which all were measured: {lists}")
     return runs
+
+
+def _other_task(first: Run, run: Run) -> Iterator[str]:
+    """Say in what a run's task differs from the first one's, as far as both tell."""
+    for what, of in (("data set", lambda run: run.about.get("data")), ("target", _target)):
+        ours, theirs = of(first), of(run)
+        if ours and theirs and ours != theirs:
+            yield f"{run.name} is pooled with {first.name}, whose {what} is another one: {ours}, and not {theirs}"
+
+
+def _target(run: Run) -> str:
+    return str(run.table["target"].iloc[0]) if "target" in run.table else ""
 
 
 def _names(roots: Sequence[Path]) -> list[str]:

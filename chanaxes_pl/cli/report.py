@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from chanaxes_pl.analysis.correlations import main_correlation
 from chanaxes_pl.analysis.runs import Runs, read_runs
+from chanaxes_pl.analysis.scores import score_family
 from chanaxes_pl.analysis.text import describe_correlations, describe_grids
 from chanaxes_pl.report.page import write_page
 from chanaxes_pl.report.sections import make_sections
@@ -38,9 +39,11 @@ def report(
 
     Raises:
         FileNotFoundError: if a folder is not a run folder.
-        ValueError: if nothing of a run can be read, the runs are of different networks, or a column does not exist.
+        ValueError: if nothing of a run can be read, the runs are of different networks, or a score or column does not
+            exist.
         OSError: if the page cannot be written.
     """
+    score_family(against)
     found = read_runs([runs] if isinstance(runs, str) else runs, resamples)
     if text:
         print(describe(found, value, against, all_checkpoints))

@@ -6,7 +6,7 @@ They are not in ``main`` because importing LightningCLI takes seconds.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,12 +14,13 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_warn
 
 import chanaxes_pl.data
 import chanaxes_pl.tracking.tracker  # noqa: F401  so that --data DigitsDataModule and the like need no module names
 from chanaxes_pl.analysis.text import describe_lesions, describe_pruning
 from chanaxes_pl.lesions.damage_table import LesionExperiment
-from chanaxes_pl.models.checkpoints import load_weights, read_checkpoint
+from chanaxes_pl.models.checkpoints import check_whole, load_weights, read_checkpoint
 from chanaxes_pl.prune_module import Experiment, PruneModule
 from chanaxes_pl.pruning.grid import PruningExperiment
 from chanaxes_pl.run_folder import RunFolder
@@ -168,16 +169,22 @@ class TrainerCLI(LightningCLI):
         verb = self.config["subcommand"]
         if self.config[verb].run is not None:
             _enter(self.config[verb], verb)
-        if verb in ("lesion", "prune") and self.config[verb].ckpt_path is not None:
-            read_checkpoint(self.config[verb].ckpt_path)
+        path = self.config[verb].ckpt_path
+        if verb in ("lesion", "prune") and path is not None:
+            read_checkpoint(path)
+        elif path is not None and Path(path).is_file():  # not "best" or "last"
+            check_whole(path)
 
     def _parse_ckpt_path(self) -> None:
         """Take settings from a checkpoint that names its class; those of another one would go to the default model."""
         config = self.config[self.config["subcommand"]]
         name = str(config.model.class_path)
+        asked = _model_settings(config)
         ours = name in ("Classifier", "chanaxes_pl.models.Classifier", "chanaxes_pl.models.classifier.Classifier")
         if ours or config.ckpt_path is None or "_class_path" in (_settings(config.ckpt_path) or ()):
             super()._parse_ckpt_path()
+        if self.config["subcommand"] == "fit" and config.ckpt_path is not None:
+            _tell_ignored(asked, _model_settings(self.config["fit"]), config.ckpt_path)
 
     def after_instantiate_classes(self) -> None:
         """Raise ValueError if more processes were launched than the Trainer knows of."""
@@ -185,8 +192,22 @@ class TrainerCLI(LightningCLI):
         if environment.detect() and environment.world_size() > self.trainer.world_size:
             _refuse(str(self.subcommand), environment.world_size(), self.trainer.world_size)
         run = self.config[str(self.subcommand)].run
-        if run is not None and self.subcommand == "fit" and self.trainer.is_global_zero:
-            RunFolder(Path(run)).keep_scalars()
+        if run is not None and self.trainer.is_global_zero:
+            RunFolder(Path(run) if self.subcommand == "fit" else Path(run) / str(self.subcommand)).keep_scalars()
+
+
+def _model_settings(config: Any) -> dict[str, Any]:
+    return dict(config.model.as_dict().get("init_args") or {})
+
+
+def _tell_ignored(asked: Mapping[str, Any], used: Mapping[str, Any], path: str) -> None:
+    """Warn of settings of the model that are not those it is trained on with."""
+    other = [f"{key}={asked[key]!r} (it has {used[key]!r})" for key in asked if key in used and asked[key] != used[key]]
+    if other:
+        rank_zero_warn(
+            f"chanaxes fit goes on from {path} with the model's settings there, and not with {', '.join(other)}; for "
+            "others train from the beginning, in another folder"
+        )
 
 
 def _settings(path: str) -> Any:

@@ -1,12 +1,25 @@
-"""Atomic file writes."""
+"""Files that are whole or not there, and earlier ones that stay."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from uuid import uuid4
+
+
+def set_aside(path: Path) -> Path | None:
+    """Rename ``folder/name.ext`` to ``folder/name-1.ext``, or the next number that is free, if it is there.
+
+    Returns:
+        The new path; ``None`` if there was no such file.
+    """
+    if not path.is_file():
+        return None
+    kept = next(free for n in count(1) if not (free := path.with_name(f"{path.stem}-{n}{path.suffix}")).exists())
+    return path.replace(kept)
 
 
 @contextmanager
@@ -43,5 +56,9 @@ def replacing(path: Path) -> Iterator[Path]:
         with draft.open("r+b") as file:
             os.fsync(file.fileno())
         draft.replace(path)
+    except OSError as error:
+        if error.filename is None and error.errno is not None:  # as from pyarrow, on a full disk
+            error.filename = str(path)
+        raise
     finally:
         draft.unlink(missing_ok=True)

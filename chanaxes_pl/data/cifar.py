@@ -83,7 +83,7 @@ class CIFAR10DataModule(InMemoryDataModule):
         try:
             archive = self.archive(str(self.root), train=split == "train")
         except RuntimeError as error:
-            raise RuntimeError(
+            raise ValueError(
                 f"{self._archive_folder().absolute()}: incomplete or corrupted. Remove it and fetch it"
                 " again with `--data.download true`."
             ) from error

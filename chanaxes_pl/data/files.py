@@ -160,7 +160,7 @@ def read_image(path: Path) -> Tensor:
             if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return pil_to_tensor(image.convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # damaged, or far too many pixels
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # damaged, or far too many pixels
         raise ValueError(f"{path}: not a readable image ({error}).") from error
 
 

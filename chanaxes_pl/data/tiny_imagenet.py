@@ -1,5 +1,6 @@
 """Tiny-ImageNet in its official layout."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,14 @@ class TinyImageNetDataModule(InMemoryDataModule):
 
 
 def _read_wnids(path: Path) -> list[str]:
-    wnids = sorted(path.read_text("utf-8-sig").split())  # without a byte-order mark
+    try:
+        wnids = sorted(path.read_text("utf-8-sig").split())  # without a byte-order mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason}).") from error
     if not wnids:
         raise ValueError(f"{path}: lists no class.")
+    if twice := next((wnid for wnid, after in pairwise(wnids) if wnid == after), ""):
+        raise ValueError(f"{path}: lists the class {twice} twice, expected each once.")
     return wnids
 
 

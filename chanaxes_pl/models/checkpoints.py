@@ -7,6 +7,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from struct import error as StructError
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,9 @@ from chanaxes_pl.models import Classifier
 # Errors of a constructor that gets settings of the wrong kind or size.
 _NO_SETTINGS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 # Errors of torch.load for a damaged file.
+_UNREADABLE = (*_NO_SETTINGS, AssertionError, EOFError, OSError, StructError, UnpicklingError)
 # An error's text of so few characters says nothing by itself, such as the key of a KeyError.
 _TERSE = 8
-_UNREADABLE = (*_NO_SETTINGS, AssertionError, EOFError, OSError, StructError, UnpicklingError)
 
 
 def load_classifier(path: str | Path) -> Classifier:
@@ -81,6 +82,20 @@ def _shape(weights: Mapping[str, Any], name: str) -> str:
     # With a stride of 0, a tensor of any size holds a single number.
     repeats = not tensor.is_meta and tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
     return f"{list(tensor.shape)} of repeated numbers" if repeats else str(list(tensor.shape))
+
+
+def check_whole(path: str | Path) -> None:
+    """Check that a checkpoint was not cut off, such as by a full disk.
+
+    Raises:
+        ValueError: if it was, or the file is of another kind.
+    """
+    if is_zipfile(path):
+        return
+    others = sorted(other.name for other in Path(path).parent.glob("*.ckpt") if other != Path(path))
+    whole = [name for name in others if is_zipfile(Path(path).parent / name)]
+    remedy = f"; {', '.join(whole)} beside it can be given as --ckpt_path" if whole else ""
+    raise ValueError(f"{path}: not a whole checkpoint; it was cut off, or is of another kind{remedy}")
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

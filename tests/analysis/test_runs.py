@@ -1,5 +1,6 @@
 """Run folders, read back and set side by side."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,24 @@ def test_runs_are_one_table_told_apart_by_the_ends_of_their_paths(seeds):
     assert len(runs.table) == 3 * len(STEPS) * (12 + 9)
     assert runs.each[0].widths == {"net.a": 12, "net.b": 9}
     assert not any(run.notes for run in runs.each)
+
+
+def test_runs_of_other_tasks_are_pooled_with_a_note(seeds):
+    for number, run in enumerate(seeds):
+        data = "PhotosDataModule" if number == 1 else "DigitsDataModule"
+        (run / "axis" / "about.json").write_text(json.dumps({"data": data}))
+    notes = [run.notes for run in read_runs(seeds).each]
+    assert notes[0] == notes[2] == ()
+    assert notes[1] == (
+        "runs/version_1 is pooled with runs/version_0, whose data set is another one: DigitsDataModule, and not "
+        "PhotosDataModule",
+    )
+
+
+@pytest.mark.parametrize("resamples", [0, -5])
+def test_as_many_resamples_as_none_are_refused(seeds, resamples):
+    with pytest.raises(ValueError, match=rf"resamples={resamples}: expected 1 or more, such as 1000"):
+        read_runs(seeds, resamples)
 
 
 def test_runs_of_one_name_are_told_apart_by_what_is_above_them(tmp_path):

@@ -68,6 +68,13 @@ def test_all_of_a_run_is_in_its_folder_and_every_verb_finds_its_network(chanaxes
     assert len(pd.read_parquet(run / "lesions.parquet")) == 3
     assert named(run) >= {"metrics.csv", "lesions.png"}  # what fit logged is still there
 
+    chanaxes("lesion", "--run", str(run), **{"trainer.limit_test_batches": 2} | lesion | {"channels": 4})
+    assert len(pd.read_parquet(run / "lesions.parquet")) == 4
+    assert len(pd.read_parquet(run / "lesions-1.parquet")) == 3  # hours of work, perhaps
+    with pytest.raises(SystemExit):
+        chanaxes("test", "--run", str(run), "--data.batch_size=-1")
+    assert read_runs([run]).each[0].scalars["test/top1"].notna().sum() == 1  # of the test before
+
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_an_interrupted_run_goes_on_in_its_folder_to_the_same_network(chanaxes, monkeypatch):
@@ -99,6 +106,27 @@ def test_an_interrupted_run_goes_on_in_its_folder_to_the_same_network(chanaxes, 
     pd.testing.assert_frame_equal(*tables)
     assert named(Path("broken/seed_0/checkpoints")) == {"last.ckpt"}
     assert (Path("broken/seed_0") / "metrics-1.csv").exists()
+
+
+def test_a_checkpoint_that_was_cut_off_is_named_with_a_way_out(chanaxes, capsys):
+    chanaxes("fit", "--run", "full", **{"trainer.max_epochs": 1})
+    last = Path("full/checkpoints/last.ckpt")
+    whole = last.read_bytes()
+    last.write_bytes(whole[: len(whole) // 2])
+    (last.parent / "best.ckpt").write_bytes(whole)
+    for verb in ("fit", "test"):
+        with pytest.raises(SystemExit):
+            chanaxes(verb, "--run", "full")
+        told = f"error: {last}: not a whole checkpoint; it was cut off, or is of another kind; best.ckpt beside it can"
+        assert told in capsys.readouterr().err
+
+
+def test_settings_that_a_run_goes_on_without_are_named(chanaxes):
+    chanaxes("fit", "--run", "first", **{"trainer.max_epochs": 1})
+    with pytest.warns(
+        UserWarning, match=r"fit goes on from .*last.ckpt with .* and not with lr=0.5 \(it has .*\); for"
+    ):
+        chanaxes("fit", "--run", "first", "--model.init_args.lr=0.5", **{"trainer.max_epochs": 1})
 
 
 @pytest.mark.parametrize(

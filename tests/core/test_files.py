@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from chanaxes_pl.core.files import replacing
+from chanaxes_pl.core.files import replacing, set_aside
 from chanaxes_pl.pruning.slim_file import Plan, load_slim, save_slim
 from tests.pruning.test_slim_file import Grouped, Tied, halved, logits, trained
 
@@ -38,6 +38,22 @@ def test_an_interrupted_draft_disappears(tmp_path):
         interrupted(path)
     assert path.read_text() == "first"
     assert listed(path.parent) == ["file"]
+
+
+def test_an_earlier_file_is_set_aside_under_the_next_number(tmp_path):
+    assert set_aside(tmp_path / "table.csv") is None
+    for text in ("first", "second"):
+        (tmp_path / "table.csv").write_text(text)
+        kept = set_aside(tmp_path / "table.csv")
+        assert kept is not None
+        assert kept.read_text() == text
+    assert listed(tmp_path) == ["table-1.csv", "table-2.csv"]
+
+
+def test_an_error_without_a_path_gets_that_of_the_file(tmp_path):
+    with pytest.raises(OSError, match=r"\[Errno 28\] No space left: '.*table.csv'"), replacing(tmp_path / "table.csv"):
+        raise OSError(28, "No space left")
+    assert listed(tmp_path) == []
 
 
 def test_two_drafts_of_one_file_do_not_meet(tmp_path):

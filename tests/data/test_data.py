@@ -445,7 +445,7 @@ def test_cifar_archive_of_torchvision(tmp_path: Path, monkeypatch: pytest.Monkey
     assert labels.tolist() == batch["fine_labels"]
     assert module.class_names == names["fine_label_names"]
     (folder / "test").unlink()
-    with pytest.raises(RuntimeError, match=r"cifar-100-python: incomplete or corrupted.*--data.download true"):
+    with pytest.raises(ValueError, match=r"cifar-100-python: incomplete or corrupted.*--data.download true"):
         CIFAR100DataModule(tmp_path).setup("test")
 
 
@@ -492,6 +492,7 @@ def test_a_class_that_only_training_has_is_named(cifar: Path) -> None:
     [
         (b"", "not a readable image"),
         (b"no image", "not a readable image"),
+        (b"\x89PNG\r\n\x1a\n\x00\x00\x00\x05IHDR\x00\x00\x00\x00\x00\x00\x00\x00\x00", "not a readable image"),
         (None, "8×8 pixels, expected 32×32"),
     ],
 )
@@ -759,6 +760,15 @@ def test_tiny_imagenet_annotated_link_that_leads_nowhere(tiny: Path) -> None:
     image.symlink_to(tiny / "lost.JPEG")
     with pytest.raises(FileNotFoundError, match=r"val_1.JPEG: no such image.*: it is a link to .*lost.JPEG"):
         TinyImageNetDataModule(tiny).setup("test")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"n1 n2 n1", "lists the class n1 twice"), (b"\xff\xfen\x001\x00", "not UTF-8 text")]
+)
+def test_tiny_imagenet_faulty_class_list(tiny: Path, content: bytes, message: str) -> None:
+    (tiny / "tiny-imagenet-200/wnids.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"wnids.txt: {message}"):
+        TinyImageNetDataModule(tiny)
 
 
 def test_tiny_imagenet_empty_class_list(tiny: Path) -> None:
