@@ -169,7 +169,9 @@ class PruneModule(ImageClassifier):
         with torch.no_grad():
             wanted = logits_of(teacher(images))
         self._divergence = self._divergence or divergence_for(wanted, labels)
-        loss = distillation_loss(logits, wanted, variance=self._wanted.add(wanted), divergence=self._divergence)
+        # Validation, and what is checked of it before the fit, has no part in what training sees.
+        variance = self._wanted.add(wanted) if self.training else None
+        loss = distillation_loss(logits, wanted, variance=variance, divergence=self._divergence)
         return loss, logits, labels
 
     def on_test_epoch_end(self) -> None:
@@ -267,7 +269,10 @@ class PruneModule(ImageClassifier):
         datamodule: Any = getattr(self.trainer, "datamodule", None)
         held = {} if datamodule is None else vars(datamodule)
         held = {name: value for name, value in held.items() if isinstance(value, (int, float, str))}
-        return repr((dict(self.hparams), self.trainer.precision, type(datamodule).__name__, held))
+        taught = [
+            float(sum(weight.detach().double().sum() for weight in teacher.parameters())) for teacher in self._teacher
+        ]
+        return repr((dict(self.hparams), taught, self.trainer.precision, type(datamodule).__name__, held))
 
     @property
     def _place(self) -> Placement:
@@ -285,7 +290,9 @@ class PruneModule(ImageClassifier):
             raise ValueError(
                 "PruneModule(finetune_epochs=…): expected trainer.test(…, datamodule=one with training images)"
             )
-        module = PruneModule(slim, num_classes=self._num_classes, **{key: self.hparams[key] for key in self.hparams})
+        recipe = {key: self.hparams[key] for key in self.hparams}
+        teacher = next(iter(self._teacher), None)
+        module = PruneModule(slim, num_classes=self._num_classes, teacher=teacher, **recipe)
         for metric in module.modules():
             if isinstance(metric, Metric):  # other processes train other networks, maybe fewer
                 metric.distributed_available_fn = _alone

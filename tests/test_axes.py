@@ -243,6 +243,31 @@ def test_a_target_function_of_one_number_or_several_is_a_regression_on_it():
     assert_allclose(first["target_excess"], excess, 1e-8)
 
 
+def test_a_target_function_may_have_the_name_of_a_target():
+    def scores(outputs, labels):
+        return outputs["scores"].gather(1, labels[:, None])[:, 0]
+
+    def logit_margin(outputs, labels):
+        return scores(outputs, labels)
+
+    def auto(outputs, labels):
+        return scores(outputs, labels)
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network, self.data = zoo.case("plain")
+
+        def forward(self, images):
+            return {"scores": self.network(images)}
+
+    model = Named().eval()
+    wanted, *others = (compute_axes(model, model.data, target=target).table for target in (scores, logit_margin, auto))
+    assert [table["target"].iloc[0] for table in others] == ["logit_margin", "auto"]
+    for table in others:
+        pd.testing.assert_frame_equal(table.drop(columns="target"), wanted.drop(columns="target"), check_exact=True)
+
+
 @pytest.mark.parametrize("case", ["plain", "dead channels", "widening 1×1", "linear"])
 def test_the_local_axis_can_be_that_of_image_means(case):
     model, data = zoo.case(case)
@@ -483,8 +508,8 @@ def test_labels_that_are_no_numbers_are_described():
         ({"positions": "every"}, r"compute_axes\(positions='every'\)"),
         ({"positions": "mean", "alignment": True}, r"compute_axes\(alignment=True, positions='mean'\): expected a num"),
         ({"probe_size": 2}, r"compute_axes\(probe_size=2\): expected at least 3 images"),
-        ({"noise": "bad"}, r"compute_axes: noise='bad': expected 'median', 'mean'"),
-        ({"noise": 0.0}, r"compute_axes: noise=0.0: expected"),
+        ({"noise": "bad"}, r"compute_axes\(noise='bad'\): expected 'median', 'mean'"),
+        ({"noise": 0.0}, r"compute_axes\(noise=0.0\): expected"),
         ({"layers": "linear?"}, r"compute_axes\(layers='linear\?'\): no tracked module"),
     ],
 )

@@ -587,6 +587,32 @@ def test_of_several_test_loaders_each_is_evaluated_and_the_first_is_pruned_on(tm
     assert module.table["accuracy"][0] == pytest.approx(found[0]["test/top1/dataloader_idx_0"])
 
 
+def test_validation_has_no_part_in_what_a_teacher_teaches(tmp_path):
+    teacher = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 1))
+    data = TensorDataset(images(32, 1).tensors[0], torch.rand(32, 1))
+    strange = TensorDataset(30 * images(32, 2).tensors[0], torch.rand(32, 1))
+    small = prune(teacher, data, budget=0.6, score="l1", allocation="uniform", compensate=False)
+    found = []
+    for validation in (None, DataLoader(strange, 8)):
+        module, fitter = PruneModule(copy.deepcopy(small), teacher=teacher), trainer(tmp_path, max_epochs=1)
+        fitter.fit(module, DataLoader(data, 8), validation)
+        found.append(module.network.state_dict())
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+def test_networks_of_the_grid_learn_from_the_teacher(tmp_path):
+    tables = []
+    for place, teacher in enumerate((None, network(), network().requires_grad_(False))):
+        if place == 2:
+            torch.nn.init.normal_(next(teacher.parameters()))
+        module = PruneModule(network(), made("prune", finetune_epochs=1), teacher=teacher, lr=0.05, out=tmp_path)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(PruneModule, "_write", lambda *_: None)  # rows of another teacher stay
+            trainer(tmp_path).test(module, datamodule=Data(), verbose=False)
+        tables.append(module.table["tuned_loss"][1:].tolist())
+    assert tables[0] != tables[1] != tables[2]
+
+
 def test_a_regression_learns_from_its_teacher(tmp_path):
     teacher = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 1))
     data = TensorDataset(images(32, 1).tensors[0], torch.rand(32, 1))

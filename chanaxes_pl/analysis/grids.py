@@ -82,6 +82,9 @@ def paired_difference(
     return mean_over_runs(gaps, "gap", resamples, seed, by=keys[1:])
 
 
+_DIFFERENCE = ["allocation", "compensate", "mean", "std", "low", "high", "runs", "scores", "against"]
+
+
 def score_differences(grid: pd.DataFrame, value: str = "accuracy", against: str = "l1") -> pd.DataFrame:
     """Compare the area under the curve of each score with a reference, and local-axis with target-axis scores.
 
@@ -94,14 +97,10 @@ def score_differences(grid: pd.DataFrame, value: str = "accuracy", against: str 
         ``allocation, compensate, scores, against`` and ``mean, std, low, high, runs`` of the difference.
     """
     areas = area_under_curve(grid, value)
-    if not len(areas):
-        return pd.DataFrame(
-            columns=["allocation", "compensate", "scores", "against", "mean", "std", "low", "high", "runs"]
-        )
-    present = areas["score"].unique().tolist()
+    present = areas["score"].unique().tolist() if len(areas) else []
     pairs = [([score], [against], score, against) for score in present if score != against and against in present]
     local, target = ([score for score in present if SCORES.get(score) == axis] for axis in ("local", "target"))
     if local and target:
         pairs.append((local, target, "local-axis scores", "target-axis scores"))
     rows = [paired_difference(areas, *pair[:2]).assign(scores=pair[2], against=pair[3]) for pair in pairs]
-    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=["allocation", "compensate"])
+    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=_DIFFERENCE)

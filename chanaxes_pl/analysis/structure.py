@@ -20,17 +20,18 @@ from chanaxes_pl.core.moments import Moments
 from chanaxes_pl.core.statistics import MIN_CHANNELS, spearman
 from chanaxes_pl.core.targets import TargetSpec
 from chanaxes_pl.network.batches import Placement, Step
+from chanaxes_pl.network.hooks import check_network
 from chanaxes_pl.network.layers import LayerSpec, select_layers
 from chanaxes_pl.network.probe import MIN_IMAGES, ImageBatches, Probe, ProbeSource
 from chanaxes_pl.network.recording import LayerMoments, Settings, record
 from chanaxes_pl.tables import associations, measure
+from chanaxes_pl.units.plain import plain
 
 #: Weighted graphs over the channels of a layer.
 GRAPHS = ("overlap", "excess")
 #: Maximum number of triplets of a layer to average over.
 TRIPLETS = 20_000
 _EXCESS = ("pair_excess", "triplet_excess", "pair_excess_null", "triplet_excess_null")
-_UNREACHED = "the forward pass did not reach it"
 _UNMEASURED = "a layer that it reads could not be measured"
 _REPEATED = "it runs several times in a forward pass"
 
@@ -65,7 +66,8 @@ def layer_structure(
     z-scored within the layer that produces them, and averaged if an input reads several layers.
 
     Args:
-        model: network such that ``model(images)`` gives logits ``[B, K]``.
+        model: network such that ``model(images)`` gives logits ``[B, K]``. Its layers are those that it has with plain
+            weights, as for :func:`find_units`.
         probe: probe set: a DataLoader or Dataset of images and labels.
         layers: layers to measure, also as producers of inputs; see :func:`select_layers`.
         positions: number of local samples per image, or ``"all"``.
@@ -90,6 +92,8 @@ def layer_structure(
         ValueError: if a setting is out of range, the probe does not fit, or no layer matches.
     """
     with naming("layer_structure"):
+        check_network(model)
+        model = plain(model)
         tracked = select_layers(model, layers, whole=True)
         settings = Settings(
             layers=tracked, positions=positions, target=target, reliability=False, step=step, probe_size=probe_size
@@ -172,7 +176,7 @@ def _layer_row(
     """Measure the graphs and triplets of a layer, and return its metrics too."""
     names = [f"{graph}_{value}" for graph in GRAPHS for value in ("modularity", "null", "null_sd", "communities")]
     row: dict[str, Any] = {"channels": 0} | dict.fromkeys([*names, "agreement", *_EXCESS], math.nan)
-    row |= {"triplets": 0, "reason": _UNREACHED}
+    row |= {"triplets": 0, "reason": ""}
     if moments is None:
         return row, {}
     columns = measure(moments)

@@ -119,7 +119,7 @@ def tell_axes(rows: pd.DataFrame) -> str:
         rows: result of :func:`main_correlation` for one run.
     """
     first, last = rows.iloc[0], rows.iloc[-1]
-    highest = rows.iloc[int(rows["rho"].to_numpy().argmax())]
+    highest = rows.iloc[int(rows["rho"].fillna(-2.0).to_numpy().argmax())]
     lines = [
         "ρ: rank correlation between what a channel captures of its input and what it knows about the class.",
         f"Before training the two are {_coupling(first)}: {_rho(first)}.",

@@ -62,6 +62,7 @@ def compensate(
     *,
     ridge: float | None = None,
     positions: int = POSITIONS,
+    images: int | None = None,
     memory: float = MEMORY,
 ) -> pd.DataFrame:
     """Fit every layer of a pruned network, in place, to its activations in the dense network.
@@ -80,6 +81,7 @@ def compensate(
         compensation: ``"fold"`` or ``"refit"``.
         ridge: λ; default from :data:`RIDGE`.
         positions: number of local samples per image, the same in both networks.
+        images: number of images in the batches, if it is known; else they are read once more, to be counted.
         memory: gigabytes (10⁹ bytes) to take beside the networks, on their device.
 
     Returns:
@@ -96,7 +98,7 @@ def compensate(
     check_memory(memory)
     image, limit = next(iter(batches))[:1], GIGABYTE * memory
     refused = _refusals(dense, slim, image)
-    sizes = [(len(images), images.nbytes) for images in batches]
+    images = sum(map(len, batches)) if images is None else images
     groups = list(groups)
     channels = kept_channels(dense, groups, kept)
     side = "input" if compensation == "fold" else "output"
@@ -109,7 +111,7 @@ def compensate(
         layer, original = slim.get_submodule(name), dense.get_submodule(name)
         shape = _shape(layer, original, compensation)
         each, total = places[name]
-        possible = sum(count for count, _ in sizes) * each * min(positions, total)
+        possible = images * each * min(positions, total)
         itemsize = torch.promote_types(layer.weight.dtype, torch.float32).itemsize  # type: ignore[union-attr,arg-type]
         samples = _samples(name, shape, possible, memory, itemsize)
         equations = max(equations, ridge_bytes(shape, samples, itemsize))
@@ -131,7 +133,7 @@ def compensate(
             samples=samples,
             possible=possible,
         )
-    listed = sum(size for _, size in sizes) if isinstance(batches, Sequence) else 0
+    listed = sum(batch.nbytes for batch in batches) if isinstance(batches, Sequence) else 0
     fit, take = (_fold, _dense_inputs) if compensation == "fold" else (_refit, _dense_outputs)
     layers, room = list(tasks), _FOR_TENSORS * limit - equations - listed
     strange = set()
@@ -143,7 +145,6 @@ def compensate(
 
     rows = [_row(name, reason=why) for name, why in refused.items() if why]
     with observed(dense), observed(slim):
-        images = sum(count for count, _ in sizes)
         for name, goals in paired(dense, slim, batches, layers, taken, images=images, memory=room):
             goals = chain([next(goals)], goals)  # the first one tells
             if name in strange:

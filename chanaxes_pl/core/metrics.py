@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from chanaxes_pl.core.errors import ArgumentError
 from chanaxes_pl.core.gaussian import Association
 from chanaxes_pl.core.moments import Moments, median
 from chanaxes_pl.core.peers import peer_overlap
@@ -66,7 +67,9 @@ def _noise_power(power: Tensor, noise: str | float) -> Tensor:
         return torch.quantile(power, value)
     if not text.startswith("q") and 0 < value < math.inf:
         return power.new_tensor(value)
-    raise ValueError(f"noise={noise!r}: expected 'median', 'mean', a quantile such as 'q0.25', or a number above 0")
+    raise ArgumentError(
+        f"noise={noise!r}", "expected 'median', 'mean', a quantile such as 'q0.25', or a number above 0"
+    )
 
 
 def task_information(association: Association) -> Tensor:

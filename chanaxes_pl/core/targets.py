@@ -132,9 +132,19 @@ class Target:
             raise ArgumentError(f"target={spec!r}", f"expected {names} or a function (outputs, labels) → [B] or [B, D]")
         self.name = str(spec)
 
+    @property
+    def unsettled(self) -> bool:
+        """Whether outputs and labels are still to tell what ``"auto"`` stands for."""
+        return self._function is None and self.name == "auto"
+
+    @property
+    def of_maps(self) -> bool:
+        """Whether a map is a mean over its labelled positions, of which it may have none."""
+        return self._function is None and self.name in MAP_TARGETS
+
     def settle(self, name: str) -> None:
         """Fix the target that ``"auto"`` stands for."""
-        if self.name == "auto":
+        if self.unsettled:
             self.name = name
 
     def __call__(self, outputs: Any, labels: Any) -> Tensor:
@@ -145,7 +155,7 @@ class Target:
                 is not one row an image.
         """
         if self._function is None:
-            if self.name == "auto":
+            if self.unsettled:
                 self.settle(infer_target(outputs, labels))
             _CHECKS[self.name](outputs, labels)
             return _evaluate(TARGETS[self.name], outputs, labels)

@@ -72,6 +72,8 @@ class LesionExperiment:
             if not len(self.operations):
                 raise ArgumentError(f"operations={self.operations!r}", "expected one at least")
             check_operations(self.operations, OPERATIONS)
+            if isinstance(self.scores, str):
+                raise ArgumentTypeError(f"scores={self.scores!r}", f"expected several, such as [{self.scores!r}]")
             for score in self.scores or ():
                 score_family(score)
             check_sizes(self.probe_size, self.evaluation_size)

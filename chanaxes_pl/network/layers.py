@@ -23,8 +23,9 @@ _KINDS = {"conv": CONVOLUTIONS, "conv+linear": (*CONVOLUTIONS, nn.Linear)}
 _WORDS = ("auto", *_KINDS)
 #: ``"auto"``, ``"conv"``, ``"conv+linear"``, a glob or several over layer names, or ``(name, module) → bool``.
 LayerSpec = str | Sequence[str] | Callable[[str, nn.Module], bool]
-# What holds a user's module as its attribute `module`, and names that wrappers alone give to what they hold.
-_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
+#: What holds a user's module as its attribute ``module``.
+WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
+# Names that other wrappers alone give to what they hold.
 _WRAPPED = {"_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
@@ -99,7 +100,7 @@ def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         above, _, own = path.rpartition(".")
-        wrapped = own in _WRAPPED or (own == "module" and isinstance(found[above], _WRAPPERS))
+        wrapped = own in _WRAPPED or (own == "module" and isinstance(found[above], WRAPPERS))
         shown[path] = ".".join(filter(None, [shown.get(above, ""), "" if wrapped else own]))
         found[path] = module
         yield shown[path], module

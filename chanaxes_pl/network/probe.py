@@ -334,6 +334,9 @@ class ImageBatches:
         images_of: function from a batch to its images; default the first result of :func:`split_batch`.
         mixed: as for :class:`Probe`.
 
+    Attributes:
+        images: number of images, once all have been read.
+
     Raises:
         ValueError: while they are read, if a batch's images are not found or no tensor, an image is not finite, or
             there is none.
@@ -348,6 +351,7 @@ class ImageBatches:
         mixed: bool = False,
     ) -> None:
         self._probe, self._count, self._place, self._images_of = Probe(source, count, mixed), count, place, images_of
+        self.images = 0
 
     def __iter__(self) -> Iterator[Tensor]:
         seen = 0
@@ -360,9 +364,12 @@ class ImageBatches:
             if len(bad):
                 raise InputError(f"image {seen + int(bad[0])} of the probe holds NaN or infinity; leave it out")
             yield images[: self._count - seen]
-            seen += len(images)
+            seen = min(seen + len(images), self._count)
+            if seen == self._count:  # a step may make several images of an item
+                break
         if not seen:
             raise InputError("the probe holds no images; pass a larger probe=")
+        self.images = seen
 
     def within(self, size: float) -> list[Tensor] | ImageBatches:
         """A list of the batches if their images take at most ``size`` bytes, else the batches read anew each time.

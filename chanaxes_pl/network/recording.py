@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from chanaxes_pl.core.errors import ArgumentError, InputError
 from chanaxes_pl.core.metrics import check_noise
 from chanaxes_pl.core.moments import Moments, accumulation_device
-from chanaxes_pl.core.targets import MAP_TARGETS, Target, TargetSpec, infer_target, null_target
+from chanaxes_pl.core.targets import Target, TargetSpec, infer_target, null_target
 from chanaxes_pl.network.batches import Placement, Step, default_step, pair_of, without_labels
 from chanaxes_pl.network.hooks import observed, same_outputs
 from chanaxes_pl.network.layers import (
@@ -191,7 +191,7 @@ class Recorder:
             )
         null = torch.from_numpy(null_target(indices, values.shape[1])).to(values.device)
         parts = batch.parts(values.device)
-        if self.target.name in MAP_TARGETS and logits.ndim > 2:
+        if self.target.of_maps and logits.ndim > 2:
             labelled = values.isfinite().all(1)
             if self._patches and not labelled.all():
                 raise InputError(
@@ -467,10 +467,7 @@ class Settings:
                 "the label is K − 1 numbers an image, expected one, "
                 "for there is one gradient; use 'logit_margin' or 'log_probability'",
             )
-        try:
-            check_noise(self.noise)
-        except ValueError as error:
-            raise InputError(f"{error}") from None
+        check_noise(self.noise)
 
 
 def record(
@@ -508,7 +505,7 @@ def record(
             and (told := without_labels(moved))
         ):
             raise InputError(told)
-        if target.name == "auto":
+        if target.unsettled:
             target.settle(_agreed(infer_target(outputs, labels), place.world))
         return outputs, labels
 

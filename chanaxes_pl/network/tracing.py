@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from chanaxes_pl.network.batches import logits_of
+from chanaxes_pl.network.batches import FAILURES, logits_of
 from chanaxes_pl.network.hooks import hooked, same_outputs
 from chanaxes_pl.network.layers import CONVOLUTIONS
 
@@ -24,7 +24,7 @@ Edit = Callable[[Tensor], Tensor]
 _LEAVES = (*CONVOLUTIONS, nn.Linear, nn.LayerNorm)
 # What a model's own code raises when it meets torch.fx's stand-ins for tensors, where its path depends on shapes,
 # types or values. An error of the model itself comes up again in its forward pass.
-_UNTRACEABLE = (ValueError, TypeError, RuntimeError, AttributeError, NameError, LookupError, ArithmeticError)
+_UNTRACEABLE = (*FAILURES, NameError, ArithmeticError)
 _OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
     operator.iadd: operator.add,
     operator.isub: operator.sub,

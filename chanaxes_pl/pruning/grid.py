@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,8 @@ FineTune = Callable[[nn.Module], None]
 Variant = tuple[str, Any, Any, float]
 #: What stands for the network before pruning.
 DENSE_VARIANT: Variant = (DENSE, "", None, 1.0)
-# Settings of a grid of which each row has one choice.
-_CHOICES = ("budgets", "scores", "allocations", "compensate")
+#: Settings of a grid of which each row has one choice.
+CHOICES = ("budgets", "scores", "allocations", "compensate")
 # Column of a file of rows: what else they depend on, as text.
 _SETTINGS = "settings"
 
@@ -101,8 +102,12 @@ class PruningExperiment:
 
     def __post_init__(self) -> None:
         with naming("PruningExperiment"):
-            for name in ("budgets", "scores", "allocations", "compensate"):
-                if (choices := getattr(self, name)) is not None and not len(choices):
+            for name in CHOICES:
+                if (choices := getattr(self, name)) is None:
+                    continue
+                if isinstance(choices, str) or not hasattr(choices, "__len__"):
+                    raise ArgumentTypeError(f"{name}={choices!r}", f"expected several, such as [{choices!r}]")
+                if not len(choices):
                     raise ArgumentError(f"{name}={choices!r}", "expected one at least")
             check_budget_of(self.budget_of)
             check_round_to(self.round_to)
@@ -116,8 +121,8 @@ class PruningExperiment:
                 compensation_of(choice)
             check_sizes(self.probe_size, self.evaluation_size)
             check_memory(self.memory)
-            if self.finetune_epochs < 0:
-                raise ArgumentError(f"finetune_epochs={self.finetune_epochs}", "expected 0 or more")
+            if not isinstance(self.finetune_epochs, Integral) or self.finetune_epochs < 0:
+                raise ArgumentError(f"finetune_epochs={self.finetune_epochs!r}", "expected 0 or more")
 
 
 def pruning_grid(
@@ -186,9 +191,15 @@ def pruning_grid(
         kinds = [compensation_of(choice) for choice in experiment.compensate]
         variants = [DENSE_VARIANT, *product(scores, experiment.allocations, kinds, experiment.budgets)]
         share = variants[place.rank :: place.world]
+        dense = evaluate(model, evaluation, place, step)
+        if not math.isfinite(dense["loss"]):
+            raise InputError(
+                f"{type(model).__name__} has a loss of {dense['loss']} on the evaluation images: expected a finite "
+                "one; leave out images that hold NaN or infinity, or look for such values in the weights"
+            )
         made = _Made(None, "")
         if unfinished is not None:
-            seen = {"probe": _fingerprint(pruner.batches), "dense": evaluate(model, evaluation, place, step)}
+            seen = {"probe": _fingerprint(pruner.batches), "dense": dense}
             made = _Made.of(Path(unfinished), experiment, seen | {"recipe": recipe})
             if known := sum(variant in made.rows for variant in share):
                 rank_zero_info(
@@ -211,12 +222,7 @@ def pruning_grid(
                 row |= {"family": score_family(score), "compensate": compensation or "none"}
             row |= {"budget_of": experiment.budget_of, "macs_share": macs / pruner.macs.dense, "macs": macs}
             row |= {"parameters": count_parameters(slim)}
-            row |= evaluate(slim, evaluation, place, step)
-            if variant == DENSE_VARIANT and not math.isfinite(row["loss"]):
-                raise InputError(
-                    f"{type(model).__name__} has a loss of {row['loss']} on the evaluation images: expected a finite "
-                    "one; leave out images that hold NaN or infinity, or look for such values in the weights"
-                )
+            row |= dense if variant == DENSE_VARIANT else evaluate(slim, evaluation, place, step)
             if finetune is not None and variant != DENSE_VARIANT:
                 finetune(slim)
                 row |= {f"{TUNED}{name}": value for name, value in evaluate(slim, evaluation, place, step).items()}
@@ -266,7 +272,7 @@ class _Made:
             ValueError: if the file is there, and is none of such rows.
         """
         settings = {field.name: getattr(experiment, field.name) for field in fields(experiment)}
-        settings = {name: value for name, value in settings.items() if name not in _CHOICES}
+        settings = {name: value for name, value in settings.items() if name not in CHOICES}
         made = cls(path, json.dumps({**settings, **seen}, default=list))
         if path.exists():
             table = read_parquet(path, (*VARIANT, _SETTINGS))

@@ -26,7 +26,7 @@ from chanaxes_pl.core.targets import check_finite
 from chanaxes_pl.network.batches import Placement, Step, logits_of, pair_of, split_batch
 from chanaxes_pl.network.cloning import clone
 from chanaxes_pl.network.hooks import observed, undisturbed
-from chanaxes_pl.network.probe import ImageBatches, Probe, ProbeSource
+from chanaxes_pl.network.probe import ImageBatches, Probe, ProbeSource, check_sizes
 from chanaxes_pl.pruning.allocation import (
     Allocation,
     check_allocation,
@@ -162,6 +162,7 @@ class Pruner:
         check_budget_of(budget_of)
         check_round_to(round_to)
         check_memory(memory)
+        check_sizes(probe_size)
         self._place = place = replace(place or Placement.of(model), rank=0, world=1)
         self._probe, self._step, self._size, self._memory = probe, step, probe_size, memory
         self._images_of = _images_of(model, step)
@@ -183,6 +184,11 @@ class Pruner:
         self._round_to = round_to
         self._images, self._exact = images, _exactness(model, images)
 
+    @property
+    def _count(self) -> int:
+        """Number of images in the batches, all of which have been read."""
+        return self.batches.images if isinstance(self.batches, ImageBatches) else sum(map(len, self.batches))
+
     @cached_property
     def divergence(self) -> Divergence:
         """What outputs are compared by, see :func:`divergence_of`."""
@@ -191,7 +197,7 @@ class Pruner:
     @cached_property
     def more(self) -> Iterable[Tensor]:
         """The probe's images up to :data:`MORE` times as many, for polish; held as :attr:`batches` are."""
-        if sum(map(len, self.batches)) < self._size:  # there are no more
+        if self._count < self._size:  # there are no more
             return self.batches
         images = ImageBatches(self._probe, MORE * self._size, self._place, self._images_of, mixed=True)
         return images.within(self._memory / 4 * GIGABYTE)
@@ -256,7 +262,7 @@ class Pruner:
             self.groups,
             {group.name: unit_ranks(group, scores[score]) for group in self.groups},
             self.batches,
-            sum(map(len, self.batches)),
+            self._count,
             divergence=self.divergence,
             levels=levels,
             memory=self._memory,
@@ -287,7 +293,8 @@ class Pruner:
         report = None
         if compensation:
             layerwise, memory = "refit" if compensation == "distill" else compensation, self._memory
-            report = compensate(slim, self.model, self.groups, kept, self.batches, layerwise, memory=memory)
+            known = {"images": self._count, "memory": memory}
+            report = compensate(slim, self.model, self.groups, kept, self.batches, layerwise, **known)
             done(layerwise, slim)
         if compensation == "distill":
             bounds = {"memory": self._memory, "seed": seed, "progress": progress}

@@ -101,15 +101,12 @@ def channel_scores(
         return (place.to_device(batch) for _, batch in Probe(probe, probe_size).batches())
 
     tasks = sorted(name for name in asked if name == "taylor" or SCORES[name] in ("target", "both"))
-    first = next(batches(), (None, None)) if tasks and step is None else (None, 0)
-    if split_batch(first)[1] is None:
-        if told := without_labels(first):
-            raise ArgumentError(f"score={tasks[0]!r}", f"needs labels, and {told}")
-        raise ArgumentError(
-            f"score={tasks[0]!r}",
-            "needs labels, and the batches of the probe hold images alone: expected (images, labels), or a score of "
-            "weights or of activations, such as 'l1' or 'keep_local'",
+    if tasks and step is None and split_batch(first := next(batches(), (None, None)))[1] is None:
+        alone = (
+            "the batches of the probe hold images alone: expected (images, labels), or a score of weights or of "
+            "activations, such as 'l1' or 'keep_local'"
         )
+        raise ArgumentError(f"score={tasks[0]!r}", f"needs labels, and {without_labels(first) or alone}")
     # These come first because they may raise an error, and the other passes are long.
     found: dict[str, dict[str, Tensor]] = {}
     found |= {score: weight_scores(score, model, units, batches, run) for score in WEIGHT_SCORES if score in asked}

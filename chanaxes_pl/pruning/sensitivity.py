@@ -27,8 +27,6 @@ from chanaxes_pl.pruning.readers import Sampling, measured
 from chanaxes_pl.units.macs import Macs
 from chanaxes_pl.units.removal import Group, masked
 
-#: What outputs are compared by: ``"kl"`` of the classes' probabilities along dimension 1, ``"bits"`` of each logit's
-#: own probability, or ``"square"``, the squared error as a share of the variance of the dense outputs.
 #: Levels of removal of a group, evenly spaced, after which one unit is left.
 LEVELS = 8
 #: Images on which outputs are compared at most.

@@ -125,7 +125,7 @@ class Plan:
         try:
             return _text({"version": VERSION, **asdict(self)})
         except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"the plan holds something that JSON cannot ({error}); see its notes") from error
+            raise InputError(f"the plan holds something that JSON cannot ({error}); see its notes") from error
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -269,10 +269,7 @@ def save_slim(path: str | Path, model: nn.Module, plan: Plan) -> None:
         tensors = {
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in found.items()
         }
-        try:
-            text = plan.to_json()
-        except ValueError as error:
-            raise InputError(f"{error}") from error
+        text = plan.to_json()
         try:
             data = safetensors.torch.save(tensors, {"plan": text, "sha256": _digest(text, tensors)})
         except KeyError as error:
@@ -448,20 +445,33 @@ def _of_checkpoint(path: Path, model: nn.Module | None) -> nn.Module:
         tensors = {name[len(start) :]: value for name, value in tensors.items() if name.startswith(start)}
     elif model is None:
         raise InputError("the checkpoint holds no plan, so pass a newly built dense network: load_slim(path, MyNet())")
-    elif bare := next((name for name, module in model.named_modules() if _is_bare_norm(module)), ""):
-        raise InputError(
-            f"the checkpoint holds no plan, which would tell the width of {bare!r}, a norm without weights: fine-tune "
-            "with PruneModule(slim), or load slim.save's file and then the checkpoint's state_dict"
-        )
-    else:  # the shapes say it all
-        tensors = _without_prefix(tensors, plain(unwrapped(model)).state_dict())
-        sizes = {name: tuple(tensor.shape) for name, tensor in _tensors(model).items()}
+    else:
+        model = plain(unwrapped(model))
+        sizes = _shapes(_tensors(model))
+        tensors = _without_prefix(tensors, sizes)
+        if untold := _untold(model, sizes, _shapes(tensors)):
+            raise InputError(
+                f"the checkpoint holds no plan, which would tell {untold}: fine-tune with PruneModule(slim), or load "
+                "slim.save's file and then the checkpoint's state_dict"
+            )
         plan = Plan(kept={}, sizes={}, input_shape=(), shapes=sizes, macs=0, dense_macs=0)
     dense = _built(plan) if model is None else plain(unwrapped(model))
     fill(dense, plan, tensors)
     if model is None:
         _take_memory(dense)
     return dense.eval()
+
+
+def _untold(model: nn.Module, dense: _Shapes, pruned: _Shapes) -> str:
+    """Return what the shapes of a pruned network do not tell, or an empty string."""
+    for name, module in model.named_modules():
+        if _is_bare_norm(module):
+            return f"the width of {name!r}, a norm without weights"
+        heads = next((key for key, value in vars(module).items() if "head" in key and type(value) is int), "")
+        start = f"{name}." if name else ""
+        if heads and any(of != pruned.get(tensor) for tensor, of in dense.items() if tensor.startswith(start)):
+            return f"{heads} of {name or type(module).__name__!r}, some of whose weights have other shapes"
+    return ""
 
 
 def _without_prefix(tensors: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:

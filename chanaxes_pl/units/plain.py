@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from chanaxes_pl.network.batches import FAILURES
 from chanaxes_pl.network.cloning import clone
-from chanaxes_pl.network.layers import CONVOLUTIONS
+from chanaxes_pl.network.layers import CONVOLUTIONS, WRAPPERS
 
 # The hooks by which torch.nn.utils computed a weight before there were parametrizations: class → how to write it out.
 _HOOKS = {
@@ -23,8 +23,8 @@ _HOOKS = {
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module that ``torch.compile`` or ``DataParallel`` wrapped, whose tensors have other names."""
-    inside = model.module if isinstance(model, nn.DataParallel) else getattr(model, "_orig_mod", None)
+    """Return the module that ``torch.compile`` or one of :data:`WRAPPERS` holds, whose tensors have other names."""
+    inside = model.module if isinstance(model, WRAPPERS) else getattr(model, "_orig_mod", None)
     return unwrapped(inside) if isinstance(inside, nn.Module) else model
 
 

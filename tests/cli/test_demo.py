@@ -88,6 +88,10 @@ def test_the_story_of_the_axes_claims_no_more_than_was_seen(rho, said):
     assert said in demo.tell_axes(correlations(*rho))
 
 
+def test_the_story_of_the_axes_leaves_out_what_is_undefined():
+    assert "highest, after step 280, they are coupled: ρ = 0.40" in demo.tell_axes(correlations(0.3, float("nan"), 0.4))
+
+
 def test_the_story_of_the_axes_names_no_peak_where_they_start_there():
     assert "highest" not in demo.tell_axes(correlations(0.4, 0.1, 0.0))
 

@@ -26,7 +26,8 @@ BATCHES = IMAGES.split(4)
 
 
 def pair(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    groups = find_units(model, ONE).groups.values()
+    names = dict(model.named_modules()).keys()  # an attention's own layers are there in a plain copy alone
+    groups = [g for g in find_units(model, ONE).groups.values() if {*g.producers, *g.consumers} <= names]
     slim = copy.deepcopy(model)
     remove(slim, groups, halves(groups))
     return model.eval(), slim.eval()

@@ -11,6 +11,7 @@ from torchvision.models import VisionTransformer
 from chanaxes_pl import LesionExperiment, compute_axes, find_units, layer_structure, lesion_table
 from chanaxes_pl.network.layers import Projection, channel_count, select_layers, widens_pointwise
 from chanaxes_pl.tables import ALIGNMENT, COLUMNS
+from chanaxes_pl.units.plain import plain
 from tests.helpers import cases as zoo
 from tests.helpers import reference
 
@@ -269,5 +270,5 @@ def test_lesions_and_structure_take_whole_modules(make):
     units = find_units(model, next(iter(data))[0][:3])
     lesions = lesion_table(model, data, data, experiment, units=units)
     structure = layer_structure(model, data, layers="conv+linear", nulls=2)
-    names = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
+    names = {name for name, module in plain(model).named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
     assert set(lesions["layer"]) == set(structure["layer"]) == names

@@ -593,6 +593,13 @@ def test_image_batches_are_the_first_images():
     assert torch.equal(torch.cat(found), images().tensors[0][:20])
 
 
+def test_a_step_may_make_several_images_of_an_item():
+    views = [(torch.randn(16, 4, 3, 8, 8), torch.arange(16) % 4) for _ in range(4)]
+    batches = ImageBatches(views, 40, Placement.of(build()), lambda batch: batch[0].flatten(0, 1))
+    assert [len(batch) for batch in batches] == [40]
+    assert batches.images == 40
+
+
 def test_images_that_are_too_many_to_hold_are_read_anew():
     place, size = Placement.of(build()), images().tensors[0][:20].nbytes
     held, read = (ImageBatches(DataLoader(images(), 16), 20, place).within(bound) for bound in (size, size - 1))

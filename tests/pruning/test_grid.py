@@ -239,6 +239,10 @@ def test_a_file_of_something_else_is_no_unfinished_grid(tmp_path):
             {"budget_of": "flops"},
             r"PruningExperiment\(budget_of='flops'\): expected one of 'macs', 'parameters', 'late",
         ),
+        ({"budgets": 0.5}, r"PruningExperiment\(budgets=0.5\): expected several, such as \[0.5\]"),
+        ({"scores": "l1"}, r"PruningExperiment\(scores='l1'\): expected several, such as \['l1'\]"),
+        ({"compensate": "refit"}, r"PruningExperiment\(compensate='refit'\): expected several"),
+        ({"finetune_epochs": "a"}, r"PruningExperiment\(finetune_epochs='a'\): expected 0 or more"),
         ({"budgets": ()}, r"PruningExperiment\(budgets=\(\)\): expected one at least"),
         ({"scores": []}, r"PruningExperiment\(scores=\[\]\): expected one at least"),
         ({"round_to": 0}, r"PruningExperiment\(round_to=0\): expected a whole number of channels"),
@@ -389,6 +393,14 @@ def test_evaluation_images_that_can_be_read_once_or_are_none_are_refused():
         pruning_grid(network(), PROBE, iter(TEST), experiment, progress=False)
     with pytest.raises(ValueError, match=r"pruning_grid\(evaluation\): it holds no images"):
         pruning_grid(network(), PROBE, [], experiment, progress=False)
+
+
+def test_one_score_has_nothing_to_be_compared_with(table):
+    alone = table[table["score"].isin(["dense", "l1"])].assign(run="a")
+    found, none = score_differences(alone), score_differences(alone[alone["score"] == "dense"])
+    assert len(found) == len(none) == 0
+    assert list(found) == list(none)
+    assert list(score_differences(table.assign(run="a"))) == list(found)
 
 
 def test_fine_tuned_scores_are_compared_from_the_same_dense_network():

@@ -261,6 +261,8 @@ def test_a_split_of_fixed_sizes_keeps_the_channels_that_it_splits():
             {"example_input": (torch.zeros(1, 3, 32, 32),)},
             r"example_input=a tuple of 1: .*\): expected images .* tensor",
         ),
+        ({"probe_size": 0}, r"prune\(probe_size=0\): expected at least 3 images"),
+        ({"probe_size": "a"}, r"prune\(probe_size='a'\): expected at least"),
         ({"budget": "0.5"}, r"prune\(budget='0.5'\): expected the share"),
         ({"score": "L1"}, r"prune\(score='L1'\): no such score; did you mean 'l1'\? Expected one of"),
         ({"score": "none such"}, r"no such score; there is .* and \d+ more\. Expected one of"),
@@ -283,7 +285,7 @@ def test_errors_quote_what_was_given(options, message):
 
 def test_images_that_do_not_fit_the_model():
     grey = TensorDataset(torch.zeros(8, 1, 32, 32), torch.zeros(8, dtype=torch.long))
-    with pytest.raises(ValueError, match=r"does not run on .* shape \(1, 1, 32, 32\) .*pass example_input="):
+    with pytest.raises(ValueError, match=r"does not run on .* shape \(1, 1, 32, 32\) .*to prune as example_input="):
         prune(build("resnet18"), grey, budget=0.5)
 
 

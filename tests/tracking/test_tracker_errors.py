@@ -54,7 +54,7 @@ def test_schedules_that_mean_something_are_taken(schedule):
         ({"positions": "most"}, r"AxisTracker\(positions='most'\)"),
         ({"probe_size": 2}, r"AxisTracker\(probe_size=2\): expected at least 3 images"),
         ({"target": "margin"}, r"AxisTracker\(target='margin'\): expected 'auto', 'logit_margin'"),
-        ({"noise": "mode"}, r"AxisTracker: .*mode"),
+        ({"noise": "mode"}, r"AxisTracker\(noise='mode'\): expected 'median', 'mean'"),
     ],
 )
 def test_settings_out_of_range_are_refused_before_training(settings, message):

@@ -3,10 +3,11 @@
 import pandas as pd
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import TensorDataset
 
-from chanaxes_pl import compute_axes, find_units, load_slim, prune, sensitivity
+from chanaxes_pl import LesionExperiment, compute_axes, find_units, lesion_table, load_slim, prune, sensitivity
 
 
 class TwoHeads(nn.Module):
@@ -100,6 +101,34 @@ def test_a_compiled_network_is_pruned_and_loaded_as_the_one_that_it_wraps(tmp_pa
     slim.save(tmp_path / "half")
     for empty in (network(), torch.compile(network()), nn.DataParallel(network())):
         assert torch.equal(load_slim(tmp_path / "half", empty)(pictures()), slim.model(pictures()))
+
+
+def test_averaged_weights_are_pruned_as_the_network_that_they_are_of(tmp_path):
+    def network() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 8, 8), nn.Flatten(), nn.Linear(8, 4))
+
+    slim = prune(AveragedModel(network().eval()), [pictures()], budget=0.5, score="l1", allocation="uniform")
+    slim.save(tmp_path / "half")
+    assert torch.equal(load_slim(tmp_path / "half", network())(pictures()), slim.model(pictures()))
+
+
+class Asserts(nn.Module):
+    """Checks what it is given, as many networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert isinstance(x, Tensor), "expected a tensor"
+        return self.head(self.second(self.first(x).relu()).relu().mean((2, 3)))
+
+
+def test_a_network_that_asserts_what_it_is_given_is_pruned_and_lesioned():
+    data = [(pictures(16), torch.arange(16) % 4)]
+    assert prune(Asserts().eval(), data, budget=0.5).macs > 0
+    table = lesion_table(Asserts().eval(), data, data, LesionExperiment(channels=2), progress=False)
+    assert table["zero_loss"].notna().sum() == 4
 
 
 class SeparateHeads(nn.Module):

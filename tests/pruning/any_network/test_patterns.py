@@ -41,6 +41,23 @@ class FusedAttention(nn.Module):
         return self.proj(x.transpose(1, 2).reshape(batch, count, self.attn_dim))
 
 
+def test_a_checkpoint_without_a_plan_does_not_tell_the_number_of_heads(tmp_path):
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        return Net(
+            lambda net, x: net.head(net.mlp(net.attention(net.stem(x).flatten(2).mT)).mean(1)),
+            stem=nn.Conv2d(3, 16, 4, 4), attention=FusedAttention(16, 4), mlp=nn.Linear(16, 16), head=head(16),
+        ).eval()  # fmt: skip
+
+    slim = prune(network(), [IMAGES], budget=0.6, allocation="uniform", score="l1", compensate=False)
+    assert slim.model.attention.num_heads < 4 or slim.model.attention.qkv.out_features < 48
+    torch.save({"state_dict": slim.model.state_dict()}, tmp_path / "last.ckpt")
+    with pytest.raises(
+        ValueError, match=r"holds no plan, which would tell num_heads of 'attention', some of whose weig"
+    ):
+        load_slim(tmp_path / "last.ckpt", network())
+
+
 class Block(nn.Module):
     def __init__(self, attention: nn.Module, channels: int) -> None:
         super().__init__()
