@@ -29,7 +29,7 @@ from chanaxes_pl.lesions.interventions import (
     check_places,
 )
 from chanaxes_pl.lesions.replacements import Replacement, check_operations, measure_replacements
-from chanaxes_pl.network.batches import Placement, Step, default_step, split_batch
+from chanaxes_pl.network.batches import Placement, Step, default_step, split_batch, stepped
 from chanaxes_pl.network.hooks import observed, undisturbed
 from chanaxes_pl.network.layers import channel_count, select_layers
 from chanaxes_pl.network.loaders import same_draws
@@ -214,7 +214,7 @@ class _Damage:
     def __init__(self, model: nn.Module, interventions: Sequence[Intervention], step: Step | None, fast: bool) -> None:
         self._model = model
         self._interventions = interventions
-        self._step = step or default_step
+        self._step = stepped(step)
         self._forward = PartialForward(model) if fast and step is None else None
         self.images = 0
         self._sums: Tensor | float = 0.0

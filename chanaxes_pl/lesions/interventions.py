@@ -10,9 +10,9 @@ from typing import Literal, TypedDict
 import torch
 from torch import Tensor, nn
 
-from chanaxes_pl.core.errors import ArgumentError, InputError, naming, nearest
-from chanaxes_pl.lesions.replacements import REPLACEMENTS, Replacement, check_channels, check_operations, replacement
-from chanaxes_pl.network.layers import channel_count, select_layers
+from chanaxes_pl.core.errors import ArgumentError, InputError, nearest
+from chanaxes_pl.lesions.replacements import REPLACEMENTS, Replacement, check_channels, replacement
+from chanaxes_pl.network.layers import channel_count
 from chanaxes_pl.network.tracing import Edit, PartialForward, edited
 from chanaxes_pl.units.flow import LAYERS
 from chanaxes_pl.units.groups import Units
@@ -55,50 +55,6 @@ class Intervention:
             return forward.rerun(edits=self.edits)
         with self.applied(model):
             return forward.rerun(self.group.masks)
-
-
-@contextmanager
-def lesion(
-    model: nn.Module,
-    layer: str,
-    channel: int,
-    operation: Operation,
-    *,
-    statistics: Replacement | None = None,
-    units: Units | None = None,
-) -> Iterator[None]:
-    """Lesion one channel of a model inside the block; afterwards the model is bit for bit as before.
-
-    ``"zero"`` masks the channel's unit, as if it had been removed: its consumers read 0, and LayerNorms leave it out.
-    The other operations replace the layer's output for the channel: ``"mean"`` by its probe mean, ``"peer"`` by a
-    reconstruction from all its peers, ``"hull"`` by one from its compact hull.
-
-    Args:
-        model: model to run under :func:`observed` or in eval mode.
-        layer: name of a convolution or Linear layer.
-        channel: output feature, counted from 0.
-        operation: one of :data:`OPERATIONS`.
-        statistics: the layer's statistics, needed by all operations but ``"zero"``; see :func:`measure_replacements`.
-        units: the model's units, needed by ``"zero"``; see :func:`find_units`.
-
-    Raises:
-        ValueError: if the operation, layer or channel is unknown, an argument that the operation needs is missing, or
-            the channel cannot be removed.
-    """
-    with naming("lesion"):
-        check_operations([operation], OPERATIONS)
-        modules = select_layers(model, "conv+linear", whole=True)
-        check_places(modules, {layer: [channel]})
-    if operation == "zero" and units is None:
-        raise ValueError("lesion(operation='zero'): pass units=find_units(model, images)")
-    if operation != "zero" and statistics is None:
-        raise ValueError(f"lesion(operation={operation!r}): pass statistics=measure_replacements(…)[{layer!r}]")
-    replacements = {} if statistics is None else {layer: statistics}
-    intervention, why = Interventions(model, modules, replacements, units).find(layer, channel, operation)
-    if intervention is None:
-        raise ValueError(f"lesion(layer={layer!r}, channel={channel}, operation={operation!r}): {why}")
-    with intervention.applied(model):
-        yield
 
 
 def check_places(modules: Mapping[str, nn.Module], chosen: Mapping[str, Iterable[int]]) -> None:

@@ -163,6 +163,11 @@ def pair_of(result: Any) -> tuple[Any, Any]:
     return result[0], result[1]
 
 
+def stepped(step: Step | None) -> Step:
+    """Return a user's step, checked to give a pair, or without one :func:`default_step`."""
+    return default_step if step is None else lambda module, batch: pair_of(step(module, batch))
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where a model runs, and which share of the work is this process's.

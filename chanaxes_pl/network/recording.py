@@ -16,7 +16,7 @@ from chanaxes_pl.core.errors import ArgumentError, InputError
 from chanaxes_pl.core.metrics import check_noise
 from chanaxes_pl.core.moments import Moments, accumulation_device
 from chanaxes_pl.core.targets import Target, TargetSpec, infer_target, null_target
-from chanaxes_pl.network.batches import Placement, Step, default_step, pair_of, without_labels
+from chanaxes_pl.network.batches import Placement, Step, stepped, without_labels
 from chanaxes_pl.network.hooks import observed, same_outputs
 from chanaxes_pl.network.layers import (
     CONVOLUTIONS,
@@ -488,7 +488,7 @@ def record(
         ValueError: if the images or the layers are not what ``settings`` need.
     """
     layers = select_layers(model, settings.layers)
-    step = settings.step or default_step
+    step = stepped(settings.step)
     target = Target(settings.target)
     recorder = Recorder(
         layers, target, settings.positions, settings.reliability, settings.alignment, shared=place.world > 1
@@ -497,7 +497,7 @@ def record(
 
     def forward() -> Any:
         with place.forward_context():
-            outputs, labels = pair_of(step(model, moved))
+            outputs, labels = step(model, moved)
         if (
             labels is None
             and not callable(settings.target)

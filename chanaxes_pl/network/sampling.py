@@ -21,7 +21,8 @@ from chanaxes_pl.core.targets import scrambled
 _CACHED = 1 << 17
 
 _CONVOLVE = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
-_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+#: Names of a convolution's arguments, in their order.
+ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
 
 class Window(NamedTuple):
@@ -65,7 +66,7 @@ def convolved(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor) -> tuple
         The tensor ``[B, C, *spatial]`` that reaches the one convolution in the forward, and the window over it;
         ``None`` if there is none, or several, or one of another shape than the layer's.
     """
-    with _Convolutions() as seen, torch.no_grad():
+    with Convolutions() as seen, torch.no_grad():
         layer.forward(inputs)
     if len(seen.calls) != 1:
         return None
@@ -88,8 +89,8 @@ def convolved(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, inputs: Tensor) -> tuple
     return read, Window(kernel, stride, dilation, tuple(side for pair in reversed(sides) for side in pair))
 
 
-class _Convolutions(TorchFunctionMode):
-    """Recorder of the arguments of convolutions."""
+class Convolutions(TorchFunctionMode):
+    """Recorder of convolutions, as dimensions and the arguments by their names in :data:`ARGUMENTS`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +98,7 @@ class _Convolutions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _CONVOLVE:
-            self.calls.append((_CONVOLVE[func], dict(zip(_ARGUMENTS, args, strict=False)) | (kwargs or {})))
+            self.calls.append((_CONVOLVE[func], dict(zip(ARGUMENTS, args, strict=False)) | (kwargs or {})))
         return func(*args, **(kwargs or {}))
 
 

@@ -21,7 +21,7 @@ from chanaxes_pl.analysis.scores import score_family
 from chanaxes_pl.core.errors import ArgumentError, ArgumentTypeError, InputError, naming, short
 from chanaxes_pl.core.memory import MEMORY, check_memory
 from chanaxes_pl.core.targets import check_classes, image_scores
-from chanaxes_pl.network.batches import Placement, Step, default_step
+from chanaxes_pl.network.batches import Placement, Step, stepped
 from chanaxes_pl.network.hooks import observed, undisturbed
 from chanaxes_pl.network.loaders import same_draws
 from chanaxes_pl.network.probe import ProbeSource, check_rereadable, check_sizes
@@ -294,7 +294,7 @@ def evaluate(model: nn.Module, batches: Iterable[Any], place: Placement, step: S
     total, count = torch.zeros(3, dtype=torch.float64), 0
     with observed(model):
         for batch in same_draws(batches):
-            logits, labels = (step or default_step)(model, place.to_device(batch))
+            logits, labels = stepped(step)(model, place.to_device(batch))
             check_classes(logits, labels)
             total += image_scores(logits.cpu().double(), labels.cpu().long()).sum(0)
             count += len(labels)

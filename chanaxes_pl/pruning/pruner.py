@@ -23,7 +23,7 @@ from chanaxes_pl.core.errors import ArgumentError, InputError, naming, short
 from chanaxes_pl.core.memory import GIGABYTE, MEMORY, check_memory
 from chanaxes_pl.core.moments import true_float32
 from chanaxes_pl.core.targets import check_finite
-from chanaxes_pl.network.batches import Placement, Step, logits_of, pair_of, split_batch
+from chanaxes_pl.network.batches import Placement, Step, logits_of, stepped
 from chanaxes_pl.network.cloning import clone
 from chanaxes_pl.network.hooks import observed, undisturbed
 from chanaxes_pl.network.probe import ImageBatches, Probe, ProbeSource, check_sizes
@@ -606,14 +606,8 @@ def check_sensitivity(table: pd.DataFrame | None, allocation: str, groups: Seque
 
 def divergence_of(model: nn.Module, probe: ProbeSource, step: Step | None, place: Placement) -> Divergence:
     """Return what outputs are compared by, from the first outputs and the kind of their labels, if there are any."""
-    moved = _first_batch(probe, place)
     with observed(model):
-        if step is None:
-            images, labels = split_batch(moved)
-            outputs = logits_of(model(images))
-        else:
-            outputs, labels = step(model, moved)
-    return divergence_for(outputs, labels)
+        return divergence_for(*stepped(step)(model, _first_batch(probe, place)))
 
 
 def _first_batch(probe: ProbeSource, place: Placement) -> Any:
@@ -654,7 +648,7 @@ def _check_step(model: nn.Module, step: Step, batch: Any) -> None:
     handle = model.register_forward_hook(lambda _model, _args, output: gave.append(output))
     try:
         with observed(model):
-            outputs, _ = pair_of(step(model, batch))
+            outputs, _ = stepped(step)(model, batch)
     finally:
         handle.remove()
     others = [value for value in tree_leaves(gave) if isinstance(value, Tensor)]

@@ -17,7 +17,7 @@ from chanaxes_pl.analysis.scores import OWN_SCORES, REVERSE, SCORES, base_score,
 from chanaxes_pl.core.errors import ArgumentError, InputError
 from chanaxes_pl.core.memory import MEMORY
 from chanaxes_pl.core.moments import Moments
-from chanaxes_pl.network.batches import Placement, Step, default_step, split_batch, without_labels
+from chanaxes_pl.network.batches import Placement, Step, split_batch, stepped, without_labels
 from chanaxes_pl.network.layers import channel_count
 from chanaxes_pl.network.probe import Probe, ProbeSource
 from chanaxes_pl.network.recording import LayerMoments, Settings, record
@@ -93,7 +93,7 @@ def channel_scores(
     for score in scores:
         score_family(score)
     place = place or Placement.of(model)
-    run = step or default_step
+    run = stepped(step)
     layers = {name: model.get_submodule(name) for group in units.groups.values() for name in group.producers}
     asked = {base_score(score) for score in scores}
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
-from torch.overrides import TorchFunctionMode
 
 from chanaxes_pl.network.batches import FAILURES
 from chanaxes_pl.network.cloning import clone
 from chanaxes_pl.network.layers import CONVOLUTIONS, WRAPPERS
+from chanaxes_pl.network.sampling import ARGUMENTS, Convolutions
 
 # The hooks by which torch.nn.utils computed a weight before there were parametrizations: class → how to write it out.
 _HOOKS = {
@@ -111,20 +111,9 @@ def _convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, kind: type[nn.Module]
     sides = [1 + step * (width - 1) for step, width in zip(layer.dilation, layer.kernel_size, strict=True)]
     weight = layer.weight
     example = torch.zeros(2, layer.in_channels, *sides, dtype=weight.dtype, device=weight.device)
-    given: list[tuple[Any, ...]] = []
-    function = getattr(F, kind.__name__.lower())
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-
-    class Watch(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is function:
-                held = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
-                given.append(tuple(held.get(name) for name in names))
-            return func(*args, **(kwargs or {}))
-
     training = layer.training
     try:
-        with torch.no_grad(), Watch():
+        with torch.no_grad(), Convolutions() as seen:
             layer.eval()(example)
     except torch.OutOfMemoryError:
         raise
@@ -132,12 +121,13 @@ def _convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, kind: type[nn.Module]
         return None
     finally:
         layer.train(training)
-    if len(given) != 1:
+    if len(seen.calls) != 1:
         return None
-    seen, computed, bias, *rest = given[0]
+    given: list[Any] = [seen.calls[0][1].get(name) for name in ARGUMENTS]
+    read, computed, bias, *rest = given
     own = [layer.stride, layer.padding, layer.dilation, layer.groups]
     if (
-        seen is not example
+        read is not example
         or computed is weight
         or computed.shape != weight.shape
         or bias is not layer.bias

@@ -31,7 +31,7 @@ def as_filter(layer: nn.Module, channel: int, statistics: Replacement, operation
     if getattr(layer, "groups", 1) != 1:
         raise ValueError(
             f"as_filter({layer}): a grouped convolution's channels read different inputs, so no filter computes one "
-            "from the others; use lesion(…), which rewrites the output"
+            "from the others"
         )
     check_operations([operation], REPLACEMENTS)
     check_channels(type(layer).__name__, [channel], channel_count(layer))

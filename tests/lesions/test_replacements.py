@@ -7,7 +7,6 @@ from numpy.testing import assert_allclose
 from torch.utils.data import DataLoader, TensorDataset
 
 from chanaxes_pl.core.moments import Moments
-from chanaxes_pl.lesions.interventions import lesion
 from chanaxes_pl.lesions.replacements import REPLACEMENTS, Replacement, measure_replacements
 from chanaxes_pl.network.batches import Placement
 from chanaxes_pl.network.hooks import observed
@@ -16,6 +15,7 @@ from chanaxes_pl.network.recording import Settings
 from tests.helpers import cases as zoo
 from tests.helpers import reference
 from tests.helpers.filters import as_filter
+from tests.helpers.lesions import lesion
 
 
 def loader(n=24, side=8, size=10, seed=2) -> DataLoader:
