@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
@@ -20,8 +22,6 @@ from chanaxes_pl.tables import DENSE, budget_words
 BUDGET = 0.5
 # From as many runs on, a bootstrap over them is a fair interval.
 _ENOUGH = 10
-# Kinds of compensation in the order in which a sentence looks for them.
-_COMPENSATIONS = ("none", "refit", "fold", "distill")
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _peers(runs: Runs) -> Iterator[str]:
 
 
 def _pruning(runs: Runs) -> Iterator[str]:
-    """State the accuracy of the best score at half the budget without compensation, and of that score with it."""
+    """State the accuracy of the best way to prune to half the budget, and of the best one without compensation."""
     if not runs.grids:
         return
     # Grids may have other test images, so they are not mixed; the one that compares most compensations says most.
@@ -193,32 +193,32 @@ def _pruning(runs: Runs) -> Iterator[str]:
         return
     budget = min(pruned["budget"].unique(), key=lambda share: abs(share - BUDGET))
     rows = pruned[pruned["budget"] == budget]
-    keys = ["score", "allocation"]
-    by = [*keys, "compensate"]
+    by = ["score", "allocation", "compensate"]
     found = mean_over_runs(rows, "accuracy", runs.resamples, by=by).dropna(subset=["mean"])
-    found = found[found["runs"] == found["runs"].max()]  # of as many runs as there are, so that the means compare
-    means = found.set_index(by)["mean"]
-    kinds = [kind for kind in _COMPENSATIONS if kind in means.index.get_level_values("compensate")]
-    if not kinds:
+    if not len(found):
         return
-    bare = means.xs(kinds[0], level="compensate")
-    score, allocation = bare.index[int(bare.to_numpy().argmax())]
-    made = rows[(rows["score"] == score) & (rows["allocation"] == allocation) & (rows["compensate"] == kinds[0])]
-    whole = grid[(grid["score"] == DENSE) & grid["run"].isin(made["run"])]
-    dense = 100 * whole["accuracy"].mean()
-    verb = "rises" if 100 * bare.max() > dense else "falls"
-    text = f"At {100 * budget:g} % of the {budget_words(pruned)}, accuracy {verb} from {number(dense, 1)} % to "
-    text += f"{number(100 * bare.max(), 1)} % under the best score, {score} ({allocation} allocation"
-    text += ", no compensation)" if kinds[0] == "none" else f", {kinds[0]})"
-    others = [kind for kind in kinds[1:] if (score, allocation, kind) in means.index]
-    if kinds[0] == "none" and others:
-        mended = means[score, allocation, others[0]]
-        points = 100 * (mended - bare.max())
-        verb = "recovers" if points >= 0 else "costs a further"
-        text += f"; {others[0]} {verb} {number(abs(points), 1)} points, to {number(100 * mended, 1)} %"
+    found = found[found["runs"] == found["runs"].max()]  # of as many runs as there are, so that the means compare
+    best, bare = _best(found), _best(found[found["compensate"] == "none"])
+    made = rows[np.logical_and.reduce([rows[name] == best[name] for name in by])]
+    dense = 100 * grid.loc[(grid["score"] == DENSE) & grid["run"].isin(made["run"]), "accuracy"].mean()
+    kept = 100 * best["mean"]
+    text = f"At {100 * budget:g} % of the {budget_words(pruned)}, accuracy {'rises' if kept > dense else 'falls'} from "
+    text += (
+        f"{number(dense, 1)} % to {number(kept, 1)} % at best, by {best['score']} ({best['allocation']} allocation, "
+    )
+    text += "no compensation)" if best["compensate"] == "none" else f"{best['compensate']})"
+    if bare and best["compensate"] != "none":
+        text += f"; without compensation {number(100 * bare['mean'], 1)} % are left at best, by {bare['score']}"
+        text += f" ({bare['allocation']} allocation)"
     if made["run"].nunique() < len(runs.each):
         text += f" ({made['run'].nunique()} of {len(runs.each)} runs)"
     yield text + "."
+
+
+def _best(means: pd.DataFrame) -> dict[str, Any]:
+    """Return the row of the highest mean; nothing if there are no rows."""
+    rows = means.sort_values("mean", ascending=False, kind="stable").to_dict("records")
+    return {str(name): value for name, value in rows[0].items()} if rows else {}
 
 
 def _mean(table: pd.DataFrame, column: str) -> pd.Series:

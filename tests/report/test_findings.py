@@ -90,15 +90,16 @@ def test_the_finding_on_pruning_is_of_the_grid_that_compares_most():
     for grids in ({"polish": polish, "selection": selection}, {"selection": selection, "polish": polish}):
         (text,) = _pruning(SimpleNamespace(grids=grids, resamples=10, each=[None]))
         assert text == (
-            "At 50 % of the multiply–accumulates, accuracy falls from 70.0 % to 50.0 % under the best score, "
-            "reconstruction (uniform allocation, no compensation); refit recovers 16.0 points, to 66.0 %."
+            "At 50 % of the multiply–accumulates, accuracy falls from 70.0 % to 66.0 % at best, by reconstruction "
+            "(uniform allocation, refit); without compensation 50.0 % are left at best, by reconstruction (uniform "
+            "allocation)."
         )
 
 
 def test_the_finding_on_pruning_of_polished_networks_alone():
     (text,) = _pruning(SimpleNamespace(grids={".": _grid(distill=0.69)}, resamples=10, each=[None]))
     assert text.endswith(
-        "accuracy falls from 70.0 % to 69.0 % under the best score, reconstruction (uniform allocation, distill)."
+        "accuracy falls from 70.0 % to 69.0 % at best, by reconstruction (uniform allocation, distill)."
     )
     assert not list(_pruning(SimpleNamespace(grids={})))
 
@@ -106,11 +107,11 @@ def test_the_finding_on_pruning_of_polished_networks_alone():
 def test_a_score_that_some_runs_have_is_compared_with_their_own_networks():
     both = pd.concat([_grid(none=0.5, refit=0.66), _grid(none=0.4).assign(run="b").replace({"accuracy": {0.7: 0.9}})])
     (text,) = _pruning(SimpleNamespace(grids={".": both}, resamples=10, each=[None, None]))
-    assert "falls from 80.0 % to 45.0 % under the best score, reconstruction" in text  # both runs have this one
+    assert "falls from 80.0 % to 45.0 % at best, by reconstruction (uniform allocation, no comp" in text  # both have it
     assert "refit" not in text
     (text,) = _pruning(SimpleNamespace(grids={".": _grid(none=0.5, refit=0.66)}, resamples=10, each=[None, None]))
-    assert "falls from 70.0 % to 50.0 %" in text
-    assert text.endswith("to 66.0 % (1 of 2 runs).")
+    assert "falls from 70.0 % to 66.0 %" in text
+    assert text.endswith("by reconstruction (uniform allocation) (1 of 2 runs).")
 
 
 def _several(*curves: list[float], ends: list[int] | None = None) -> Runs:
