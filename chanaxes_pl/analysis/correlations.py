@@ -79,6 +79,11 @@ def main_correlation(
     return of_layer[[found == pair for found in pairs]].reset_index(drop=True)
 
 
+def highest(rho: pd.Series) -> int:
+    """Return the place of the highest correlation; undefined ones count as the lowest."""
+    return int(rho.fillna(-2.0).to_numpy().argmax())
+
+
 def separation(rows: pd.DataFrame, share: float = 0.5) -> pd.DataFrame:
     """Find when each run's correlation has fallen to a share of its highest value.
 
@@ -100,12 +105,12 @@ def separation(rows: pd.DataFrame, share: float = 0.5) -> pd.DataFrame:
     found = []
     for run, each in rows.groupby("run", sort=False):
         each = each.sort_values("step").reset_index(drop=True)
-        peak = int(each["rho"].fillna(-2).argmax())
-        highest = float(each["rho"].iloc[peak])
+        peak = highest(each["rho"])
+        top = float(each["rho"].iloc[peak])
         after = each.iloc[peak + 1 :]
-        below = after[after["rho"] <= share * highest] if highest > 0 else after.iloc[:0]
+        below = after[after["rho"] <= share * top] if top > 0 else after.iloc[:0]
         step, epoch = (float(below[name].iloc[0]) if len(below) else float("nan") for name in ("step", "epoch"))
-        row = {"run": run, "first": each["rho"].iloc[0], "highest": highest, "last": each["rho"].iloc[-1]}
+        row = {"run": run, "first": each["rho"].iloc[0], "highest": top, "last": each["rho"].iloc[-1]}
         row |= {"step_highest": each["step"].iloc[peak], "epoch_highest": each["epoch"].iloc[peak]}
         found.append(row | {"step": step, "epoch": epoch})
     return pd.DataFrame(found)

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from chanaxes_pl.analysis.correlations import NETWORK, axis_correlations, main_correlation
+from chanaxes_pl.analysis.correlations import NETWORK, axis_correlations, highest, main_correlation
 from chanaxes_pl.analysis.damage import score_damage_correlation
 from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.core.statistics import MIN_CHANNELS, mean_over_runs
@@ -126,9 +126,8 @@ class Runs:
     @cached_property
     def landmarks(self) -> dict[str, int]:
         """Steps of the first checkpoint, of the highest headline correlation (mean of runs), and of the last."""
-        mean = main_correlation(self.correlations).groupby("step")["rho"].mean().fillna(-2.0)
-        highest = self.steps[int(mean.to_numpy().argmax())]
-        return {"first": self.steps[0], "highest": highest, "last": self.steps[-1]}
+        mean = main_correlation(self.correlations).groupby("step")["rho"].mean()
+        return {"first": self.steps[0], "highest": self.steps[highest(mean)], "last": self.steps[-1]}
 
     @cached_property
     def damage(self) -> Damage | None:

@@ -41,7 +41,7 @@ def number(value: float, digits: int = 2, sign: bool = False) -> str:
 
 
 def epoch_number(epoch: float) -> str:
-    """Format an epoch, which may be a part of one, with at most three digits after the first.
+    """Format an epoch, which may be a fraction, to three significant digits; from 100 on as a whole number.
 
     Example:
         >>> epoch_number(1 / 12), epoch_number(4.0), epoch_number(12.5), epoch_number(1500.0)

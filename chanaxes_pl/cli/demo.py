@@ -14,7 +14,7 @@ import pandas as pd
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 
-from chanaxes_pl.analysis.correlations import main_correlation
+from chanaxes_pl.analysis.correlations import highest, main_correlation
 from chanaxes_pl.analysis.runs import read_runs
 from chanaxes_pl.cli.report import report
 from chanaxes_pl.data import PhotosDataModule
@@ -119,16 +119,14 @@ def tell_axes(rows: pd.DataFrame) -> str:
         rows: result of :func:`main_correlation` for one run.
     """
     first, last = rows.iloc[0], rows.iloc[-1]
-    highest = rows.iloc[int(rows["rho"].fillna(-2.0).to_numpy().argmax())]
+    top = rows.iloc[highest(rows["rho"])]
     lines = [
         "ρ: rank correlation between what a channel captures of its input and what it knows about the class.",
         f"Before training the two are {_coupling(first)}: {_rho(first)}.",
     ]
-    if highest["step"] > 0:
-        lines.append(
-            f"At their highest, after step {int(highest['step'])}, they are {_coupling(highest)}: {_rho(highest)}."
-        )
-    apart = highest["low"] > 0 and last["rho"] < highest["rho"] / 2
+    if top["step"] > 0:
+        lines.append(f"At their highest, after step {int(top['step'])}, they are {_coupling(top)}: {_rho(top)}.")
+    apart = top["low"] > 0 and last["rho"] < top["rho"] / 2
     end = "have come apart" if apart else f"are {_coupling(last)}"
     return "\n".join([*lines, f"After training the two {end}: {_rho(last)}."])
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from chanaxes_pl.analysis.correlations import main_correlation
+from chanaxes_pl.analysis.correlations import highest, main_correlation
 from chanaxes_pl.analysis.runs import Runs, read_runs
 from chanaxes_pl.analysis.scores import score_family
 from chanaxes_pl.analysis.text import describe_correlations, describe_grids
@@ -77,8 +77,8 @@ def describe(runs: Runs, value: str = "accuracy", against: str = "l1", all_check
         own = run.table.drop_duplicates("step").set_index("step")["epoch"]
         rows = rows.assign(epoch=rows["step"].map(own))
         if not all_checkpoints:
-            highest = int(rows["step"].iloc[int(rows["rho"].fillna(-2.0).to_numpy().argmax())])
-            landmarks = {"first": runs.steps[0], "highest": highest, "last": runs.steps[-1]}
+            top = int(rows["step"].iloc[highest(rows["rho"])])
+            landmarks = {"first": runs.steps[0], "highest": top, "last": runs.steps[-1]}
             landmarks = landmarks if len(runs.steps) > 1 else {"first": runs.steps[0]}  # told once
             when = [_LANDMARKS[name] if name != "first" or not step else "at first" for name, step in landmarks.items()]
             rows = rows.set_index("step").loc[list(landmarks.values())].reset_index().assign(when=when)
