@@ -63,6 +63,21 @@ def naming(call: str) -> Iterator[None]:
         raise
 
 
+def check_several(name: str, values: object) -> None:
+    """Check an argument that takes a list, of which a single value is easily given instead.
+
+    Raises:
+        TypeError: if it is a string, whose letters would be taken, or has no length.
+
+    Example:
+        >>> check_several("scores", "l1")
+        Traceback (most recent call last):
+        chanaxes_pl.core.errors.ArgumentTypeError: scores='l1': expected several, such as ['l1']
+    """
+    if isinstance(values, str) or not hasattr(values, "__len__"):
+        raise ArgumentTypeError(f"{name}={values!r}", f"expected several, such as [{values!r}]")
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """Return the end of an error message about an unknown name: the names most like it, or else the first few.
 

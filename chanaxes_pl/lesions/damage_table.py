@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from chanaxes_pl.analysis.damage import CLEAR
 from chanaxes_pl.analysis.scores import score_family
-from chanaxes_pl.core.errors import ArgumentError, ArgumentTypeError, naming, short
+from chanaxes_pl.core.errors import ArgumentError, ArgumentTypeError, check_several, naming, short
 from chanaxes_pl.core.targets import check_classes, check_finite, image_scores, lifted
 from chanaxes_pl.lesions.interventions import (
     OPERATIONS,
@@ -69,11 +69,12 @@ class LesionExperiment:
 
     def __post_init__(self) -> None:
         with naming("LesionExperiment"):
+            check_several("operations", self.operations)
             if not len(self.operations):
                 raise ArgumentError(f"operations={self.operations!r}", "expected one at least")
             check_operations(self.operations, OPERATIONS)
-            if isinstance(self.scores, str):
-                raise ArgumentTypeError(f"scores={self.scores!r}", f"expected several, such as [{self.scores!r}]")
+            if self.scores is not None:
+                check_several("scores", self.scores)
             for score in self.scores or ():
                 score_family(score)
             check_sizes(self.probe_size, self.evaluation_size)

@@ -120,10 +120,11 @@ class Interventions:
         self._paths = {module: name for name, module in model.named_modules()}
         self._replacements = replacements
         self._fixed = {} if units is None else units.fixed
-        _check_units({} if units is None else units.groups, dict(model.named_modules()))
+        groups = {} if units is None else units.groups
+        _check_units(groups, dict(model.named_modules()))
         self._units = {
             (path, channel): (group, unit)
-            for group in (() if units is None else units.groups.values())
+            for group in groups.values()
             for path, members in group.producers.items()
             for unit, channels in enumerate(members.tolist())
             for channel in channels

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from chanaxes_pl.core.errors import ArgumentTypeError, InputError, nearest
+from chanaxes_pl.core.errors import InputError, nearest
 from chanaxes_pl.core.moments import Moments
 from chanaxes_pl.core.peers import hull_coefficients, peer_coefficients
 from chanaxes_pl.network.batches import Placement
@@ -107,8 +107,6 @@ def replacement(layer: nn.Module, channel: int, statistics: Replacement, operati
 def check_operations(operations: Iterable[str], known: Iterable[str]) -> None:
     """Raise ValueError for an unknown operation."""
     known = tuple(known)
-    if isinstance(operations, str):
-        raise ArgumentTypeError(f"operations={operations!r}", f"expected several, such as [{operations!r}]")
     for operation in operations:
         if operation not in known:
             choices = ", ".join(map(repr, known))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from chanaxes_pl.analysis.scores import score_family
-from chanaxes_pl.core.errors import ArgumentError, ArgumentTypeError, InputError, naming, short
+from chanaxes_pl.core.errors import ArgumentError, ArgumentTypeError, InputError, check_several, naming, short
 from chanaxes_pl.core.memory import MEMORY, check_memory
 from chanaxes_pl.core.targets import check_classes, image_scores
 from chanaxes_pl.network.batches import Placement, Step, stepped
@@ -105,8 +105,7 @@ class PruningExperiment:
             for name in CHOICES:
                 if (choices := getattr(self, name)) is None:
                     continue
-                if isinstance(choices, str) or not hasattr(choices, "__len__"):
-                    raise ArgumentTypeError(f"{name}={choices!r}", f"expected several, such as [{choices!r}]")
+                check_several(name, choices)
                 if not len(choices):
                     raise ArgumentError(f"{name}={choices!r}", "expected one at least")
             check_budget_of(self.budget_of)

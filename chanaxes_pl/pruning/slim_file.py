@@ -439,6 +439,7 @@ def _of_checkpoint(path: Path, model: nn.Module | None) -> nn.Module:
 
     checkpoint = read_checkpoint(path)
     tensors = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
+    model = None if model is None else plain(unwrapped(model))
     if CHECKPOINT_PLAN in checkpoint:
         plan = Plan.from_json(checkpoint[CHECKPOINT_PLAN])
         start = "network."
@@ -446,7 +447,6 @@ def _of_checkpoint(path: Path, model: nn.Module | None) -> nn.Module:
     elif model is None:
         raise InputError("the checkpoint holds no plan, so pass a newly built dense network: load_slim(path, MyNet())")
     else:
-        model = plain(unwrapped(model))
         sizes = _shapes(_tensors(model))
         tensors = _without_prefix(tensors, sizes)
         if untold := _untold(model, sizes, _shapes(tensors)):
@@ -455,7 +455,7 @@ def _of_checkpoint(path: Path, model: nn.Module | None) -> nn.Module:
                 "slim.save's file and then the checkpoint's state_dict"
             )
         plan = Plan(kept={}, sizes={}, input_shape=(), shapes=sizes, macs=0, dense_macs=0)
-    dense = _built(plan) if model is None else plain(unwrapped(model))
+    dense = _built(plan) if model is None else model
     fill(dense, plan, tensors)
     if model is None:
         _take_memory(dense)
