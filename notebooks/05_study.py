@@ -504,10 +504,10 @@ intervals(mean_over_runs(lost, "lost", by=by), by[:3], "column", digits=1).filln
 # ## A harder task, and a network of another kind
 #
 # The table shows ρ at the first and at the last measurement, mean over seeds, for the same ResNet-18 on 20 classes of
-# Tiny-ImageNet (64×64, 10,000 training images, 52.9, 52.2 and 52.4 % after 12 epochs), and for 312 steps of ConvNeXt-T on
-# the same images (21.3 %, one seed). In both, the axes are coupled at first and apart in the end: ρ goes from 0.33, 0.29
-# and 0.20 to −0.08, −0.05 and −0.07 in the three ResNets. The ConvNeXt-T run is a pilot that only shows that the method
-# works there.
+# Tiny-ImageNet (64×64, 10,000 training images, 52.9, 52.2 and 52.4 % after 12 epochs), and for 312 steps of
+# ConvNeXt-T on the same images (21.3 %, one seed). In both, the axes are coupled at first and apart in the end: ρ goes
+# from 0.33, 0.29 and 0.20 to −0.08, −0.05 and −0.07 in the three ResNets. The ConvNeXt-T run is a pilot that only
+# shows that the method works there.
 
 # %%
 others = {"tiny_resnet18": "ResNet-18, Tiny-ImageNet", "tiny_convnext": "ConvNeXt-T, 312 steps"}
