@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from chanaxes_pl.pruning.pruner import prune as prune
     from chanaxes_pl.pruning.pruner import sensitivity as sensitivity
     from chanaxes_pl.pruning.slim_file import load_slim as load_slim
+    from chanaxes_pl.simulation import Problem as Problem
     from chanaxes_pl.simulation import simulate as simulate
     from chanaxes_pl.tables import read_run as read_run
     from chanaxes_pl.tracking.history import History as History
@@ -44,6 +45,7 @@ _HOMES = {
     "AxisTracker": "tracking.tracker",
     "History": "tracking.history",
     "LesionExperiment": "lesions.damage_table",
+    "Problem": "simulation",
     "PruneModule": "prune_module",
     "PruningExperiment": "pruning.grid",
     "Slim": "pruning.pruner",

@@ -11,7 +11,7 @@ from torch import nn
 
 from chanaxes_pl.analysis.correlations import axis_correlations, reliabilities
 from chanaxes_pl.analysis.groupings import groupings
-from chanaxes_pl.core.errors import naming
+from chanaxes_pl.core.errors import check_resampling, naming
 from chanaxes_pl.core.targets import TargetSpec
 from chanaxes_pl.network.batches import Placement, Step
 from chanaxes_pl.network.hooks import check_network
@@ -130,6 +130,7 @@ def compute_axes(
     """
     with naming("compute_axes"):
         check_network(model)
+        check_resampling(resamples)
         settings = Settings(
             layers=layers,
             positions=positions,

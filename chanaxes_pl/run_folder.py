@@ -28,7 +28,7 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 def table_paths(folder: str | Path) -> list[Path]:
     """List the tables of channels in a tracker's folder, in the order of their steps."""
-    return sorted(Path(folder).glob(_TABLES))
+    return sorted(Path(folder).glob(_TABLES), key=lambda path: (len(path.name), path.name))
 
 
 def check_tracker_name(name: str) -> None:

@@ -210,10 +210,23 @@ def read_parquet(
         raise ValueError(
             f"{path}: not a whole Parquet file ({told}); it was cut off or is not from chanaxes_pl"
         ) from error
-    return _checked(table, path, list(required), optional)
+    return checked_table(table, path, list(required), optional)
 
 
-def _checked(table: pd.DataFrame, path: Path, required: Sequence[str], optional: Iterable[str] = ()) -> pd.DataFrame:
+def checked_table(
+    table: pd.DataFrame, path: str | Path, required: Sequence[str], optional: Iterable[str] = ()
+) -> pd.DataFrame:
+    """Check a table's columns, as :func:`read_parquet` does, and return it.
+
+    Args:
+        table: table to check.
+        path: what it is called in errors.
+        required: columns that the table must have.
+        optional: columns whose type is checked if the table has them.
+
+    Raises:
+        ValueError: as :func:`read_parquet`.
+    """
     missing = [column for column in required if column not in table]
     if missing:
         shown = ", ".join(missing[:6]) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
@@ -239,7 +252,7 @@ def read_channels(path: Path) -> pd.DataFrame:
     if twice.any():
         layer, channel = table.loc[twice, ["layer", "channel"]].iloc[0]
         raise ValueError(f"{path}: channel {channel} of {layer} has two rows, expected one")
-    return table
+    return table.astype({"dead": bool})
 
 
 def read_lesions(path: Path) -> pd.DataFrame:
@@ -253,7 +266,7 @@ def read_lesions(path: Path) -> pd.DataFrame:
     if not any(name.endswith("_loss") for name in damages):
         raise ValueError(f"{path}: lacks a column of damage, such as zero_loss")
     scores = [name for name in map(str, table) if name.startswith("score_")]
-    return _checked(table, path, [*damages, *scores])
+    return checked_table(table, path, [*damages, *scores])
 
 
 def read_grid(path: Path) -> pd.DataFrame:
@@ -305,15 +318,26 @@ def read_run(folder: str | Path) -> pd.DataFrame:
 
     Raises:
         FileNotFoundError: if the folder holds no checkpoint.
-        ValueError: if one of its files is cut off, or is no table of channels.
+        ValueError: if one of its files is cut off, or is no table of channels, or two hold the same step.
     """
     paths = table_paths(folder)
     if not paths:
+        below = sorted(path.parent for path in Path(folder).glob("*/step-*.parquet"))
+        hint = f"; did you mean {below[0]}?" if below else ""
         raise FileNotFoundError(
             f"{Path(folder).absolute()} holds no step-*.parquet: expected the folder that AxisTracker writes, "
-            "<run folder>/<name of the tracker>"
+            f"<run folder>/<name of the tracker>{hint}"
         )
-    return pd.concat([read_channels(path) for path in paths], ignore_index=True)
+    tables = [read_channels(path) for path in paths]
+    whole = pd.concat(tables, ignore_index=True)
+    twice = whole.duplicated(["step", "layer", "channel"])
+    if twice.any():
+        step = whole.loc[twice, "step"].iloc[0]
+        names = [path.name for path, table in zip(paths, tables, strict=True) if (table["step"] == step).any()]
+        raise ValueError(
+            f"{Path(folder).absolute()}: {', '.join(names)} all hold step {step}; expected the tables of one run"
+        )
+    return whole.sort_values("step", kind="stable", ignore_index=True)
 
 
 #: Name of the dense network in the column ``score``.

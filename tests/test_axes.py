@@ -556,7 +556,7 @@ def test_a_model_whose_output_holds_no_logits_is_described():
         (lambda z, y: z.sum(), r"gave a tensor of shape \(\): expected a tensor \[B\] or"),
         (lambda z, y: z[:3, 0], "has 3 rows for a batch of 16 images"),
         (lambda z, y: z[:, :, None], r"gave a tensor of shape \(16, 4, 1\): expected a tensor \[B\] or"),
-        (lambda z, y: 3.0, r"gave of type float: expected"),
+        (lambda z, y: 3.0, r"gave an object of type float: expected"),
     ],
 )
 def test_a_target_function_that_is_not_one_row_an_image_is_refused(target, said):
@@ -575,3 +575,79 @@ def test_a_step_that_loses_images_is_refused():
         compute_axes(restless(), loader(), step=lambda module, batch: (module(batch[0]), batch[1][:5]))
     with pytest.raises(ValueError, match="the target has 5 rows for a batch of 16 images"):
         compute_axes(restless(), loader(), step=step)
+
+
+# ---------------------------------------------------------------- where numbers cancel, and what rows are
+
+
+@pytest.mark.parametrize("noise", [1e-2, 1e-4])
+def test_a_widening_layer_that_cancels_what_its_inputs_share(noise):
+    """The moments of its outputs follow from those of its inputs, and would be lost in float32 products of these."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 40), nn.ReLU(), nn.Linear(40, 5))
+    weight = torch.randn(40, 20)
+    model[0].weight.data.copy_(weight - weight.mean(1, keepdim=True))
+    images = torch.randn(128, 1) + noise * torch.randn(128, 20)
+    with torch.no_grad():
+        variance = model[0](images).double().var(0, unbiased=False).numpy()
+    found = compute_axes(model, TensorDataset(images, torch.arange(128) % 5), layers="0").table
+    assert not found["dead"].any()
+    assert_allclose(found["input_capture"], 0.5 * np.log1p(variance / np.median(variance)), rtol=2e-6 / noise**0.5)
+
+
+class SequenceFirst(nn.Module):
+    """Its middle layer reads [positions, images, features]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix, self.head = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, images):
+        tokens = self.embed(images.flatten(2).transpose(1, 2))
+        return self.head(self.mix(tokens.transpose(0, 1)).mean(0))
+
+
+@pytest.mark.parametrize("kind", [list, lambda batch: {"image": batch[0], "label": batch[1]}])
+def test_as_many_positions_as_images_are_not_taken_for_them(kind):
+    torch.manual_seed(0)
+    images, labels = torch.randn(32, 3, 4, 4), torch.arange(32) % 5
+    batches = [kind([images[:16], labels[:16]]), kind([images[16:], labels[16:]])]
+    found = compute_axes(SequenceFirst(), batches, layers="*").table.groupby("layer", sort=False).first()
+    assert found["reason"].to_dict() == {
+        "embed": "",
+        "mix": "it gave an output of shape (16, 16, 8), whose first dimension is not that of the images",
+        "head": "",
+    }
+    other = compute_axes(SequenceFirst(), [kind([images, labels])], layers="*").table
+    assert other.loc[other["layer"] == "mix", "reason"].iloc[0].startswith("it gave an output of shape (16, 32, 8)")
+
+
+@pytest.mark.parametrize(("labelled", "told"), [(0, "0 of the probe's 20"), (2, "2 of the probe's 20")])
+def test_too_few_images_with_a_labelled_position_are_refused(labelled, told):
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 4, 1))
+    labels = torch.full((20, 5, 5), 255)
+    labels[:labelled] = 1
+    with pytest.raises(ValueError, match=rf"compute_axes: {told} images have a labelled position, expected at least 3"):
+        compute_axes(model, TensorDataset(torch.randn(20, 3, 5, 5), labels))
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (lambda z, y: z[:, :0], r"gave a tensor of shape \(6, 0\): expected a tensor of real numbers .* D at least 1"),
+        (lambda z, y: torch.complex(z, z), r"gave a tensor of shape \(6, 3\) of complex numbers: expected"),
+        (lambda z, y: z[:, : len(z) - 3], r"gave 1 numbers an image after 3 in an earlier batch: expected as many"),
+    ],
+)
+def test_what_a_target_function_must_not_give(target, message):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    batches = [(torch.randn(count, 3, 5, 5), torch.zeros(count).long()) for count in (6, 4)]
+    with pytest.raises(ValueError, match=message):
+        compute_axes(model, batches, target=target)
+
+
+def test_no_convolution_is_said_plainly():
+    with pytest.raises(
+        ValueError, match=r"layers='conv'\): no tracked module; the model has no convolution; expected 'a"
+    ):
+        compute_axes(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), [(torch.randn(6, 3, 2, 2), LABELS)], layers="conv")

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pandas as pd
 
+from chanaxes_pl.core.errors import ArgumentError, ArgumentTypeError, check_resampling, naming, short
 from chanaxes_pl.core.metrics import LOCAL_METRICS, TARGET_METRICS
 from chanaxes_pl.core.statistics import (
     MIN_CHANNELS,
@@ -32,6 +33,7 @@ PAIRS = (
     ("peer_overlap", "target_excess"),
     ("local_axis", "target_axis"),
 )
+_METRICS = (*LOCAL_METRICS, *TARGET_METRICS)
 #: Pair of the headline correlation.
 MAIN_PAIR = PAIRS[0]
 #: Name of the mean over layers in the column ``layer``.
@@ -53,6 +55,9 @@ def axis_correlations(table: pd.DataFrame, resamples: int = 0, seed: int = 0) ->
         of the two; it may exceed 1, and is NaN if one is 0) and ``reason``, which says why ``rho`` is NaN. The layer
         ``"network"`` holds the mean over the layers that have a value.
     """
+    with naming("axis_correlations"):
+        _check_table(table)
+        check_resampling(resamples, seed)
     rows = []
     for keys, checkpoint in checkpoints(table):
         draws: list[np.ndarray] = []
@@ -68,6 +73,16 @@ def axis_correlations(table: pd.DataFrame, resamples: int = 0, seed: int = 0) ->
     result = pd.concat(rows, ignore_index=True)
     present = [key for key in KEYS if key in table]
     return result[[*present, *(column for column in result if column not in present)]]
+
+
+def _check_table(table: object) -> None:
+    if not isinstance(table, pd.DataFrame):
+        hint = "axes.table" if hasattr(table, "table") else "the table of channels, such as compute_axes(…).table"
+        raise ArgumentTypeError(f"table={short(table)}", f"expected {hint}")
+    missing = [name for name in ("layer", "dead", *_METRICS) if name not in table]
+    if missing or not len(table):
+        lacks = f"it lacks the columns {', '.join(missing[:6])}" if missing else "it has no rows"
+        raise ArgumentError("table=…", f"{lacks}; expected the table of channels, such as compute_axes(…).table")
 
 
 def main_correlation(

@@ -12,9 +12,10 @@ from chanaxes_pl.analysis.correlations import AXES, NETWORK, layer_columns
 from chanaxes_pl.analysis.damage import join_axes, score_damage_correlation
 from chanaxes_pl.analysis.runs import Run
 from chanaxes_pl.analysis.scores import OWN_SCORES, REVERSE, SCORE_COLUMN, base_score, own_scores, score_family
-from chanaxes_pl.core.errors import naming, short
+from chanaxes_pl.core.errors import ArgumentError, check_resampling, naming, short
 from chanaxes_pl.core.metrics import METRICS
-from chanaxes_pl.tables import KEYS, read_parquet
+from chanaxes_pl.core.statistics import MIN_CHANNELS
+from chanaxes_pl.tables import KEYS, checked_table, read_parquet
 
 #: Metrics and axis coordinates that predict.
 PREDICTORS = (*METRICS, "peer_r2", *AXES)
@@ -66,6 +67,7 @@ def early_prediction(
     """
     if not isinstance(run, Run):
         raise TypeError(f"early_prediction(run={short(run)}): expected one run, such as read_runs([FOLDER]).each[0]")
+    check_resampling(resamples, seed)
     table = run.table
     last = table[table["step"] == table["step"].max()]
     hurt = _lesions(run, lesions)
@@ -86,8 +88,10 @@ def early_prediction(
 def _lesions(run: Run, given: str | Path | pd.DataFrame | None) -> pd.DataFrame | None:
     """Return the given table of lesions or else the run's own, or ``None`` if there is none."""
     if isinstance(given, pd.DataFrame):
-        return given
+        return checked_table(given, "early_prediction(lesions=…)", _CHANNEL)
     if given is not None:
+        if not isinstance(given, (str, Path)):
+            raise TypeError(f"early_prediction(lesions={short(given)}): expected a table of lesions, or its path")
         if not Path(given).is_file():
             raise FileNotFoundError(f"early_prediction(lesions={str(given)!r}): no such file")
         return read_parquet(Path(given), _CHANNEL)
@@ -109,6 +113,8 @@ def _check_same_network(last: pd.DataFrame, lesions: pd.DataFrame) -> None:
     if "input_capture" not in lesions:  # the table is from lesion_table
         return
     both = joined.merge(lesions[[*_CHANNEL, "input_capture"]], on=_CHANNEL, suffixes=("", "_lesions"))
+    if not _measurable(both, "input_capture_lesions"):
+        return  # too few to tell
     agreement = score_damage_correlation(both, ["input_capture"], "input_capture_lesions", resamples=0)["rho"].iloc[-1]
     if agreement < SAME_NETWORK:
         raise ValueError(
@@ -116,6 +122,12 @@ def _check_same_network(last: pd.DataFrame, lesions: pd.DataFrame) -> None:
             f"the rank correlation of input capture in both tables is {agreement:.2f}, expected nearly 1; make them "
             "from this run's last checkpoint (chanaxes lesion --ckpt_path RUN/checkpoints/last.ckpt)"
         )
+
+
+def _measurable(table: pd.DataFrame, column: str) -> bool:
+    """Return whether a layer has enough channels with a value to rank them."""
+    layers = table.loc[np.isfinite(table[column].to_numpy(float)), "layer"]
+    return bool((layers.value_counts() >= MIN_CHANNELS).any())
 
 
 def _wide(run: pd.DataFrame) -> pd.DataFrame:
@@ -132,7 +144,10 @@ def _wide(run: pd.DataFrame) -> pd.DataFrame:
 def _order(last: pd.DataFrame, lesions: pd.DataFrame | None, score: str) -> pd.DataFrame:
     """Return ``layer, channel, order``: the rank in its layer at which a channel goes; dead channels go first."""
     with naming("early_prediction"):
-        score_family(score)
+        try:
+            score_family(score)
+        except ArgumentError as error:  # which names its own argument
+            raise ArgumentError(f"order={short(score)}", error.text) from None
     if base_score(score) not in OWN_SCORES:
         column = SCORE_COLUMN + score
         if lesions is None or column not in lesions:
@@ -155,16 +170,20 @@ def _predicted(
 ) -> pd.DataFrame:
     """Return ``step, target, metric, layer, rho, low, high, n, reason`` for one outcome."""
     names = {f"{metric} at {step}": (metric, step) for metric, step in values.columns}
-    if table is None:
+    if table is not None and not (column in table and pd.api.types.is_numeric_dtype(table[column])):
+        there = [name for name in table if str(name).endswith(("_loss", "_accuracy", "_margin"))]
+        raise ValueError(f"early_prediction(damage={short(column)}): no such column of lesions; there are {there}")
+    if table is None or not _measurable(table, column):
         rows = pd.DataFrame({"score": list(names), "layer": NETWORK, "n": 0}).assign(
             rho=np.nan, low=np.nan, high=np.nan
         )
-        reason = "no lesions.parquet in the run folder: run chanaxes lesion, or pass lesions="
+        reason = (
+            "no lesions.parquet in the run folder: run chanaxes lesion, or pass lesions="
+            if table is None
+            else f"no layer has {MIN_CHANNELS} channels for which it is known"
+        )
     else:
-        kept = [name for name in (*_CHANNEL, "unit", column) if name in table or name == column]
-        if column not in table:
-            there = [name for name in table if str(name).endswith(("_loss", "_accuracy", "_margin"))]
-            raise ValueError(f"early_prediction(damage={column!r}): no such column of lesions; there are {there}")
+        kept = [name for name in (*_CHANNEL, "unit", column) if name in table]
         flat = values.set_axis(list(names), axis=1).reset_index()
         rows = score_damage_correlation(table[kept].merge(flat, on=_CHANNEL), list(names), column, resamples, seed)
         reason = "fewer than 3 channels have it, or it is the same for all"

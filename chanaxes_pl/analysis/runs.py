@@ -16,6 +16,7 @@ import yaml
 
 from chanaxes_pl.analysis.correlations import NETWORK, axis_correlations, highest, main_correlation
 from chanaxes_pl.analysis.damage import score_damage_correlation
+from chanaxes_pl.core.errors import check_resampling
 from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.core.statistics import MIN_CHANNELS, mean_over_runs
 from chanaxes_pl.run_folder import ABOUT, RunFolder, table_paths
@@ -227,8 +228,7 @@ def read_runs(folders: str | Path | Sequence[str | Path], resamples: int = 1000)
         ValueError: if no folder is given, one is given twice, the networks differ, the runs share no step, or
             ``resamples`` is below 1.
     """
-    if resamples < 1:
-        raise ValueError(f"resamples={resamples}: expected 1 or more, such as 1000")
+    check_resampling(resamples, least=1)
     folders = [folders] if isinstance(folders, (str, Path)) else folders
     if not folders:
         raise ValueError("no run folder given: expected one that training with AxisTracker wrote, RUNS/NAME/version_0")

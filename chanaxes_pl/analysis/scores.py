@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chanaxes_pl.core.errors import ArgumentError, nearest
+from chanaxes_pl.core.errors import ArgumentError, ArgumentTypeError, nearest, short
 from chanaxes_pl.core.statistics import composite
 
 #: Family of a score: the axis that it represents, ``"joint"`` where it judges units together, or ``"baseline"``.
@@ -85,6 +85,10 @@ def score_family(score: str) -> Family:
         >>> score_family("reverse_input_capture"), score_family("random_3")
         ('local', 'baseline')
     """
+    if not isinstance(score, str):
+        raise ArgumentTypeError(
+            f"score={short(score)}", f"expected the name of a score, such as {next(iter(SCORES))!r}"
+        )
     base = base_score(score)
     if base in SCORES and (score == base or base == "random" or base in OWN_SCORES):
         return SCORES[base]

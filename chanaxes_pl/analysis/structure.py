@@ -13,18 +13,19 @@ from sklearn.metrics import adjusted_rand_score
 from torch import Tensor, nn
 
 from chanaxes_pl.analysis.upstream import Upstream, find_upstream, input_spread
-from chanaxes_pl.core.errors import ArgumentError, naming
+from chanaxes_pl.core.errors import ArgumentError, check_seed, is_whole, naming, short
 from chanaxes_pl.core.gaussian import Association, information
 from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.core.moments import Moments
 from chanaxes_pl.core.statistics import MIN_CHANNELS, spearman
 from chanaxes_pl.core.targets import TargetSpec
 from chanaxes_pl.network.batches import Placement, Step
-from chanaxes_pl.network.hooks import check_network
+from chanaxes_pl.network.hooks import check_network, hooked
 from chanaxes_pl.network.layers import LayerSpec, select_layers
-from chanaxes_pl.network.probe import MIN_IMAGES, ImageBatches, Probe, ProbeSource
+from chanaxes_pl.network.probe import Probe, ProbeSource
 from chanaxes_pl.network.recording import LayerMoments, Settings, record
 from chanaxes_pl.tables import associations, measure
+from chanaxes_pl.units.groups import check_example
 from chanaxes_pl.units.plain import plain
 
 #: Weighted graphs over the channels of a layer.
@@ -42,7 +43,7 @@ def layer_structure(
     *,
     layers: LayerSpec = "auto",
     positions: int | Literal["all"] = 16,
-    target: TargetSpec = "logit_margin",
+    target: TargetSpec = "auto",
     probe_size: int = 5000,
     step: Step | None = None,
     example_input: Tensor | None = None,
@@ -71,10 +72,10 @@ def layer_structure(
         probe: probe set: a DataLoader or Dataset of images and labels.
         layers: layers to measure, also as producers of inputs; see :func:`select_layers`.
         positions: number of local samples per image, or ``"all"``.
-        target: task variable.
+        target: task variable, as for :func:`compute_axes`.
         probe_size: maximum number of probe images.
         step: ``(model, batch) → (logits, labels)`` for other batches or outputs.
-        example_input: ``[B, …]`` images for tracing the channels; default the first of the probe.
+        example_input: ``[B, …]`` images for tracing the channels; default the first that the model is given.
         widest: largest number of live channels for which graphs are made. A graph takes about 0.2 s for 128 channels,
             2 s for 512 and 16 s for 1,280, and a layer has 2 × (1 + ``nulls``) of them.
         nulls: number of shuffled graphs, and of shuffled weights.
@@ -98,18 +99,28 @@ def layer_structure(
         settings = Settings(
             layers=tracked, positions=positions, target=target, reliability=False, step=step, probe_size=probe_size
         )
-        if nulls < 2:
-            raise ArgumentError(f"nulls={nulls}", "expected at least 2, to compute their mean and spread")
-        place = Placement.of(model)
-        images = ImageBatches(probe, MIN_IMAGES, place)
-        example = next(iter(images))[:1] if example_input is None else example_input
-        with input_spread(tracked) as spread:
-            recorder = record(model, Probe(probe, probe_size), settings, place)
+        check_seed(seed)
+        if not is_whole(nulls, 2):
+            raise ArgumentError(f"nulls={short(nulls)}", "expected at least 2, to compute their mean and spread")
+        if not is_whole(widest):
+            raise ArgumentError(f"widest={short(widest)}", "expected a number of channels, 0 for no graphs")
+        given = [] if example_input is None else [example_input]
+        for example in given:
+            check_example(example, "example_input")
+
+        def note(_model: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if not given:
+                given.extend(value[:1].clone() for value in inputs[:1] if isinstance(value, Tensor))
+
+        with input_spread(tracked) as spread, hooked([(model, note)], before=True):
+            recorder = record(model, Probe(probe, probe_size), settings, Placement.of(model))
+        if not given:
+            raise ArgumentError("step=…", "does not call the model with a tensor; pass example_input=images [B, …]")
         rows, metrics, missing = [], {}, recorder.left_out()
         for number, (name, moments) in enumerate(recorder.moments()):
             row, metrics[name] = _layer_row(moments, widest, nulls, np.random.default_rng([seed, number]))
             rows.append({"layer": name} | row | ({"reason": missing[name]} if name in missing else {}))
-        upstream = find_upstream(model, tracked, spread, example)
+        upstream = find_upstream(model, tracked, spread, given[0])
         for number, row in enumerate(rows):
             row |= _propagation(upstream[row["layer"]], metrics, nulls, np.random.default_rng([seed, number, 1]))
             if row["layer"] in recorder.repeated:  # and what it reads differs from run to run

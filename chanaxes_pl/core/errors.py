@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from numbers import Integral
 
 _LENGTH = 60  # longest quotation, in characters
 
@@ -76,6 +77,33 @@ def check_several(name: str, values: object) -> None:
     """
     if isinstance(values, str) or not hasattr(values, "__len__"):
         raise ArgumentTypeError(f"{name}={values!r}", f"expected several, such as [{values!r}]")
+
+
+def is_whole(value: object, least: int = 0) -> bool:
+    """Return whether a value is a whole number of any kind but a truth value, and not below ``least``."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def check_seed(seed: object) -> None:
+    """Check a random seed.
+
+    Raises:
+        ValueError: if it is no whole number that every generator takes.
+    """
+    if not is_whole(seed) or int(seed) >= 1 << 63:  # type: ignore[call-overload]
+        raise ArgumentError(f"seed={short(seed)}", "expected a whole number from 0 on, below 2 to the power of 63")
+
+
+def check_resampling(resamples: object, seed: object = 0, least: int = 0) -> None:
+    """Check a number of resamples and their random seed.
+
+    Raises:
+        ValueError: if there are fewer than ``least``, or the seed is none.
+    """
+    if not is_whole(resamples, least):
+        expected = f"expected a whole number from {least} on, such as 1000" + ("" if least else "; 0 for no intervals")
+        raise ArgumentError(f"resamples={short(resamples)}", expected)
+    check_seed(seed)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

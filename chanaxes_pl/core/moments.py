@@ -64,7 +64,7 @@ class Moments:
         return cls(zeros.new_zeros(()), zeros[0], zeros[1:])
 
     @classmethod
-    def of(cls, samples: Tensor) -> Moments:
+    def of(cls, samples: Tensor, precise: bool = False) -> Moments:
         """Compute the moments of one batch, or of one batch for each of several blocks.
 
         The batch is centred on itself before anything is squared, so a mean of 1e4 costs no digits. Products run in
@@ -72,12 +72,13 @@ class Moments:
 
         Args:
             samples: ``[n, F]`` of any floating type, n ≥ 0; ``[G, n, F]`` for blocks, n ≥ 1.
+            precise: run the products in float64.
         """
         count, width = samples.shape[-2:]
         if count == 0:
             return cls.empty(width, accumulation_device(samples.device))
-        narrow = samples[..., 0, :].numel() <= _NARROW
-        samples = _accumulated(samples) if narrow or samples.dtype == torch.float64 else samples.float()
+        precise = precise or samples[..., 0, :].numel() <= _NARROW
+        samples = _accumulated(samples) if precise or samples.dtype == torch.float64 else samples.float()
         with true_float32(samples.device):
             shift = samples.mean(-2, keepdim=True)
             centred = samples - shift
@@ -423,7 +424,7 @@ def true_float32(device: torch.device) -> Iterator[None]:
     if before != off:
         setattr(matmul, switch, off)
     try:
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False, cache_enabled=False):
             yield
     finally:
         if before != off:

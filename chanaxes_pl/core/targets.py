@@ -21,7 +21,7 @@ TargetFunction = Callable[[Any, Any], Tensor]
 TargetSpec = TargetName | TargetFunction
 
 #: Targets of dense prediction too, where an image may have no labelled position.
-MAP_TARGETS = ("logit_margin", "signed_logit")
+MAP_TARGETS = ("logit_margin", "signed_logit", "log_likelihood")
 #: Class index that marks a position of a map as not labelled, beside all negative ones, if there are no more classes.
 _IGNORED = 255
 
@@ -72,8 +72,23 @@ def signed_logit(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return ``[B]``, nats: the log-likelihood of all labels of an image, each a 0 or a 1 with a logit of its own."""
-    return -F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").sum(1)
+    """Return the log-likelihood of an image's labels, in nats, each a 0 or a 1 with a logit of its own.
+
+    Args:
+        logits: ``[B]``, ``[B, K]``, or ``[B, K, *positions]`` of dense prediction.
+        labels: of as many numbers; in a map a label that is negative or 255 is left out.
+
+    Returns:
+        ``[B]``, the sum over labels; of a map the mean over those that are not left out, NaN where all are.
+
+    Example:
+        >>> import torch
+        >>> log_likelihood(torch.zeros(1, 3), torch.tensor([[0, 1, 1]])).exp()
+        tensor([0.1250])
+    """
+    labels = labels.reshape(logits.shape).to(logits.dtype)
+    each = -F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    return _mean(each, _labelled(labels, 1)) if logits.ndim > 2 else each.reshape(len(logits), -1).sum(1)
 
 
 def label(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -118,6 +133,7 @@ class Target:
 
     def __init__(self, spec: TargetSpec = "auto") -> None:
         self._function = spec if callable(spec) else None
+        self._width: int | None = None
         if callable(spec):
             self.name = getattr(spec, "__name__", type(spec).__name__)
             return
@@ -159,11 +175,22 @@ class Target:
                 self.settle(infer_target(outputs, labels))
             _CHECKS[self.name](outputs, labels)
             return _evaluate(TARGETS[self.name], outputs, labels)
-        values = self._function(lifted(outputs), lifted(labels))
-        if not isinstance(values, Tensor) or values.ndim not in (1, 2):
+        values = self._given(self._function(lifted(outputs), lifted(labels)))
+        if self._width not in (None, values.shape[1]):
             raise InputError(
-                f"the target function {self.name} gave {describe(values)}: expected a tensor [B] or [B, D], one row "
-                "an image"
+                f"the target function {self.name} gave {values.shape[1]} numbers an image after {self._width} in an "
+                "earlier batch: expected as many for every image"
+            )
+        self._width = values.shape[1]
+        return values
+
+    def _given(self, values: Any) -> Tensor:
+        """``[B, D]`` float64, of what a target function gave."""
+        if not isinstance(values, Tensor) or values.ndim not in (1, 2) or not values.shape[-1] or values.is_complex():
+            kind = " of complex numbers" if isinstance(values, Tensor) and values.is_complex() else ""
+            raise InputError(
+                f"the target function {self.name} gave {describe(values)}{kind}: expected a tensor of real numbers "
+                "[B] or [B, D], one row an image, D at least 1"
             )
         return values.reshape(len(values), -1).to(accumulation_device(values.device)).double()
 
@@ -363,7 +390,7 @@ def describe(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         few = ", ".join(describe(one) for one in value[:4])
         return f"a {type(value).__name__} of {len(value)}: {few}" if value else f"an empty {type(value).__name__}"
-    return "nothing" if value is None else f"of type {type(value).__name__}"
+    return "nothing" if value is None else f"an object of type {type(value).__name__}"
 
 
 def scrambled(indices: np.ndarray) -> np.ndarray:

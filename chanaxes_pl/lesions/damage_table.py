@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral
 from operator import index
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from chanaxes_pl.analysis.damage import CLEAR
 from chanaxes_pl.analysis.scores import score_family
-from chanaxes_pl.core.errors import ArgumentError, ArgumentTypeError, check_several, naming, short
+from chanaxes_pl.core.errors import ArgumentError, ArgumentTypeError, check_seed, check_several, is_whole, naming, short
 from chanaxes_pl.core.targets import check_classes, check_finite, image_scores, lifted
 from chanaxes_pl.lesions.interventions import (
     OPERATIONS,
@@ -78,9 +77,9 @@ class LesionExperiment:
             for score in self.scores or ():
                 score_family(score)
             check_sizes(self.probe_size, self.evaluation_size)
+            check_seed(self.seed)
             several = isinstance(self.channels, Mapping) and len(self.channels) > 0
-            number = isinstance(self.channels, Integral) and self.channels is not True and int(self.channels) > 0
-            if not (number or several or self.channels == "all"):
+            if not (is_whole(self.channels, 1) or several or self.channels == "all"):
                 raise ArgumentError(
                     f"channels={self.channels!r}",
                     "expected 'all', a number of channels per layer (above 0), or layer name → channels",

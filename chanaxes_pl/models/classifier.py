@@ -78,6 +78,16 @@ class ImageClassifier(L.LightningModule):
         """Logits ``[batch, num_classes]`` of images ``[batch, 3, height, width]``."""
         return self.network(images.contiguous(memory_format=self.memory_format))
 
+    def on_train_start(self) -> None:
+        """Refuse to prolong a run whose learning rate has come to the end of its one cycle."""
+        schedule = self.lr_schedulers()
+        steps = self.trainer.estimated_stepping_batches
+        if isinstance(schedule, OneCycleLR) and schedule.total_steps < steps:  # its state is that of the checkpoint
+            raise InputError(
+                f"the run was begun for {schedule.total_steps} steps of one cycle and is now to take {int(steps)}: "
+                "expected the same max_epochs, batch size and data; begin another run, or train with schedule='cosine'"
+            )
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """The loss of one batch ``(images, labels)``."""
         logits, labels = self._run(batch)

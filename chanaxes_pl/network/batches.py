@@ -12,6 +12,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, Precision
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from chanaxes_pl.core.errors import ArgumentError, InputError
@@ -150,6 +151,15 @@ def default_step(module: nn.Module, batch: Any) -> tuple[Any, Any]:
             "(outputs, labels), which calls the module as your validation step does"
         ) from error
     return logits_of(output), labels
+
+
+def shortened(batch: Any, images: int) -> Any:
+    """Return a batch with all its tensors of ``images`` entries cut to one image fewer."""
+
+    def cut(value: Tensor) -> Tensor:
+        return value[:-1] if value.ndim and len(value) == images else value
+
+    return apply_to_collection(batch, Tensor, cut, allow_frozen=True)
 
 
 def pair_of(result: Any) -> tuple[Any, Any]:

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
-from chanaxes_pl.core.errors import ArgumentTypeError, short
+from chanaxes_pl.core.errors import ArgumentError, ArgumentTypeError, short
 
 
 @contextmanager
@@ -173,14 +173,22 @@ def check_network(model: object, inside: bool = False) -> None:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Compute inside the block in the model's own precision and with gradients, whatever context surrounds it.
 
-    Under autocast a forward pass may use cached weights after they have changed; inference mode knows no gradients.
+    Under autocast a forward pass may use cached weights after they have changed, also where the model enters it in its
+    own forward: only the outermost autocast clears the cache, so there is none here. Inference mode knows no gradients.
 
     Raises:
         TypeError: if ``model`` is no module, or TorchScript.
+        ValueError: if its weights were made in inference mode.
     """
     check_network(model)
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise ArgumentError(
+            f"model={type(model).__name__}(…)",
+            "its weights were made in inference mode, which knows no gradients; build or load it outside of "
+            "torch.inference_mode()",
+        )
     device = next((parameter.device.type for parameter in model.parameters()), "cpu")
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False, cache_enabled=False):
         yield
 
 
@@ -215,6 +223,7 @@ def _write_back(buffers: list[tuple[nn.Module, str, Tensor, Tensor]]) -> None:
 
 
 def _copied(_model: nn.Module, args: Any, kwargs: Any) -> Any:
+    torch.clear_autocast_cache()  # a decorated forward has a cache of its own
     return tree_map_only(Tensor, Tensor.clone, (args, kwargs))
 
 

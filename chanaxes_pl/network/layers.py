@@ -133,6 +133,8 @@ def _what_there_is(trackable: dict[str, nn.Module], layers: LayerSpec) -> str:
         return "the model has no Conv1d, Conv2d, Conv3d or Linear layer"
     names = list(trackable)
     wanted = [layers] if isinstance(layers, str) else [] if callable(layers) else list(layers)
+    if layers == "conv":
+        return "the model has no convolution; expected 'auto' or 'conv+linear'"
     kinds = ", ".join(map(repr, _WORDS))
     begin = f"expected {kinds}, a glob over names or a function; names begin with {', '.join(names[:3])}"
     return "; ".join([begin, *(nearest(want, [*_WORDS, *names]) for want in wanted[:1])])

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import islice
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
 )
 
-from chanaxes_pl.core.errors import ArgumentError, ArgumentTypeError, InputError, short
+from chanaxes_pl.core.errors import ArgumentError, ArgumentTypeError, InputError, is_whole, short
 from chanaxes_pl.core.targets import describe
 from chanaxes_pl.network.batches import FAILURES, Placement, split_batch
 from chanaxes_pl.network.hooks import isolated_rng
@@ -292,9 +291,9 @@ def check_sizes(probe_size: int, evaluation_size: int | None = None) -> None:
     Raises:
         ValueError: if either is too few.
     """
-    if not isinstance(probe_size, Integral) or probe_size < MIN_IMAGES:
+    if not is_whole(probe_size, MIN_IMAGES):
         raise ArgumentError(f"probe_size={short(probe_size)}", f"expected at least {MIN_IMAGES} images")
-    if evaluation_size is not None and (not isinstance(evaluation_size, Integral) or evaluation_size < 1):
+    if evaluation_size is not None and not is_whole(evaluation_size, 1):
         raise ArgumentError(f"evaluation_size={short(evaluation_size)}", "expected at least 1 image, or None for all")
 
 

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from chanaxes_pl.core.errors import ArgumentError, InputError
+from chanaxes_pl.core.errors import ArgumentError, InputError, is_whole
 from chanaxes_pl.core.metrics import check_noise
 from chanaxes_pl.core.moments import Moments, accumulation_device
 from chanaxes_pl.core.targets import Target, TargetSpec, infer_target, null_target
-from chanaxes_pl.network.batches import Placement, Step, stepped, without_labels
+from chanaxes_pl.network.batches import Placement, Step, shortened, stepped, without_labels
 from chanaxes_pl.network.hooks import observed, same_outputs
 from chanaxes_pl.network.layers import (
     CONVOLUTIONS,
@@ -73,9 +73,17 @@ class _Parts:
 
     Rows wait for more: merging costs a pass over a square matrix, and some twenty calls, however few rows come. They
     wait in one buffer each, made once: many small tensors that live on would fragment the heap.
+
+    Args:
+        parts: number of parts.
+        width: number of variables.
+        device: where sums are kept.
+        shared: whether several processes record.
+        precise: as for :meth:`Moments.of`.
     """
 
-    def __init__(self, parts: int, width: int, device: torch.device, shared: bool) -> None:
+    def __init__(self, parts: int, width: int, device: torch.device, shared: bool, precise: bool = False) -> None:
+        self._precise = precise
         self._metrics = [MomentsMetric(Moments.empty(width), shared).to(device) for _ in range(parts)]
         self._capacity = max(_WAITING // width, width // 2)
         self._buffers: list[Tensor | None] = [None] * parts
@@ -86,7 +94,7 @@ class _Parts:
             if self._filled[part] + len(new) > self._capacity:
                 self._flush(part)
             if len(new) > self._capacity:
-                self._metrics[part].update(Moments.of(new))
+                self._metrics[part].update(Moments.of(new, self._precise))
             else:
                 self._keep(part, new)
 
@@ -107,7 +115,7 @@ class _Parts:
         buffer, metric = self._buffers[part], self._metrics[part]
         # A process whose share holds none of this part's images says so too: a metric has to be told something.
         if buffer is not None and (self._filled[part] or not metric.update_called):
-            metric.update(Moments.of(buffer[: self._filled[part]]))
+            metric.update(Moments.of(buffer[: self._filled[part]], self._precise))
             self._filled[part] = 0
 
 
@@ -132,6 +140,7 @@ class Recorder:
     Attributes:
         layers: as given.
         images: how many this process has run.
+        targeted: how many of them have a target: all but those of dense prediction without a labelled position.
         repeated: names of layers that run several times in a forward pass.
     """
 
@@ -146,7 +155,7 @@ class Recorder:
     ) -> None:
         self.layers = layers
         self._shared = shared
-        self.images = 0
+        self.images = self.targeted = 0
         self.target = target
         self._positions = positions
         self._parts = 2 if halves else 1
@@ -158,6 +167,7 @@ class Recorder:
         self.repeated: set[str] = set()
         self._ran: dict[str, int] = {}
         self._unfit: dict[str, str] = {}
+        self._square: dict[str, tuple[int, ...]] = {}
         self._batch = _Batch(np.arange(0), self._parts)
 
     @contextmanager
@@ -199,6 +209,7 @@ class Recorder:
                     "images out of the probe"
                 )
             parts = [part[labelled[part]] for part in parts]
+        self.targeted += sum(map(len, parts))
         for name, means in batch.means.items():
             rows = torch.cat([means, values, null], 1)
             if name not in self._joint:
@@ -245,6 +256,31 @@ class Recorder:
         if unreached and self.images:
             self._unfit |= used_elsewhere(model, unreached, forward)
 
+    @property
+    def doubtful(self) -> bool:
+        """Whether a layer gave as many rows as positions in every batch, so that either may have been the images."""
+        return bool(self._square)
+
+    def settle(self, forward: Callable[[], Any], images: int) -> None:
+        """Leave out the layers that were in doubt and whose rows turn out not to be the images.
+
+        Args:
+            forward: runs the model on another number of images than in each batch so far.
+            images: that number.
+        """
+
+        def see(name: str, _layer: nn.Module, _read: Any, gave: Any) -> None:
+            if not isinstance(gave, Tensor) or len(gave) != images:
+                shape = self._square[name]
+                self._drop(name, f"it gave an output of shape {shape}, whose first dimension is not that of the images")
+
+        handles = [listen(self.layers[name], partial(see, name)) for name in self._square]
+        try:
+            forward()
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def without_alignment(self) -> dict[str, str]:
         """Why layers that may have moments have no patches where they were asked for, by name."""
         missing = self.layers.keys() - self._new_patches().keys() if self._alignment else ()
@@ -288,7 +324,12 @@ class Recorder:
             return
         if why := self._misfit(name, layer, read, gave):
             self._drop(name, why)
-        elif name in self.repeated:
+            return
+        if not (isinstance(layer, nn.Linear) and gave.ndim > 2 and 1 < len(gave) == gave.shape[1]):
+            self._square.pop(name, None)
+        elif not self.images:
+            self._square[name] = tuple(gave.shape)
+        if name in self.repeated:
             # Copies: what comes next may write into what it is given.
             run = _Run(read.clone() if name in self._patches else None, gave.clone())
             batch.runs.setdefault(name, []).append(run)
@@ -347,7 +388,10 @@ class Recorder:
         batch = self._batch
         batch.means[name] = means = image_means(seen)
         if name not in self._local:
-            self._local[name] = _Parts(self._parts, seen.shape[1], accumulation_device(seen.device), self._shared)
+            # A map may cancel what its inputs have in common, and with it the leading digits of their moments.
+            mapped = self._maps[name] is not None
+            device = accumulation_device(seen.device)
+            self._local[name] = _Parts(self._parts, seen.shape[1], device, self._shared, mapped)
         if self._positions == "mean":
             self._local[name].update(means[part] for part in batch.parts(means.device))
             return
@@ -451,8 +495,7 @@ class Settings:
         for name in ("positions", "probe_size"):
             if isinstance(value := getattr(self, name), np.integer):  # which no checkpoint or JSON file could hold
                 object.__setattr__(self, name, int(value))
-        whole = isinstance(self.positions, int) and self.positions > 0 and self.positions is not True
-        if not whole and self.positions not in ("all", "mean"):
+        if not is_whole(self.positions, 1) and self.positions not in ("all", "mean"):
             raise ArgumentError(f"positions={self.positions!r}", "expected a whole number above 0, 'all' or 'mean'")
         if self.alignment and self.positions == "mean":
             raise ArgumentError(
@@ -461,12 +504,6 @@ class Settings:
             )
         check_sizes(self.probe_size)
         Target(self.target)
-        if self.alignment and self.target == "label":
-            raise ArgumentError(
-                "alignment=True, target='label'",
-                "the label is K − 1 numbers an image, expected one, "
-                "for there is one gradient; use 'logit_margin' or 'log_probability'",
-            )
         check_noise(self.noise)
 
 
@@ -515,8 +552,16 @@ def record(
                 moved = place.to_device(batch)
                 recorder.record(indices, forward)
         recorder.find_unreached(model, forward)
+        if recorder.doubtful:
+            moved, images = shortened(moved, len(indices)), len(indices) - 1
+            recorder.settle(forward, images)
     if place.world == 1 and recorder.images < MIN_IMAGES:
         raise InputError(too_small(recorder.images))
+    if place.world == 1 and recorder.targeted < MIN_IMAGES:
+        raise InputError(
+            f"{recorder.targeted} of the probe's {recorder.images} images have a labelled position, expected at least "
+            f"{MIN_IMAGES}; pass a probe= with more of them"
+        )
     return recorder
 
 

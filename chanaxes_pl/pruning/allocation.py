@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from numbers import Integral, Real
+from numbers import Real
 from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
-from chanaxes_pl.core.errors import ArgumentError, short
+from chanaxes_pl.core.errors import ArgumentError, is_whole, short
 from chanaxes_pl.pruning.costs import Cost
 from chanaxes_pl.units.removal import Group
 
@@ -150,7 +150,7 @@ def check_budget(budget: float, unit: str = "MACs") -> None:
 
 def check_round_to(round_to: int) -> None:
     """Raise ValueError unless ``round_to`` is a whole number from 1 on."""
-    if not isinstance(round_to, Integral) or isinstance(round_to, bool) or round_to < 1:
+    if not is_whole(round_to, 1):
         raise ArgumentError(
             f"round_to={round_to!r}",
             "expected a whole number of channels, such as 8, of which every layer keeps a multiple, or 1 for any width",

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from chanaxes_pl.analysis.scores import score_family
-from chanaxes_pl.core.errors import ArgumentError, ArgumentTypeError, InputError, check_several, naming, short
+from chanaxes_pl.core.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    InputError,
+    check_seed,
+    check_several,
+    is_whole,
+    naming,
+    short,
+)
 from chanaxes_pl.core.memory import MEMORY, check_memory
 from chanaxes_pl.core.targets import check_classes, image_scores
 from chanaxes_pl.network.batches import Placement, Step, stepped
@@ -120,8 +128,9 @@ class PruningExperiment:
                 compensation_of(choice)
             check_sizes(self.probe_size, self.evaluation_size)
             check_memory(self.memory)
-            if not isinstance(self.finetune_epochs, Integral) or self.finetune_epochs < 0:
-                raise ArgumentError(f"finetune_epochs={self.finetune_epochs!r}", "expected 0 or more")
+            check_seed(self.seed)
+            if not is_whole(self.finetune_epochs):
+                raise ArgumentError(f"finetune_epochs={self.finetune_epochs!r}", "expected a whole number from 0 on")
 
 
 def pruning_grid(

@@ -19,11 +19,11 @@ from torch.utils._pytree import tree_leaves
 from chanaxes_pl.compensation.layerwise import RIDGE, Compensation, compensate, reestimate_norms
 from chanaxes_pl.compensation.polish import polish
 from chanaxes_pl.core.divergence import Divergence, divergence_for, mean_divergence
-from chanaxes_pl.core.errors import ArgumentError, InputError, naming, short
+from chanaxes_pl.core.errors import ArgumentError, InputError, check_seed, naming, short
 from chanaxes_pl.core.memory import GIGABYTE, MEMORY, check_memory
 from chanaxes_pl.core.moments import true_float32
 from chanaxes_pl.core.targets import check_finite
-from chanaxes_pl.network.batches import Placement, Step, logits_of, stepped
+from chanaxes_pl.network.batches import FAILURES, Placement, Step, logits_of, stepped
 from chanaxes_pl.network.cloning import clone
 from chanaxes_pl.network.hooks import observed, undisturbed
 from chanaxes_pl.network.probe import ImageBatches, Probe, ProbeSource, check_sizes
@@ -174,6 +174,7 @@ class Pruner:
         self.model = model = plain(unwrapped(model))
         if step is not None:
             _check_step(model, step, _first_batch(probe, place))
+        _check_single(model, images[:2])
         self.units = find_units(model, images[:1]).protect(protect)
         if not self.units.groups:
             raise ArgumentError(f"protect={protect!r}", "protects every layer; expected some left to prune")
@@ -444,6 +445,7 @@ def prune(
         (0.5, ['cut', 'refit'])
     """
     with naming("prune"), undisturbed(model):
+        check_seed(seed)
         check_budget_of(budget_of)
         check_budget(budget, COSTS[budget_of].unit)
         budget, compensation = float(budget), compensation_of(compensate)
@@ -560,6 +562,7 @@ def sensitivity(
         [['0', 0], ['0', 4], ['0', 8], ['0', 12], ['0', 15], ['2', 0], ['2', 2], ['2', 4], ['2', 6], ['2', 7]]
     """
     with naming("sensitivity"), undisturbed(model):
+        check_seed(seed)
         pruner = Pruner(
             model, probe, step=step, example=example_input, protect=protect, probe_size=probe_size, memory=memory
         )
@@ -613,6 +616,22 @@ def divergence_of(model: nn.Module, probe: ProbeSource, step: Step | None, place
 def _first_batch(probe: ProbeSource, place: Placement) -> Any:
     _, batch = next(iter(Probe(probe, IMAGES).batches()))
     return place.to_device(batch)
+
+
+def _check_single(model: nn.Module, images: Tensor) -> None:
+    """Raise ValueError if a model that takes two images loses the dimension of the batch where there is one."""
+    if len(images) < 2:
+        return
+    with observed(model):
+        try:
+            two, one = (logits_of(model(images[:count])) for count in (2, 1))
+        except FAILURES:  # told with its shapes when the channels are followed
+            return
+    if isinstance(one, Tensor) and isinstance(two, Tensor) and 0 < one.ndim < two.ndim:
+        raise InputError(
+            f"{type(model).__name__} gives {tuple(two.shape)} for two images and {tuple(one.shape)} for one: expected "
+            "[1, …]; a squeeze() without a dimension takes that of the batch too, flatten(1) does not"
+        )
 
 
 def _images_of(model: nn.Module, step: Step | None) -> Callable[[Any], Any] | None:

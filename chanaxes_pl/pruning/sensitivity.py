@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from chanaxes_pl.compensation.layerwise import POSITIONS, RIDGE
 from chanaxes_pl.core.divergence import Divergence, by_position, mean_divergence
-from chanaxes_pl.core.errors import ArgumentError, InputError
+from chanaxes_pl.core.errors import ArgumentError, InputError, is_whole
 from chanaxes_pl.core.memory import GIGABYTE, MEMORY
 from chanaxes_pl.network.hooks import activation_bytes, observed
 from chanaxes_pl.network.tracing import PartialForward, edited
@@ -75,7 +75,7 @@ def measure_sensitivity(
         ValueError: if a reader's inputs or the outputs are not finite, or ``memory`` has no room for the moments of one
             group.
     """
-    if not isinstance(levels, int) or isinstance(levels, bool) or levels < 1:
+    if not is_whole(levels, 1):
         raise ArgumentError(f"levels={levels!r}", "expected a whole number from 1 on, such as 8")
     groups = list(groups)
     held = min(images // 4, COMPARED) if images >= _FEW else 0

@@ -25,7 +25,7 @@ from chanaxes_pl.core.errors import InputError, naming, nearest, short
 from chanaxes_pl.core.files import replacing
 from chanaxes_pl.units.flow import LAYERS, NORMS, width
 from chanaxes_pl.units.plain import plain, unwrapped
-from chanaxes_pl.units.removal import Group, avoid_crash, resize
+from chanaxes_pl.units.removal import Group, avoid_crash, memory_format, resize
 
 #: Version of the plan; a reader refuses any other.
 VERSION = 2
@@ -567,7 +567,7 @@ def fill(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
         else:
             like = own[f"{home}.weight"] if old is None else old
             new = value.detach().to("cpu" if like.is_meta else like.device, copy=True)
-            new = new.contiguous(memory_format=_memory_format(like) if old is not None else torch.contiguous_format)
+            new = new.contiguous(memory_format=memory_format(like) if old is not None else torch.contiguous_format)
             if old is None or isinstance(old, nn.Parameter):
                 new = nn.Parameter(new, requires_grad=like.requires_grad)
         setattr(modules[home], leaf, new)
@@ -581,11 +581,6 @@ def fill(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor]) -> None:
 
 def _alike(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and _bits(a).equal(_bits(b))
-
-
-def _memory_format(tensor: Tensor) -> torch.memory_format:
-    nhwc = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if nhwc and not tensor.is_contiguous() else torch.contiguous_format
 
 
 def _is_bare_norm(module: nn.Module | None) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import count
+from numbers import Real
 from typing import Literal, get_args
 
 import numpy as np
@@ -14,6 +15,7 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 from torch.func import vmap
 
+from chanaxes_pl.core.errors import ArgumentError, ArgumentTypeError, is_whole, naming, short
 from chanaxes_pl.core.gaussian import information
 from chanaxes_pl.core.gradients import alignment, capture_gradient, task_gradient
 from chanaxes_pl.core.metrics import captured
@@ -50,7 +52,7 @@ def simulate(
     root mean square over weights of error / (1 + |weight|) stays below ``tolerance`` in every step.
 
     Args:
-        problem: spectrum, target, channels and seeds.
+        problem: spectrum, target, channels and seeds, a :class:`chanaxes_pl.Problem`.
         flow: ``"capture"`` (μ = 0), ``"task"`` (μ = 1) or ``"mixture"``.
         mixture: μ of the flow ``"mixture"``, between 0 and 1.
         duration: the time at which the flow ends.
@@ -73,7 +75,10 @@ def simulate(
         >>> frame[frame["run"] == 0]["rho"].round(2).tolist()
         [0.56, 0.56, 0.56, 0.5, -0.93]
     """
-    check_flow(flow, mixture, duration, records, tolerance)
+    with naming("simulate"):
+        if not isinstance(problem, Problem):
+            raise ArgumentTypeError(f"problem={short(problem)}", "expected a chanaxes_pl.Problem(…)")
+        check_flow(flow, mixture, duration, records, tolerance)
     draw, times = problem.draw(), [0.0, *np.geomspace(_FIRST_RECORD * duration, duration, records).tolist()]
     weight = {"capture": 0.0, "mixture": mixture, "task": 1.0}[flow]
     path = trajectory(draw, weight, times, tolerance)
@@ -84,15 +89,16 @@ def simulate(
 def check_flow(flow: str, mixture: float, duration: float, records: int, tolerance: float) -> None:
     """Raise ValueError for settings that :func:`simulate` cannot follow."""
     if flow not in FLOWS:
-        raise ValueError(f"flow={flow!r}: expected one of {', '.join(FLOWS)}")
-    for name, value, good, expected in (
-        ("mixture", mixture, 0 <= mixture <= 1, "the weight of task information, between 0 and 1"),
-        ("duration", duration, 0 < duration < np.inf, "a time above 0"),
-        ("records", records, records >= 2, "at least 2 times"),
-        ("tolerance", tolerance, 1e-13 <= tolerance <= 1e-3, "1e-13 to 1e-3"),
+        raise ArgumentError(f"flow={short(flow)}", f"expected one of {', '.join(FLOWS)}")
+    for name, value, lowest, highest, expected in (
+        ("mixture", mixture, 0, 1, "the weight of task information, between 0 and 1"),
+        ("duration", duration, np.nextafter(0, 1), np.finfo(float).max, "a time above 0"),
+        ("tolerance", tolerance, 1e-13, 1e-3, "1e-13 to 1e-3"),
     ):
-        if not good:
-            raise ValueError(f"{name}={value!r}: expected {expected}")
+        if not isinstance(value, Real) or not lowest <= value <= highest:
+            raise ArgumentError(f"{name}={short(value)}", f"expected {expected}")
+    if not is_whole(records, 2):
+        raise ArgumentError(f"records={short(records)}", "expected at least 2 times")
 
 
 def initial_coupling(problem: Problem, shares: Sequence[float] = tuple(np.linspace(0, 1, 11))) -> pd.DataFrame:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from chanaxes_pl.core.errors import ArgumentError, is_whole, short
 from chanaxes_pl.core.statistics import MIN_CHANNELS
 
 # Ratio of eigenvalues beyond which float64 loses the smallest one.
@@ -67,33 +70,36 @@ class Problem:
     seeds: int = 10
 
     def __post_init__(self) -> None:
+        for name, least, expected in (
+            ("inputs", 2, "expected at least 2"),
+            ("channels", MIN_CHANNELS, f"expected at least {MIN_CHANNELS}: fewer have no rank correlation"),
+            ("seeds", 1, "expected at least 1"),
+        ):
+            if not is_whole(getattr(self, name), least):
+                raise self._refused(name, expected)
         self._check_spectrum()
         count = len(self.eigenvalues)
-        if not 1 <= self.leading < count:
+        if not is_whole(self.leading, 1) or self.leading >= count:
             raise self._refused("leading", f"expected 1 to {count - 1} of the {count} eigenvectors")
-        if not 0 <= self.share <= 1:
+        if not isinstance(self.share, Real) or not 0 <= self.share <= 1:
             raise self._refused("share", "expected a share of ‖c‖², between 0 and 1")
-        if not 0 < self.explained <= 0.99:
+        if not isinstance(self.explained, Real) or not 0 < self.explained <= 0.99:
             raise self._refused("explained", "expected an R² above 0 and up to 0.99")
-        if self.channels < MIN_CHANNELS:
-            raise self._refused("channels", f"expected at least {MIN_CHANNELS}: fewer have no rank correlation")
-        if self.seeds < 1:
-            raise self._refused("seeds", "expected at least 1")
 
     def _check_spectrum(self) -> None:
-        if isinstance(self.spectrum, int | float) and self.inputs < 2:
-            raise self._refused("inputs", "expected at least 2")
+        if not isinstance(self.spectrum, Real) and not _are_numbers(self.spectrum):
+            raise self._refused("spectrum", "expected an exponent above 0, or a list of eigenvalues")
         values = self._values()
         ordered = len(values) > 1 and 0 < values.min() < values.max() <= _MOST_SPREAD * values.min()
-        if not ordered or (isinstance(self.spectrum, int | float) and self.spectrum < 0):
+        if not ordered or (isinstance(self.spectrum, Real) and self.spectrum < 0):
             raise self._refused(
                 "spectrum",
                 "expected an exponent above 0, or two or more eigenvalues above 0, at most twelve decades apart, not "
                 "all the same: under a flat spectrum all channels of norm 1 have the same input capture",
             )
 
-    def _refused(self, name: str, expected: str) -> ValueError:
-        return ValueError(f"{name}={getattr(self, name)!r}: {expected}")
+    def _refused(self, name: str, expected: str) -> ArgumentError:
+        return ArgumentError(f"{name}={short(getattr(self, name))}", expected)
 
     @property
     def eigenvalues(self) -> Tensor:
@@ -102,9 +108,9 @@ class Problem:
         return values / values.mean()
 
     def _values(self) -> Tensor:
-        if isinstance(self.spectrum, int | float):
-            return torch.arange(1, self.inputs + 1, dtype=torch.float64) ** -self.spectrum
-        return torch.tensor(self.spectrum, dtype=torch.float64)
+        if isinstance(self.spectrum, Real):
+            return torch.arange(1, self.inputs + 1, dtype=torch.float64) ** -float(self.spectrum)
+        return torch.tensor([float(value) for value in self.spectrum], dtype=torch.float64)
 
     def draw(self) -> Draw:
         """Weights and c of every seed."""
@@ -115,7 +121,7 @@ class Problem:
             cross.append(self._cross(normal[0]))
             weights.append(normal[1:] / normal[1:].norm(dim=1, keepdim=True))
         start = torch.stack(weights)
-        noise = (start.square() @ eigenvalues).median(1).values
+        noise = (start.square() @ eigenvalues).quantile(0.5, dim=1)
         return Draw(start, torch.diag(eigenvalues), torch.stack(cross), noise)
 
     def _cross(self, normal: Tensor) -> Tensor:
@@ -125,3 +131,8 @@ class Problem:
         shares = (self.share, 1 - self.share)
         cross = torch.cat([part / part.norm() * share**0.5 for part, share in zip(parts, shares, strict=True)])
         return cross * (self.explained / (cross.square() / eigenvalues).sum()).sqrt()
+
+
+def _are_numbers(values: object) -> bool:
+    values = values.tolist() if isinstance(values, Tensor | np.ndarray) else values
+    return isinstance(values, Iterable) and all(isinstance(value, Real) for value in values)

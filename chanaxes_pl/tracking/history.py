@@ -7,7 +7,7 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from chanaxes_pl.axes import Axes
-from chanaxes_pl.core.errors import ArgumentError, ArgumentTypeError, InputError, naming, short
+from chanaxes_pl.core.errors import ArgumentError, ArgumentTypeError, InputError, is_whole, naming, short
 from chanaxes_pl.core.files import replacing
 from chanaxes_pl.run_folder import ABOUT, DEFAULT_TRACKER, RunFolder, check_tracker_name, checkpoint_path, table_paths
 from chanaxes_pl.tables import read_parquet, write_parquet
@@ -73,7 +73,7 @@ class History:
         self.table = pd.DataFrame()
         self.correlations = pd.DataFrame()
         self.folder: Path | None = None
-        self._root, self._name, self._about = None if folder is None else Path(folder), name, about
+        self._root, self._name, self._about = None if folder is None else Path(folder).absolute(), name, about
         self._resumed = False
         self._came_from: Path | None = None
 
@@ -125,7 +125,7 @@ class History:
                 f"axes: a {type(axes).__name__}", "expected what compute_axes(model, probe) returns"
             )
         first = self.last_step + (0 if replace and self.checkpoints else 1)
-        if isinstance(step, bool) or not isinstance(step, Integral) or step < first:
+        if not is_whole(step, first):
             text = f"expected the number of optimiser steps so far, a whole number from {first} on"
             raise ArgumentError(f"step={step!r}", f"{text}; begin a History for each training")
         if not isinstance(epoch, Real) or not 0 <= epoch < float("inf"):

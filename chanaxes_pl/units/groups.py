@@ -195,7 +195,8 @@ def _run(model: nn.Module, example: Tensor) -> Any:
     except FAILURES as error:
         raise InputError(
             f"{type(model).__name__} does not run on a {example.dtype} batch of shape "
-            f"{tuple(example.shape)} ({error}); pass images as the model takes them, to prune as example_input="
+            f"{tuple(example.shape)} ({error}); expected a model that treats every image by itself, be it alone in its "
+            "batch, and images as the model takes them, to prune as example_input="
         ) from error
 
 
@@ -264,8 +265,9 @@ def _groups(flow: Flow, model: nn.Module, order: dict[str, int]) -> tuple[dict[s
         for name in same
         if name not in known and name in order
     }
+    ran = {model.get_submodule(name) for name in order}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, LAYERS) and name not in order and name not in known:
+        if isinstance(module, LAYERS) and module not in ran and name not in known:
             used = any(side.path == f"{name}.weight" and side.start in reads for side in flow.sides)
             fixed[name] = _USED if used else "the forward pass in eval mode does not call it"
     return groups, fixed

@@ -101,6 +101,7 @@ def remove(model: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor]
         if dimension == 0:
             old = _scaled(old, scales.get(path))
         slim = old.detach().index_select(dimension, _rest(old.shape[dimension], torch.cat(parts)).to(old.device))
+        slim = slim.contiguous(memory_format=memory_format(old))
         slim = nn.Parameter(slim, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else slim
         for module, leaf in holders[path][1]:
             setattr(module, leaf, slim)
@@ -319,3 +320,9 @@ def _norm_rest(gone: Tensor, norm: nn.Module, inputs: tuple[Tensor, ...], output
         part = F.layer_norm(features[..., mask], (int(mask.sum()),), weight, bias, norm.eps)
     whole[..., mask] = part
     return whole.movedim(-1, channel)
+
+
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """Return the format of a weight that is to have other values: NHWC where it clearly has that, else contiguous."""
+    nhwc = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if nhwc and not tensor.is_contiguous() else torch.contiguous_format

@@ -115,7 +115,7 @@ def test_a_score_does_not_share_its_name_with_a_coordinate(tmp_path):
     found = network(predicted(tmp_path, order="keep_local", resamples=0), "order")
     assert_allclose(found.loc[100, "local_axis"], slow(read(tmp_path, 100), keep, "local_axis"), rtol=1e-10)
     assert found.loc[100, "local_axis"] < 0.9
-    with pytest.raises(ValueError, match=r"score='local_axis'.*did you mean 'keep_local'"):
+    with pytest.raises(ValueError, match=r"order='local_axis'.*did you mean 'keep_local'"):
         predicted(tmp_path, order="local_axis")
     assert not set(SCORES) & set(AXES)
     assert not set(SCORES) & {"peer_overlap", "peer_r2"}  # their direction differs from the metrics'
@@ -264,3 +264,28 @@ def test_the_figure_says_what_is_missing(tmp_path):
     written(tmp_path)
     left = plot_early_prediction(predicted(tmp_path, resamples=0)).axes[0]
     assert "run chanaxes lesion" in left.texts[0].get_text()
+
+
+def test_too_few_lesions_leave_the_order_and_say_so(tmp_path):
+    end = written(tmp_path)
+    few = lesioned(end).groupby("layer").head(2)
+    result = predicted(tmp_path, few, resamples=0)
+    damage = result[result["target"] == "damage"]
+    assert damage["rho"].isna().all()
+    assert set(damage["reason"]) == {"no layer has 3 channels for which it is known"}
+    assert network(result, "order").loc[100, "input_capture"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"order": None}, r"early_prediction\(order=None\): expected the name of a score"),
+        ({"lesions": 3}, r"early_prediction\(lesions=3\): expected a table of lesions, or its path"),
+        ({"lesions": pd.DataFrame({"layer": ["a"]})}, r"early_prediction\(lesions=…\): lacks the columns channel"),
+        ({"damage": "layer"}, r"early_prediction\(damage='layer'\): no such column of lesions; there are \["),
+    ],
+)
+def test_what_is_no_table_and_no_name_is_refused(tmp_path, arguments, message):
+    end = written(tmp_path)
+    with pytest.raises((ValueError, TypeError), match=message):
+        predicted(tmp_path, **{"lesions": lesioned(end), **arguments})

@@ -60,7 +60,7 @@ def test_runs_of_other_tasks_are_pooled_with_a_note(seeds):
 
 @pytest.mark.parametrize("resamples", [0, -5])
 def test_as_many_resamples_as_none_are_refused(seeds, resamples):
-    with pytest.raises(ValueError, match=rf"resamples={resamples}: expected 1 or more, such as 1000"):
+    with pytest.raises(ValueError, match=rf"resamples={resamples}: expected a whole number from 1 on, such as 1000"):
         read_runs(seeds, resamples)
 
 

@@ -427,3 +427,30 @@ def test_the_figure_shows_every_layer():
     assert_allclose(lines["triplets"], table["triplet_excess"])
     assert_allclose(lines["target excess"], table["routed_target_excess"])
     assert [label.get_text() for label in routed.get_xticklabels()] == ["first", "second"]
+
+
+def test_a_regression_and_batches_of_the_users_own_need_no_more_than_a_step():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model.append(nn.Linear(6, 1))
+    batches = [{"picture": torch.randn(30, 3, 8, 8), "age": torch.rand(30, 1)}]
+    table = layer_structure(model, batches, step=lambda net, batch: (net(batch["picture"]), batch["age"]), nulls=2)
+    assert (table["reason"] == "").all()
+    assert table["routed_reason"].tolist() == ["it reads the images", ""]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"example_input": "x"}, r"layer_structure\(example_input=an object of type str\): expected images"),
+        ({"widest": "x"}, r"layer_structure\(widest='x'\): expected a number of channels, 0 for no graphs"),
+        (
+            {"step": lambda net, batch: (net[0](batch[0]).mean((2, 3)), batch[1])},
+            "does not call the model with a tensor",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_are_told(arguments, message):
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
+    with pytest.raises(ValueError, match=message):
+        layer_structure(model, [(torch.randn(12, 3, 8, 8), torch.arange(12) % 3)], **arguments)

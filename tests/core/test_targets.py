@@ -181,7 +181,7 @@ def test_a_function_gives_one_number_or_several_and_lends_its_name():
 @pytest.mark.parametrize(
     ("gives", "said"),
     [
-        (1.0, "of type float"),
+        (1.0, "an object of type float"),
         (None, "nothing"),
         (torch.zeros(()), r"a tensor of shape \(\)"),
         (torch.zeros(2, 3, 4), r"a tensor of shape \(2, 3, 4\)"),
@@ -304,3 +304,24 @@ def test_among_more_than_255_classes_255_is_one(shape):
     expected = margins.flatten(1).mean(1) if shape else margins
     assert torch.allclose(logit_margin(logits, labels), expected)
     assert torch.allclose(Target("auto")(logits, labels)[:, 0], expected)
+
+
+def test_the_log_likelihood_of_maps_is_the_mean_over_what_is_labelled():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 3, 4, 4, generator=generator)
+    labels = torch.randint(0, 2, logits.shape, generator=generator).float()
+    labels[:, 1, :2], labels[2] = 255, -1
+    each = -torch.nn.functional.binary_cross_entropy_with_logits(logits.double(), labels.double(), reduction="none")
+    wanted = [one[(its == 0) | (its == 1)].mean() for one, its in zip(each, labels, strict=True)]
+    found = Target("log_likelihood")(logits, labels)
+    assert found.shape == (5, 1)
+    torch.testing.assert_close(found[:, 0], torch.stack(wanted), equal_nan=True)
+    assert found.isnan().flatten().tolist() == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize(("outputs", "labels"), [((8,), (8,)), ((8, 1), (8,)), ((8, 1), (8, 1)), ((8,), (8, 1))])
+def test_one_logit_has_a_log_likelihood_in_any_shape(outputs, labels):
+    logits, bits = torch.linspace(-2, 2, 8), torch.arange(8) % 2
+    found = Target("log_likelihood")(logits.reshape(outputs), bits.reshape(labels))
+    wanted = torch.where(bits == 1, logits, -logits).double()
+    torch.testing.assert_close(found[:, 0], torch.nn.functional.logsigmoid(wanted))

@@ -302,3 +302,15 @@ def test_resumed_run_equals_unbroken_run(tmp_path, schedule):
     trainer(enable_checkpointing=False).fit(resumed, batches(), ckpt_path=tmp_path / "first.ckpt", weights_only=True)
     for key, value in unbroken.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[key], value, rtol=0, atol=0, msg=key)
+
+
+def test_a_run_of_one_cycle_is_not_prolonged(tmp_path):
+    def fit(epochs, **path):
+        trainer = L.Trainer(max_epochs=epochs, default_root_dir=tmp_path, enable_checkpointing=False, **QUIET)
+        trainer.fit(Classifier("resnet18", 10, width=0.05, schedule="one_cycle"), batches(), **path, weights_only=True)
+        return trainer
+
+    fit(1).save_checkpoint(tmp_path / "done.ckpt")
+    steps = len(batches())
+    with pytest.raises(ValueError, match=f"begun for {steps} steps of one cycle and is now to take {2 * steps}: expec"):
+        fit(2, ckpt_path=tmp_path / "done.ckpt")

@@ -97,7 +97,13 @@ def test_keys_that_leave_it_open_are_named_with_a_step_that_would_do(batch, foun
 
 @pytest.mark.parametrize(
     ("batch", "said"),
-    [((), "an empty tuple"), ([], "an empty list"), (3, "of type int"), (None, "nothing"), ("ab", "of type str")],
+    [
+        ((), "an empty tuple"),
+        ([], "an empty list"),
+        (3, "an object of type int"),
+        (None, "nothing"),
+        ("ab", "an object of type str"),
+    ],
 )
 def test_a_batch_of_another_kind_is_described(batch, said):
     with pytest.raises(ValueError, match=rf"a batch is {said}: expected \(images, labels\)"):
@@ -105,7 +111,7 @@ def test_a_batch_of_another_kind_is_described(batch, said):
 
 
 def test_a_class_of_batches_is_no_batch():
-    with pytest.raises(ValueError, match="a batch is of type type"):
+    with pytest.raises(ValueError, match="a batch is an object of type type"):
         split_batch(Record)
 
 

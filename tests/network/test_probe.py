@@ -359,7 +359,7 @@ def test_images_of_a_streamed_batch_are_counted(batch, count):
 
 
 def test_what_is_no_batch_is_described():
-    with pytest.raises(ValueError, match="a batch is of type int: expected"):
+    with pytest.raises(ValueError, match="a batch is an object of type int: expected"):
         list(Probe([1, 2, 3]).batches())
 
 

@@ -45,9 +45,7 @@ def test_the_start_is_what_was_asked_for():
     squares = draw.cross.square()
     assert_allclose(squares[:, :2].sum(1) / squares.sum(1), 0.7)
     assert_allclose((squares / problem.eigenvalues).sum(1), 0.3)  # cᵀΣ⁻¹c, where Var T = 1
-    assert_allclose(
-        draw.noise, [torch.quantile(w.square() @ problem.eigenvalues, 0.5, interpolation="lower") for w in draw.weights]
-    )
+    assert_allclose(draw.noise, np.median((draw.weights.square() @ problem.eigenvalues).numpy(), axis=1))
 
 
 def test_a_power_law_has_its_exponent():
@@ -254,6 +252,12 @@ def test_half_times_are_read_between_records():
         ({"explained": 1.0}, r"explained=1.0: expected an R² above 0 and up to 0.99"),
         ({"channels": 2}, "channels=2: expected at least 3"),
         ({"seeds": 0}, "seeds=0: expected at least 1"),
+        ({"seeds": 2.5}, "seeds=2.5: expected at least 1"),
+        ({"inputs": 2.5}, "inputs=2.5: expected at least 2"),
+        ({"leading": 1.5}, "leading=1.5: expected 1 to 31"),
+        ({"share": "1"}, "share='1': expected a share"),
+        ({"spectrum": None}, "spectrum=None: expected an exponent above 0, or a list of eigenvalues"),
+        ({"spectrum": "ab"}, "spectrum='ab': expected an exponent above 0, or a list of eigenvalues"),
     ],
 )
 def test_a_problem_that_cannot_be_is_refused(settings, message):
@@ -264,18 +268,21 @@ def test_a_problem_that_cannot_be_is_refused(settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"flow": "tsak"}, "flow='tsak': expected one of capture, mixture, task"),
-        ({"mixture": 2.0}, "mixture=2.0: expected the weight of task information, between 0 and 1"),
-        ({"duration": 0.0}, "duration=0.0: expected a time above 0"),
-        ({"duration": float("inf")}, "duration=inf: expected"),
-        ({"records": 1}, "records=1: expected at least 2 times"),
-        ({"tolerance": 0.1}, "tolerance=0.1: expected 1e-13 to 1e-3"),
+        ({"flow": "tsak"}, r"simulate\(flow='tsak'\): expected one of capture, mixture, task"),
+        ({"mixture": 2.0}, r"simulate\(mixture=2.0\): expected the weight of task information, between 0 and 1"),
+        ({"duration": 0.0}, r"simulate\(duration=0.0\): expected a time above 0"),
+        ({"duration": float("inf")}, r"simulate\(duration=inf\): expected"),
+        ({"records": 1}, r"simulate\(records=1\): expected at least 2 times"),
+        ({"tolerance": 0.1}, r"simulate\(tolerance=0.1\): expected 1e-13 to 1e-3"),
+        ({"records": 2.5}, r"simulate\(records=2.5\): expected at least 2 times"),
+        ({"duration": "1"}, r"simulate\(duration='1'\): expected a time above 0"),
+        ({"problem": 0.5}, r"simulate\(problem=0.5\): expected a chanaxes_pl.Problem\(…\)"),
     ],
 )
 def test_a_flow_that_cannot_be_is_refused_before_it_starts(monkeypatch, settings, message):
     monkeypatch.setattr(Problem, "draw", lambda self: pytest.fail("something was computed"))
     with pytest.raises(ValueError, match=message):
-        simulate(SMALL, **settings)
+        simulate(**{"problem": SMALL, **settings})
 
 
 def test_a_flow_that_takes_too_long_says_how_far_it_got(monkeypatch):
@@ -416,3 +423,9 @@ def test_the_verb_says_when_a_flow_takes_too_long(verb, monkeypatch, tmp_path, c
         verb(*QUICK, "--seeds=1")
     assert re.match(r"error: the flow got to time .* choose a flatter spectrum", capsys.readouterr().err)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor, tuple])
+def test_eigenvalues_may_be_of_any_kind_of_list(kind):
+    assert torch.equal(Problem(spectrum=kind([3.0, 2.0, 1.0])).eigenvalues, Problem(spectrum=[3, 2, 1]).eigenvalues)
+    assert torch.equal(Problem(spectrum=np.float32(1.5)).eigenvalues, Problem(spectrum=1.5).eigenvalues)

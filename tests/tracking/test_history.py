@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import warnings
 from dataclasses import replace
 from types import MappingProxyType
@@ -248,3 +249,32 @@ def test_going_on_from_a_state_whose_tables_were_set_aside_is_warned_of(tmp_path
     again.load_state_dict(last)
     with pytest.warns(UserWarning, match=r"lacks step-000000010.parquet, step-000000020.parquet, .*a gap of 2 check"):
         again.add(30, 3, AXES)
+
+
+def test_a_folder_stays_where_it_was_when_the_process_goes_elsewhere(tmp_path, monkeypatch):
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path)
+    history = History("mine")
+    history.add(0, 0, AXES)
+    monkeypatch.chdir(tmp_path / "other")
+    history.add(1, 1, AXES)
+    assert read_run(tmp_path / "mine" / "axis")["step"].unique().tolist() == [0, 1]
+    assert not list((tmp_path / "other").iterdir())
+
+
+def test_two_tables_of_one_step_are_refused(tmp_path):
+    history = History(tmp_path)
+    history.add(0, 0, AXES)
+    shutil.copy(tmp_path / "axis" / "step-000000000.parquet", tmp_path / "axis" / "step-000000007.parquet")
+    text = r"axis: step-000000000.parquet, step-000000007.parquet all hold step 0; expected the tables of one run"
+    with pytest.raises(ValueError, match=text):
+        read_run(tmp_path / "axis")
+    with pytest.raises(FileNotFoundError, match=r"holds no step-\*.parquet: .*; did you mean .*axis\?"):
+        read_run(tmp_path)
+
+
+def test_steps_of_more_digits_come_last(tmp_path):
+    history = History(tmp_path)
+    for step in (2, 10**9 - 1, 10**9):
+        history.add(step, step / 10, AXES)
+    assert read_run(tmp_path / "axis")["step"].unique().tolist() == [2, 10**9 - 1, 10**9]

@@ -104,7 +104,7 @@ def test_validation_that_is_switched_off_is_named_too(tmp_path):
 def test_a_probe_of_another_type_is_refused(tmp_path):
     with pytest.raises(TypeError, match=r"AxisTracker\(probe=3\): expected a Dataset, a DataLoader, or an iterable"):
         train(tmp_path, AxisTracker(probe=3))
-    with pytest.raises(ValueError, match=r"AxisTracker: a batch is of type int: expected \(images, labels\)"):
+    with pytest.raises(ValueError, match=r"AxisTracker: a batch is an object of type int: expected \(images, labels\)"):
         train(tmp_path, AxisTracker(probe=[1, 2, 3]))
 
 

@@ -188,3 +188,42 @@ def test_torchscript_is_no_network():
     assert len(compute_axes(plain, data).table) == 16
     with pytest.raises(TypeError, match=r"prune\(model=Sequential\(…\)\): .*, got '1', which is TorchScript"):
         prune(plain, data, budget=0.5)
+
+
+class Squeezed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 24, 3), nn.Linear(24, 4)
+
+    def forward(self, images):
+        seen = self.second(self.first(images).relu()).relu()
+        return self.head(nn.functional.adaptive_avg_pool2d(seen, 1).squeeze())
+
+
+def test_a_squeeze_of_the_batch_is_named():
+    text = r"prune: Squeezed gives \(2, 4\) for two images and \(4,\) for one: expected \[1, …\]; a squeeze\(\) without"
+    with pytest.raises(ValueError, match=text):
+        prune(Squeezed(), [pictures()], budget=0.5)
+
+
+def test_weights_made_in_inference_mode_are_refused():
+    with torch.inference_mode():
+        model = TwoHeads()
+    with pytest.raises(ValueError, match=r"prune\(model=TwoHeads\(…\)\): its weights were made in inference mode"):
+        prune(model, [pictures()], budget=0.5)
+
+
+def test_weights_keep_their_memory_format():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(16 * 36, 4))
+    model = model.to(memory_format=torch.channels_last)
+    slim = prune(model, [pictures()], budget=0.5)
+    weights = [slim.model[0].weight, slim.model[2].weight]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    assert not any(weight.is_contiguous() for weight in weights)
+
+
+def test_a_layer_with_two_names_runs():
+    again = nn.Conv2d(8, 8, 3, padding=1)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), again, nn.ReLU(), again, nn.Flatten(), nn.Linear(8 * 64, 4))
+    assert "3" not in find_units(model, pictures(1)).fixed

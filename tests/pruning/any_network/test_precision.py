@@ -61,3 +61,45 @@ def test_moments_are_those_of_the_activations_as_they_are(kind):
         np.testing.assert_allclose(local.mean.numpy().ravel(), rows.mean(0), rtol=1e-6, atol=1e-6)
         wanted = np.cov(rows.T, bias=True)
         np.testing.assert_allclose(local.covariance.numpy().squeeze(), wanted, rtol=1e-6, atol=1e-6 * wanted.max())
+
+
+class Autocast(torch.nn.Module):
+    """Runs in autocast by itself, either inside its forward or by a decorator."""
+
+    def __init__(self, body: torch.nn.Module, decorated: bool = False, enabled: bool = True) -> None:
+        super().__init__()
+        self.body, self.decorated, self.enabled = body, decorated, enabled
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.decorated:
+            return self._run(images).float()
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.enabled):
+            return self.body(images).float()
+
+    @torch.autocast("cpu", torch.bfloat16)
+    def _run(self, images: torch.Tensor) -> torch.Tensor:
+        return self.body(images)
+
+
+@pytest.mark.parametrize("decorated", [False, True])
+@pytest.mark.parametrize("compensate", ["fold", "refit", "distill"])
+def test_a_network_that_enters_autocast_sees_its_new_weights(decorated, compensate):
+    """Inside another autocast its cached weights would outlive their change: the errors were 16 times the outputs."""
+    torch.manual_seed(0)
+    body = torch.nn.Sequential(
+        *(torch.nn.Conv2d(3, 16, 3), torch.nn.ReLU(), torch.nn.Conv2d(16, 16, 3), torch.nn.ReLU()),
+        *(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(16, CLASSES)),
+    )
+    images = torch.randn(128, 3, 10, 10)
+    settings = {"budget": 0.5, "score": "l1", "allocation": "uniform"}
+
+    def moved(model: torch.nn.Module, **more) -> float:
+        slim = prune(model, [images], **settings, **more)
+        with torch.no_grad():
+            found, wanted = slim.model(images), model(images)
+        return float((found - wanted).norm() / (wanted - wanted.mean(0)).norm())
+
+    own = moved(Autocast(body, decorated), compensate=compensate)
+    plain = moved(Autocast(body, enabled=False), compensate=compensate)
+    assert own < 1.1 * plain + 0.02
+    assert own < 0.7 * moved(Autocast(body, decorated), compensate=False)
