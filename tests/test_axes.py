@@ -592,7 +592,7 @@ def test_a_widening_layer_that_cancels_what_its_inputs_share(noise):
         variance = model[0](images).double().var(0, unbiased=False).numpy()
     found = compute_axes(model, TensorDataset(images, torch.arange(128) % 5), layers="0").table
     assert not found["dead"].any()
-    assert_allclose(found["input_capture"], 0.5 * np.log1p(variance / np.median(variance)), rtol=2e-6 / noise**0.5)
+    assert_allclose(found["input_capture"], 0.5 * np.log1p(variance / np.median(variance)), rtol=5e-8 / noise)
 
 
 class SequenceFirst(nn.Module):
@@ -651,3 +651,15 @@ def test_no_convolution_is_said_plainly():
         ValueError, match=r"layers='conv'\): no tracked module; the model has no convolution; expected 'a"
     ):
         compute_axes(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), [(torch.randn(6, 3, 2, 2), LABELS)], layers="conv")
+
+
+def test_a_pair_of_tensors_is_one_batch():
+    pair = (torch.randn(12, 3, 5, 5), torch.zeros(12).long())
+    with pytest.raises(TypeError, match=r"probe=a tuple of 2: .*\[\(images, labels\)\], or TensorDataset"):
+        compute_axes(nn.Conv2d(3, 4, 3), pair)
+
+
+@pytest.mark.parametrize("name", ["alignment", "reliability"])
+def test_what_is_neither_true_nor_false_is_refused(name):
+    with pytest.raises(TypeError, match=rf"compute_axes\({name}='no'\): expected True or False"):
+        compute_axes(nn.Conv2d(3, 4, 3), [(torch.randn(12, 3, 5, 5), torch.zeros(12).long())], **{name: "no"})

@@ -299,7 +299,7 @@ def _tables(tracker: Path, notes: list[str]) -> pd.DataFrame:
         own = frame["step"].unique().tolist()
         again = next((steps[step] for step in own if step in steps), None)
         if networks[path] != network and len(own) == 1:
-            notes.append(f"{path}: holds other layers or channels than the run's other tables")
+            notes.append(f"{path}: holds other layers or channels than the run's other tables, or in another order")
         elif again is not None:
             notes.append(f"{path}: holds step {own[0]}, as {again.name} does")
         else:

@@ -93,6 +93,12 @@ class Probe:
                 f"probe={short(source)}",
                 "expected a Dataset, a DataLoader, or an iterable of batches (images, labels)",
             )
+        elif _is_pair(source):
+            raise ArgumentTypeError(
+                f"probe={describe(source)}",
+                "expected a Dataset, a DataLoader, or an iterable of batches; images and labels are one batch, "
+                "[(images, labels)], or TensorDataset(images, labels)",
+            )
         elif isinstance(source, Iterator):
             raise ArgumentTypeError(
                 f"probe={short(source)}",
@@ -195,6 +201,14 @@ class Probe:
             seen, dealt = seen + images, dealt + 1
         if dealt < world > 1:
             raise InputError(f"a probe of {dealt} batches for {world} processes: expected one for each at least")
+
+
+def _is_pair(source: object) -> bool:
+    """Whether this is one batch of images and labels, and not two batches of images."""
+    if not isinstance(source, tuple) or len(source) != 2:
+        return False
+    images, labels = source
+    return isinstance(images, Tensor) and isinstance(labels, Tensor) and images.ndim != labels.ndim
 
 
 def check_rereadable(batches: Iterable[Any], name: str) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from chanaxes_pl.core.errors import ArgumentError, InputError, is_whole
+from chanaxes_pl.core.errors import ArgumentError, ArgumentTypeError, InputError, is_whole, short
 from chanaxes_pl.core.metrics import check_noise
 from chanaxes_pl.core.moments import Moments, accumulation_device
 from chanaxes_pl.core.targets import Target, TargetSpec, infer_target, null_target
@@ -261,16 +261,20 @@ class Recorder:
         """Whether a layer gave as many rows as positions in every batch, so that either may have been the images."""
         return bool(self._square)
 
-    def settle(self, forward: Callable[[], Any], images: int) -> None:
+    @property
+    def batch_size(self) -> int:
+        """Number of images in the last batch."""
+        return len(self._batch.indices)
+
+    def settle(self, forward: Callable[[], Any]) -> None:
         """Leave out the layers that were in doubt and whose rows turn out not to be the images.
 
         Args:
-            forward: runs the model on another number of images than in each batch so far.
-            images: that number.
+            forward: runs the model on the last batch without its last image.
         """
 
         def see(name: str, _layer: nn.Module, _read: Any, gave: Any) -> None:
-            if not isinstance(gave, Tensor) or len(gave) != images:
+            if not isinstance(gave, Tensor) or len(gave) != self.batch_size - 1:
                 shape = self._square[name]
                 self._drop(name, f"it gave an output of shape {shape}, whose first dimension is not that of the images")
 
@@ -495,6 +499,9 @@ class Settings:
         for name in ("positions", "probe_size"):
             if isinstance(value := getattr(self, name), np.integer):  # which no checkpoint or JSON file could hold
                 object.__setattr__(self, name, int(value))
+        for name in ("reliability", "alignment"):
+            if not isinstance(value := getattr(self, name), (bool, np.bool_)):
+                raise ArgumentTypeError(f"{name}={short(value)}", "expected True or False")
         if not is_whole(self.positions, 1) and self.positions not in ("all", "mean"):
             raise ArgumentError(f"positions={self.positions!r}", "expected a whole number above 0, 'all' or 'mean'")
         if self.alignment and self.positions == "mean":
@@ -553,8 +560,8 @@ def record(
                 recorder.record(indices, forward)
         recorder.find_unreached(model, forward)
         if recorder.doubtful:
-            moved, images = shortened(moved, len(indices)), len(indices) - 1
-            recorder.settle(forward, images)
+            moved = shortened(moved, recorder.batch_size)
+            recorder.settle(forward)
     if place.world == 1 and recorder.images < MIN_IMAGES:
         raise InputError(too_small(recorder.images))
     if place.world == 1 and recorder.targeted < MIN_IMAGES:

@@ -110,7 +110,7 @@ class Problem:
     def _values(self) -> Tensor:
         if isinstance(self.spectrum, Real):
             return torch.arange(1, self.inputs + 1, dtype=torch.float64) ** -float(self.spectrum)
-        return torch.tensor([float(value) for value in self.spectrum], dtype=torch.float64)
+        return torch.as_tensor(self.spectrum, dtype=torch.float64)
 
     def draw(self) -> Draw:
         """Weights and c of every seed."""
