@@ -70,11 +70,12 @@ class PruneModule(ImageClassifier):
     :func:`lesion_table`, with the axes of the same channels. The table and a figure go to ``<out>/pruning.parquet`` and
     ``<out>/pruning.png``, or ``<out>/lesions.…``. Several processes share the work and get the same table as one. An
     interrupted grid goes on in the same folder where it had got to; an earlier table becomes ``pruning-1.parquet``.
+    Experiments, and fine-tuning on labels, are for networks that give one class an image.
 
     ``trainer.fit(PruneModule(prune(…)), datamodule=dm)`` fine-tunes with a fixed recipe (SGD, momentum, cosine). Its
     checkpoints hold the plan, so a run can be resumed with a module made from the same plan or from the dense network.
-    ``load_slim("last.ckpt", MyNet())`` gives the fine-tuned network alone, and
-    ``PruneModule.load_from_checkpoint("last.ckpt", model=MyNet())`` the module. With ``teacher=`` the network learns
+    ``load_slim(trainer.checkpoint_callback.best_model_path, MyNet())`` gives the fine-tuned network alone, and
+    ``PruneModule.load_from_checkpoint(PATH, model=MyNet())`` the module. With ``teacher=`` the network learns
     the teacher's outputs instead of the labels, which the training batches then need not have.
 
     Args:
@@ -187,6 +188,7 @@ class PruneModule(ImageClassifier):
             self.table = join_shares(_gathered(share, self.trainer))
         if self.trainer.is_global_zero and not getattr(self.trainer, "fast_dev_run", False):
             self._write(folder)
+            rank_zero_info(f"PruneModule: the table of {len(self.table)} rows and its figure are in {folder}.")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the plan with the weights."""
@@ -375,7 +377,10 @@ def _network(model: object, name: str = "model") -> nn.Module:
 def _outputs(network: nn.Module) -> int:
     linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
     if not linear:
-        raise ValueError(f"PruneModule: {type(network).__name__} has no Linear layer; pass num_classes=")
+        raise ValueError(
+            f"PruneModule: {type(network).__name__} has no Linear layer; expected a classifier of images, with "
+            "num_classes=, the number of its classes"
+        )
     return linear[-1].out_features
 
 

@@ -377,7 +377,7 @@ def test_errors_say_what_was_expected(tmp_path):
         PruneModule(None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"PruneModule\(teacher='x'\): expected a network, what prune returned$"):
         PruneModule(network(), teacher="x")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="has no Linear layer; pass num_classes="):
+    with pytest.raises(ValueError, match="has no Linear layer; expected a classifier of images, with num_classes="):
         PruneModule(nn.Conv2d(3, 4, 1))
     with pytest.raises(ValueError, match=r"PruneModule: found no probe images: pass probe=a Dataset"):
         trainer(tmp_path).test(PruneModule(network()), DataLoader(images(), batch_size=8), verbose=False)

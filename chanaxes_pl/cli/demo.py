@@ -99,7 +99,7 @@ def demo(epochs: int = 4, out: str = "runs", seed: int = 0) -> None:
         print(tell_lesions(lesions.table) + "\n")
 
         grid = PruningExperiment(
-            scores=("input_capture", "l1", "random"),
+            scores=("reconstruction", "input_capture", "l1", "random"),
             allocations=("uniform",),
             budgets=(0.75, 0.5, 0.25),
             compensate=(False, "refit"),
@@ -157,16 +157,20 @@ def tell_pruning(grid: pd.DataFrame) -> str:
     """Say what it costs to remove half of the multiply–accumulates, and what compensation gives back.
 
     Args:
-        grid: pruning table that holds input capture and random at a budget of 0.5, bare and refitted.
+        grid: pruning table that holds input capture and random at a budget of 0.5, bare and refitted, and
+            reconstruction and random at 0.25, refitted.
     """
-    half = grid[grid["budget"] == 0.5].set_index(["score", "compensate"])["accuracy"]
+    found = grid.set_index(["budget", "score", "compensate"])["accuracy"]
+    half, quarter = found[0.5], found[0.25][:, "refit"]
     dense = grid.loc[grid["score"] == DENSE, "accuracy"].mean()
     bare, refitted = half["input_capture", "none"], half["input_capture", "refit"]
     return (
         f"Removing the channels that capture least, until half of the multiply–accumulates are left, takes the "
         f"accuracy\nfrom {dense:.1%} to {bare:.1%} (random channels: {half['random', 'none']:.1%}).\n"
         f"Refitting the layers that read them, without any training, brings it to {refitted:.1%} "
-        f"(random channels: {half['random', 'refit']:.1%})."
+        f"(random channels: {half['random', 'refit']:.1%}).\n"
+        f"At a quarter, removing what the others can best rebuild leaves {quarter['reconstruction']:.1%} after a refit "
+        f"(random channels: {quarter['random']:.1%})."
     )
 
 

@@ -246,11 +246,17 @@ def _unknown_task(outputs: Any, labels: Any) -> str:
     )
 
 
+_CLASSES_ALONE = (
+    "Lesions, pruning grids and training on labels are for classes; other tasks have prune, and PruneModule(slim, "
+    "teacher=model) or a training of your own"
+)
+
+
 def _check_classes(outputs: Any, labels: Any) -> None:
     if not isinstance(outputs, Tensor) or not isinstance(labels, Tensor) or not _fit_classes(outputs, labels):
         raise InputError(
             f"outputs: {describe(outputs)}, labels: {describe(labels)}. Expected [B, K] with K ≥ 2 classes and [B]; "
-            "for anything else pass step=(module, batch) → (logits, labels)"
+            f"where they have another form pass step=(module, batch) → (logits, labels). {_CLASSES_ALONE}"
         )
     if labels.is_floating_point():
         raise InputError(f"labels of type {labels.dtype}: expected whole numbers, the index of each image's class")
@@ -276,7 +282,7 @@ def check_classes(outputs: Any, labels: Any) -> None:
     if isinstance(outputs, Tensor) and outputs.ndim > 2:
         raise InputError(
             f"outputs: {describe(outputs)}, labels: {describe(labels)}. Expected [B, K] with K ≥ 2 classes "
-            "and [B], one class an image, for accuracies and the probability of the right class"
+            f"and [B], one class an image, for accuracies and the probability of the right class. {_CLASSES_ALONE}"
         )
     _check_classes(outputs if isinstance(outputs, Tensor) and outputs.ndim == 2 else None, labels)
 

@@ -11,6 +11,8 @@ from chanaxes_pl.analysis.correlations import NETWORK
 from chanaxes_pl.plots.style import COLOURS, DASHES, DEPTH, MARKERS, WIDTH, canvas, horizontal, words
 from chanaxes_pl.plots.ticks import layer_bar
 
+# Points of accuracy that a panel shows at least.
+_SPAN = 5.0
 #: More bands than this hide each other.
 _BANDS = 8
 
@@ -41,22 +43,28 @@ def plot_pruning(grid: pd.DataFrame, title: str = "") -> Figure:
                 if len(looks) <= _BANDS:
                     axes.fill_between(x, y["min"], y["max"], color=look["color"], alpha=0.12, linewidth=0)
                 axes.plot(x, y["mean"], label=score, markersize=3.5, linewidth=1, **look)
-            horizontal(axes, dense)
+            horizontal(axes, dense, label="not pruned")
             axes.set_title(f"{allocation}, {'no compensation' if compensation == 'none' else compensation}")
         for axes in panels[-1]:
             axes.set_xlabel("MACs left (%)")
         for axes in panels[:, 0]:
             axes.set_ylabel("accuracy (%)")
+            low, high = axes.get_ylim()
+            if high - low < _SPAN:  # differences of noise would fill the panel
+                axes.set_ylim((low + high - _SPAN) / 2, (low + high + _SPAN) / 2)
         figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center")
     return figure
 
 
 def _looks(pruned: pd.DataFrame) -> dict[str, dict]:
-    """The look of each score's line: the colour of its family, and dashes and a marker of its own within it."""
+    """The look of each score's line: the colour of its family, and dashes and a marker of its own within it.
+
+    The two baselines that others are read against have colours of their own.
+    """
     looks = {}
     for family, scores in pruned.groupby("family", sort=False)["score"].unique().items():
         for score, marker, dashes in zip(scores, cycle(MARKERS), cycle(DASHES)):
-            looks[score] = {"color": COLOURS[str(family)], "marker": marker, "linestyle": dashes}
+            looks[score] = {"color": COLOURS.get(score, COLOURS[str(family)]), "marker": marker, "linestyle": dashes}
     return looks
 
 

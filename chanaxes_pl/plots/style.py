@@ -40,6 +40,8 @@ COLOURS = {
     "both": GREEN,
     "joint": RED,
     "baseline": GREY,
+    "l1": BROWN,
+    "random": "black",
 }
 #: Colours from the first layer to the last; without the yellow end, which is invisible on white.
 DEPTH = ListedColormap(mpl.colormaps["plasma"](np.linspace(0, 0.78, 256)))
@@ -96,9 +98,9 @@ def canvas(
                     tick.label1.set_parse_math(True)
 
 
-def horizontal(axes: Axes, y: float = 0.0) -> None:
-    """Draw a thin black line at ``y`` over the whole width, for comparison."""
-    axes.axhline(y, color="black", linewidth=0.6)
+def horizontal(axes: Axes, y: float = 0.0, label: str | None = None) -> None:
+    """Draw a thin black line at ``y`` over the whole width, for comparison, with a label for the legend."""
+    axes.axhline(y, color="black", linewidth=0.6, label=label)
 
 
 def banded(

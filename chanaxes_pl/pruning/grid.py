@@ -78,8 +78,8 @@ class PruningExperiment:
         round_to: number of channels of which every pruned layer keeps a multiple, such as 8; 1 allows every width.
         scores: names of scores that rank the channels, such as "taylor"; default all that apply to the network.
         allocations: ways to choose how much each layer loses: "uniform", "shared", "own" and "sensitivity". Compare
-            scores under "uniform" and "shared"; "own" mixes score and allocation, and "sensitivity" is measured for
-            each score.
+            scores under "uniform" and "shared"; "own" mixes score and allocation. "sensitivity", which prune takes by
+            default, is left out by default, because it is measured for each score.
         compensate: kinds of compensation: false, "fold", "refit", and "distill" (a refit and 600 steps after it).
         protect: glob, or several, over the names of layers that keep all their channels.
         finetune_epochs: epochs of fine-tuning, after which each network is evaluated again; 0 for none.
@@ -205,6 +205,7 @@ def pruning_grid(
                 f"{type(model).__name__} has a loss of {dense['loss']} on the evaluation images: expected a finite "
                 "one; leave out images that hold NaN or infinity, or look for such values in the weights"
             )
+        rank_zero_info(f"{len(variants) - 1} networks to prune and evaluate.")
         made = _Made(None, "")
         if unfinished is not None:
             seen = {"probe": _fingerprint(pruner.batches), "dense": dense}

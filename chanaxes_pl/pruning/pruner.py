@@ -112,6 +112,17 @@ class Slim:
         """MACs of one image before pruning."""
         return self.plan.dense_macs
 
+    def __repr__(self) -> str:
+        """What was pruned, how, and what each step left: not the thousands of indices in the plan."""
+        notes = self.plan.notes
+        chosen = [str(notes[name]) for name in ("score", "allocation", "compensate") if name in notes]
+        moved = "" if self.steps is None else " → ".join(f"{value:.3g}" for value in self.steps["divergence"])
+        return (
+            f"Slim({type(self.model).__name__}: {self.macs / 1e6:,.4g} of {self.dense_macs / 1e6:,.4g} M MACs "
+            f"({100 * self.macs / self.dense_macs:.1f} %){', ' if chosen else ''}{'/'.join(chosen)}"
+            f"{f', divergence {moved}' if moved else ''})"
+        )
+
     def save(self, path: str | Path) -> None:
         """Save the network as ``<path>.safetensors``, which :func:`load_slim` reads."""
         save_slim(path, self.model, self.plan)
@@ -370,8 +381,8 @@ def _exactness(model: nn.Module, images: Tensor) -> float:
 def prune(
     model: nn.Module,
     probe: ProbeSource,
-    *,
     budget: float,
+    *,
     budget_of: BudgetOf = "macs",
     round_to: int = 1,
     score: str = "reconstruction",
@@ -401,7 +412,7 @@ def prune(
         round_to: number of channels of which every pruned layer keeps a multiple; hardware is often faster at multiples
             of 8 or 16. A budget of MACs or parameters is then a bound, met as closely as such steps allow. Layers with
             fewer channels stay whole, and no other keeps fewer than ``round_to``. 1 allows every width.
-        score: score that ranks the channels, see :data:`SCORES`; the lowest go first. ``"reconstruction"``: one after
+        score: score that ranks the channels, one of README's list; the lowest go first. ``"reconstruction"``: one after
             the other the one whose loss those that remain can best make up for where they are read, see
             :func:`reconstruction_costs`; full-width ResNet-18 takes the time of about four forward passes over the
             probe. ``"l1"`` takes no time.
@@ -423,8 +434,12 @@ def prune(
             number of images; less takes longer.
         reestimate: whether to re-estimate BatchNorm statistics at the end.
         seed: random seed of random scores and of polish.
-        step: ``(model, batch) → (logits, labels)`` for batches that :func:`split_batch` does not know; what it passes
-            to the model are the images.
+        step: ``(model, batch) → (logits, labels)`` for other batches than images, ``(images, labels)`` and the like;
+            what it passes to the model are the images.
+
+    Returns:
+        The pruned network in ``.model``, a module like ``model``, in eval mode: call ``slim.model.train()`` before
+        training it with your own loss. ``.macs`` and ``.dense_macs``; ``.steps``, what each step gained; ``.save``.
 
     Raises:
         ValueError: if the budget is out of range or below what protected layers take, ``round_to`` is no whole number

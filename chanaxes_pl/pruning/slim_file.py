@@ -394,16 +394,19 @@ def load_slim(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     if model is not None and not isinstance(model, nn.Module):
         made = f", such as {model.__name__}(…)" if isinstance(model, type) else ""
         raise TypeError(f"load_slim(…, {short(model)}): expected a new dense network{made}")
-    if Path(path).suffix == ".ckpt" and Path(path).is_file():
+    if Path(path).suffix == ".ckpt" and not Path(path).is_file():
+        raise FileNotFoundError(
+            f"load_slim({str(path)!r}): there is no such checkpoint; that of a training is "
+            "trainer.checkpoint_callback.best_model_path"
+        )
+    if Path(path).suffix == ".ckpt":
         with naming(str(path)):
             return _of_checkpoint(Path(path), model)
     with naming(f"load_slim({str(path)!r})"):
         file = _file(path)
     with naming(str(file)):
         if not file.is_file():
-            raise FileNotFoundError(
-                f"load_slim({str(path)!r}): there is no {file}; expected a file that save_slim wrote"
-            )
+            raise FileNotFoundError(f"load_slim({str(path)!r}): there is no {file}; expected a file of slim.save")
         with file.open("rb") as stream:
             header = int.from_bytes(stream.read(8), "little")
         try:
@@ -418,7 +421,7 @@ def load_slim(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         with content:
             metadata = content.metadata() or {}
             if not {"plan", "sha256"} <= {*metadata}:
-                raise InputError("its metadata holds no plan; expected a file that save_slim wrote")
+                raise InputError("its metadata holds no plan; expected a file of slim.save")
             plan = Plan.from_json(metadata["plan"])
             shapes = {name: content.get_slice(name).get_shape() for name in content.keys()}  # noqa: SIM118
             _check_shapes(plan, shapes, file.name)

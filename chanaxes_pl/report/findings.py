@@ -54,7 +54,8 @@ def _coupling(runs: Runs) -> Iterator[str]:
     start = f"At epoch {epoch}" if epoch else "At initialisation"
     text = f"{start} {_state(first, 'the two axes are', 'ρ(input capture, task information)', count)}"
     if len(runs.steps) > 1 and last["mean"] == last["mean"]:
-        text += f"; {_at_the_end(runs)} {_state(last, 'they are', 'ρ', count)}"
+        less = _coupled(first) == _coupled(last) == "coupled" and last["mean"] <= first["mean"] / 2
+        text += f"; {_at_the_end(runs)} {_state(last, 'they are less' if less else 'they are', 'ρ', count)}"
     elif len(runs.steps) > 1:
         text += f"; at the last checkpoint ρ is undefined{_cause(runs)}"
     if "std" in first and 1 < first["runs"] < _ENOUGH:
@@ -152,7 +153,10 @@ def _damage(runs: Runs) -> Iterator[str]:
     strongest = damage.over_runs.dropna(subset=["mean"])
     if len(strongest):
         row = strongest.iloc[int(strongest["mean"].abs().to_numpy().argmax())]
-        text += f"; within layers, this damage correlates most with {words(row['score'])} (ρ = {_cell(row)})"
+        which = f"{words(row['score'])} (ρ = {_cell(row)})"
+        beyond = not row["low"] <= 0 <= row["high"]
+        text += "; within layers, this damage correlates "
+        text += f"most with {which}" if beyond else f"with no metric beyond chance, most with {which}"
     if others := ", ".join(sorted(set(damage.tables["place"]) - set(tables["place"]))):
         text += f"; tables of lesions in {others} are not counted"
     yield text + "."
@@ -199,12 +203,14 @@ def _pruning(runs: Runs) -> Iterator[str]:
         return
     found = found[found["runs"] == found["runs"].max()]  # of as many runs as there are, so that the means compare
     best, bare = _best(found), _best(found[found["compensate"] == "none"])
+    ways = len(found)
     made = rows[np.logical_and.reduce([rows[name] == best[name] for name in by])]
     dense = 100 * grid.loc[(grid["score"] == DENSE) & grid["run"].isin(made["run"]), "accuracy"].mean()
     kept = 100 * best["mean"]
     text = f"At {100 * budget:g} % of the {budget_words(pruned)}, accuracy {'rises' if kept > dense else 'falls'} from "
     text += (
-        f"{number(dense, 1)} % to {number(kept, 1)} % at best, by {best['score']} ({best['allocation']} allocation, "
+        f"{number(dense, 1)} % to {number(kept, 1)} % {f'at best of {ways} ways' if ways > 1 else 'there'}, by "
+        f"{best['score']} ({best['allocation']} allocation, "
     )
     text += "no compensation)" if best["compensate"] == "none" else f"{best['compensate']})"
     if bare and best["compensate"] != "none":

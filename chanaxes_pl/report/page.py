@@ -23,6 +23,7 @@ from chanaxes_pl.core.files import replacing
 from chanaxes_pl.plots.style import words
 from chanaxes_pl.report.blocks import Picture, Section
 from chanaxes_pl.report.findings import findings
+from chanaxes_pl.report.terms import TERMS
 
 # Text stays text in PDF, and becomes outlines in the page, so that no font is needed. Equal runs give equal bytes.
 _LOOK: dict[Any, Any] = {"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "chanaxes", "savefig.dpi": 200}
@@ -55,6 +56,7 @@ def write_page(folder: Path, runs: Runs, sections: Sequence[Section]) -> Path:
         anchors={section.title: section.anchor for section in sections},
         sections=[section for section in sections if not section.empty],
         missing=[section for section in sections if section.empty],
+        terms=TERMS,
         versions=", ".join(f"{name} {version(name)}" for name in _VERSIONS),
     )
     with replacing(page) as draft:

@@ -215,9 +215,7 @@ def gradients(runs: Runs) -> Section:
         "0 if a gradient step on one does not change the other."
     )
     if "alignment" not in runs.table:
-        return Section(
-            "Gradient alignment", about, [Missing("Not measured: train with `AxisTracker(alignment=True)`.")]
-        )
+        return Section("Gradient alignment", about, [Missing("Not measured: train with AxisTracker(alignment=True).")])
     ends = runs.table[runs.table["step"].isin([runs.steps[0], runs.steps[-1]])]
     ends = ends.assign(angle=ends["alignment"].abs())
     table = ends.groupby(["run", "epoch", "step", "layer"], sort=False)["angle"].mean().reset_index()
@@ -284,7 +282,7 @@ def _accuracies(run: Run) -> Iterator[dict[str, Any]]:
 def _when(runs: Runs) -> dict[str, str]:
     """Name the landmarks."""
     epochs = runs.table.drop_duplicates("step").set_index("step")["epoch"]
-    names = {"first": "first checkpoint", "highest": "highest", "last": _last(runs)}
+    names = {"first": "first checkpoint", "highest": "where ρ is highest", "last": _last(runs)}
     return {key: f"{names[key]} (epoch {epoch_number(epochs[step])})" for key, step in runs.landmarks.items()}
 
 

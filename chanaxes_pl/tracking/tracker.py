@@ -53,6 +53,22 @@ class AxisTracker(L.Callback):
     TensorBoard histograms and the figure of the correlations, MLflow the tables as artefacts. The values also stand
     in ``trainer.callback_metrics``, for ``ModelCheckpoint`` and ``EarlyStopping`` to monitor.
 
+    Logged, each behind ``<name>/``; ρ is Spearman's correlation within layers, mean over layers, from −1 to 1:
+
+    ============================ =======================================================================================
+    ``rho``                      ρ of input capture and task information; ``rho_null`` with a random target;
+                                 ``rho_disattenuated`` divided by what the reliabilities allow, so above 1 at times
+    ``rho_pairs/<a>-<b>``        ρ of the other pairs; ``local_axis`` and ``target_axis`` are means of z-scores
+    ``layer/<layer>/rho``        ρ of one layer, ``rho_axes`` that of both coordinates, ``dead`` its channels without
+                                 variance; of the first 100 layers
+    ``reliability/<metric>``     agreement of both halves of the probe, up to 1 (Spearman–Brown)
+    ``task_mass/duplicate``      Σ task information × peer R² over all channels, nats; ``task_mass/nonreplaceable`` the
+                                 rest
+    ``dead``, ``at_ceiling``     number of channels that do not vary, and of those whose correlation is clipped
+    ``alignment``                mean absolute cosine of both gradients, with ``alignment=True``
+    ``seconds``, ``time_share``  of this measurement; of all measurements in the time since training began, 0 to 1
+    ============================ =======================================================================================
+
     Where a ``WeightAveraging`` holds averages, the weights are measured that validation sees; averages that another
     callback leaves when training ends are measured then. ``about.json`` beside the tables says which. ``validate``
     and ``test`` leave one table of the network that they were given in ``<run folder>/validate/<name>`` and
@@ -113,6 +129,8 @@ class AxisTracker(L.Callback):
         super().__init__()
         with naming(type(self).__name__):
             check_tracker_name(name)
+            if probe is not None:
+                Probe(probe, probe_size)  # tells what cannot be one
             if name == "epoch":
                 raise ArgumentError("name='epoch'", "expected another name: loggers hold a value epoch already")
             self.settings = Settings(

@@ -43,7 +43,7 @@ def test_a_short_demo_tells_the_story_and_writes_the_page(photos, tmp_path, monk
     captured = capfd.readouterr()
     lines = [line for line in captured.out.splitlines() if line]
     assert captured.err == ""
-    assert len(lines) <= 16
+    assert len(lines) <= 17
     assert "nan" not in captured.out
     for words in ("learned in 2 steps", "Before training", "After training", "Removing one channel", "Refitting"):
         assert sum(words in line for line in lines) == 1
@@ -107,6 +107,8 @@ def test_the_story_of_lesions_gives_means():
 def test_the_story_of_pruning_reads_the_half():
     rows = [("dense", "", 1.0, 0.8), ("input_capture", "none", 0.25, 0.1), ("input_capture", "none", 0.5, 0.4)]
     rows += [("input_capture", "refit", 0.5, 0.7), ("random", "none", 0.5, 0.2), ("random", "refit", 0.5, 0.6)]
+    rows += [("reconstruction", "refit", 0.25, 0.65), ("random", "refit", 0.25, 0.55)]
     text = demo.tell_pruning(pd.DataFrame(rows, columns=["score", "compensate", "budget", "accuracy"]))
     assert "from 80.0% to 40.0% (random channels: 20.0%)" in text
     assert "brings it to 70.0% (random channels: 60.0%)" in text
+    assert "rebuild leaves 65.0% after a refit (random channels: 55.0%)" in text

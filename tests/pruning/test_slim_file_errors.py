@@ -95,7 +95,7 @@ def test_a_header_of_any_size_is_not_read(file):
 
 def test_tensors_without_a_plan_are_refused(file):
     file.write_bytes(safetensors.torch.save({"x": torch.ones(2)}))
-    refused(file, "its metadata holds no plan; expected a file that save_slim wrote")
+    refused(file, "its metadata holds no plan; expected a file of slim.save")
 
 
 def test_one_changed_bit_is_noticed(file):
