@@ -15,8 +15,9 @@ from chanaxes_pl.plots.style import BLUE, GREEN, GREY, ORANGE, PURPLE, styled
 
 HERE = Path(__file__).parent
 STUDY = HERE.parent / "results" / "study"
-NETWORKS = {"resnet18": "ResNet-18", "vgg16_bn": "VGG-16", "mobilenet_v2": "MobileNetV2"}
+QUARTER = {"resnet18": "ResNet-18, quarter", "vgg16_bn": "VGG-16, quarter", "mobilenet_v2": "MobileNetV2, quarter"}
 WIDE = {"width_1/resnet18": "ResNet-18, full width"}
+HALF = {"width_0.5/mobilenet_v2": "MobileNetV2, half"}
 #: Optimiser steps of one epoch: 50,000 images in full batches of 128.
 EPOCH = 390
 #: (score, allocation, compensation) → label and look of its curve.
@@ -38,7 +39,7 @@ CURVES = {
 def axes_over_training() -> Figure:
     """Rank correlation of input capture and task information over training: a panel a network, a thin line a seed."""
     with styled(), sns.plotting_context("talk", font_scale=0.85):
-        shown = WIDE | NETWORKS
+        shown = WIDE | QUARTER
         figure = Figure(figsize=(16, 5), layout="constrained")
         for axes, (folder, network) in zip(figure.subplots(1, len(shown), sharey=True), shown.items(), strict=True):
             rows = main_correlation(pd.read_csv(STUDY / folder / "correlations.csv.gz"))
@@ -46,8 +47,8 @@ def axes_over_training() -> Figure:
             # Step 0 has no place on a logarithmic scale: half a step stands for it.
             at = seeds.index.to_series().replace(0, 0.5)
             axes.plot(at, seeds, color=BLUE, linewidth=1, alpha=0.4)
-            axes.plot(at, seeds.mean(axis=1), color=BLUE, marker="o", markersize=6, linewidth=3)
-            axes.plot(at, null.mean(axis=1), color=GREY, linewidth=2)
+            axes.plot(at, seeds.mean(axis=1), color=BLUE, marker="o", markersize=6, linewidth=3, label="mean of seeds")
+            axes.plot(at, null.mean(axis=1), color=GREY, linewidth=2, label="random target")
             axes.axhline(0, color="black", linewidth=1)
             axes.axvline(EPOCH, color=GREY, linestyle="--", linewidth=1.5)
             axes.annotate("1 epoch", (EPOCH, 0.78), xytext=(-6, 0), textcoords="offset points", ha="right", color="0.4")
@@ -55,9 +56,10 @@ def axes_over_training() -> Figure:
             last = int(seeds.index[-1])
             axes.set_xticks([0.5, 4, 32, EPOCH, last], ["start", "4", "32", f"{EPOCH}", f"{last}"])
             axes.minorticks_off()
-            axes.set(title=network, xlabel="training steps", ylim=(-0.3, 0.85))
+            axes.set(title=_titled(network, seeds.shape[1]), xlabel="training steps (log scale)", ylim=(-0.3, 0.85))
             sns.despine(ax=axes)
         figure.axes[0].set_ylabel("rank correlation of input capture\nand task information")
+        figure.axes[-1].legend(loc="upper center", bbox_to_anchor=(0.45, 0.93), frameon=False, fontsize="small")
         title = "Input capture and task information come apart within two epochs"
         figure.suptitle(title, weight="bold")
     return figure
@@ -65,7 +67,7 @@ def axes_over_training() -> Figure:
 
 def accuracy_over_macs() -> Figure:
     """Test accuracy over remaining MACs, mean over seeds: a panel for each network with joint selection."""
-    networks = WIDE | NETWORKS
+    networks = WIDE | QUARTER | HALF
     shown = {folder: title for folder, title in networks.items() if (STUDY / folder / "seed_0/selection").exists()}
     with styled(), sns.plotting_context("talk", font_scale=0.85):
         figure = Figure(figsize=(16, 6.5), layout="constrained")
@@ -74,11 +76,15 @@ def accuracy_over_macs() -> Figure:
             steps = [step for step in ("selection", "polish") if (STUDY / folder / "seed_0" / step).exists()]
             grids = [read_grids(str(STUDY / folder / f"seed_*/{step}/pruning.parquet")) for step in steps]
             _draw_curves(axes, pd.concat(grids))
-            axes.set_title(title)
+            axes.set_title(_titled(title, grids[0]["run"].nunique()))
         panels[0].set_ylabel("test accuracy (%)")
-        figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+        figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
         figure.suptitle("At half the MACs a refit keeps 91 to 98 % of the accuracy, without training", weight="bold")
     return figure
+
+
+def _titled(network: str, seeds: int) -> str:
+    return f"{network} ({seeds} seed{'s' * (seeds > 1)})"
 
 
 def _draw_curves(axes: Axes, grid: pd.DataFrame) -> None:

@@ -293,3 +293,13 @@ def test_no_files_are_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     prune(build("resnet18"), DATA, budget=0.5)
     assert not list(Path().iterdir())
+
+
+def test_a_pruned_network_prints_in_one_line_what_was_done():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    slim = prune(model.append(nn.Linear(8, 4)), [torch.randn(64, 3, 8, 8)], 0.5, score="l1", allocation="uniform")
+    share = f"{slim.macs / 1e6:.4g} of {slim.dense_macs / 1e6:.4g} M MACs ({100 * slim.macs / slim.dense_macs:.1f} %)"
+    assert repr(slim).startswith(f"Slim(Sequential: {share}, l1/uniform/refit, divergence ")
+    assert "\n" not in repr(slim)
+    assert len(repr(slim)) < 120

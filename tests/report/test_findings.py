@@ -90,16 +90,16 @@ def test_the_finding_on_pruning_is_of_the_grid_that_compares_most():
     for grids in ({"polish": polish, "selection": selection}, {"selection": selection, "polish": polish}):
         (text,) = _pruning(SimpleNamespace(grids=grids, resamples=10, each=[None]))
         assert text == (
-            "At 50 % of the multiply–accumulates, accuracy falls from 70.0 % to 66.0 % at best, by reconstruction "
-            "(uniform allocation, refit); without compensation 50.0 % are left at best, by reconstruction (uniform "
-            "allocation)."
+            "At 50 % of the multiply–accumulates, accuracy falls from 70.0 % to 66.0 % at best of 4 ways, by "
+            "reconstruction (uniform allocation, refit); without compensation 50.0 % are left at best, by "
+            "reconstruction (uniform allocation)."
         )
 
 
 def test_the_finding_on_pruning_of_polished_networks_alone():
     (text,) = _pruning(SimpleNamespace(grids={".": _grid(distill=0.69)}, resamples=10, each=[None]))
     assert text.endswith(
-        "accuracy falls from 70.0 % to 69.0 % at best, by reconstruction (uniform allocation, distill)."
+        "accuracy falls from 70.0 % to 69.0 % at best of 2 ways, by reconstruction (uniform allocation, distill)."
     )
     assert not list(_pruning(SimpleNamespace(grids={})))
 
@@ -107,7 +107,9 @@ def test_the_finding_on_pruning_of_polished_networks_alone():
 def test_a_score_that_some_runs_have_is_compared_with_their_own_networks():
     both = pd.concat([_grid(none=0.5, refit=0.66), _grid(none=0.4).assign(run="b").replace({"accuracy": {0.7: 0.9}})])
     (text,) = _pruning(SimpleNamespace(grids={".": both}, resamples=10, each=[None, None]))
-    assert "falls from 80.0 % to 45.0 % at best, by reconstruction (uniform allocation, no comp" in text  # both have it
+    assert (
+        "falls from 80.0 % to 45.0 % at best of 2 ways, by reconstruction (uniform allocation, no" in text
+    )  # both have it
     assert "refit" not in text
     (text,) = _pruning(SimpleNamespace(grids={".": _grid(none=0.5, refit=0.66)}, resamples=10, each=[None, None]))
     assert "falls from 70.0 % to 66.0 %" in text
@@ -157,3 +159,33 @@ def test_the_highest_correlation_of_several_runs_is_that_of_their_mean():
         "(step 10)."
     )
     assert list(_separation(_several([0.2, float("nan")], [0.1, float("nan")]))) == []
+
+
+def _damaged(low: float, high: float) -> SimpleNamespace:
+    tables = pd.DataFrame({"run": "a", "place": ".", "zero_loss": [0.1, 0.3], "counts": True})
+    columns = {"mean": [0.1, 0.2], "low": [-0.2, low], "high": [0.4, high]}
+    over_runs = pd.DataFrame({"score": ["input_capture", "l1"], **columns})
+    return SimpleNamespace(damage=SimpleNamespace(tables=tables, column="zero_loss", over_runs=over_runs))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "told"),
+    [
+        (0.05, 0.35, "this damage correlates most with l1 (ρ = 0.20 [0.05, 0.35])."),
+        (-0.05, 0.45, "this damage correlates with no metric beyond chance, most with l1 (ρ = 0.20 [-0.05, 0.45])."),
+    ],
+)
+def test_a_correlation_with_damage_within_chance_is_called_that(low, high, told):
+    (text,) = _damage(_damaged(low, high))
+    assert text.replace("−", "-").replace("\N{NO-BREAK SPACE}", " ").endswith(told)
+
+
+def test_axes_that_lost_half_of_their_coupling_are_called_less_coupled():
+    runs = _several([0.5, 0.3, 0.1])
+    rows = runs.correlations.assign(low=[0.4, 0.2, 0.05], high=[0.6, 0.4, 0.15])
+    vars(runs).update(correlations=rows)
+    (text,) = _coupling(runs)
+    assert "; after training they are less coupled: ρ is 0.10 [0.05,\N{NO-BREAK SPACE}0.15]" in text
+    vars(runs).update(correlations=rows.assign(rho=[0.5, 0.3, 0.3], low=[0.4, 0.2, 0.2]))
+    (text,) = _coupling(runs)
+    assert "; after training they are coupled: ρ is 0.30" in text
