@@ -140,8 +140,8 @@ def describe_grids(grid: pd.DataFrame, value: str = "accuracy", against: str = "
     dense = scale * grid[grid["score"] == DENSE][value.removeprefix(TUNED)]
     spread = f" ± {number(dense.std(), 1)}" if len(dense) > 1 else ""
     lines = [
-        f"{value} in {unit}, {runs} run{'s' * (runs != 1)}, dense {number(dense.mean(), 1)}{spread}; "
-        "mean [95 % over runs]"
+        f"{value} in {unit}, {runs} run{'s' * (runs != 1)}, dense {number(dense.mean(), 1)}{spread}"
+        + ("; mean [95 % over runs]" if runs > 1 else "")
     ]
     differences = score_differences(grid, value, against)
     for keys, part in grid[grid["score"] != DENSE].groupby(["allocation", "compensate"], sort=False):

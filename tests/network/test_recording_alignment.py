@@ -7,6 +7,7 @@ from numpy.testing import assert_allclose
 from pandas.testing import assert_frame_equal
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 
 from chanaxes_pl import compute_axes
 from chanaxes_pl.core.moments import CrossMoments
@@ -185,10 +186,7 @@ def test_processes_that_stack_their_states_get_the_whole():
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (
-            "label",
-            r"compute_axes\(alignment=True, target='label'\): the label is K − 1 numbers an image, expected one, for",
-        ),
+        ("label", r"alignment=True with a target of \d numbers an image: expected one"),
         (lambda z, y: z[:, :2], r"alignment=True with a target of 2 numbers an image: expected one"),
     ],
 )
@@ -196,6 +194,15 @@ def test_a_target_of_several_numbers_has_no_one_gradient(target, message):
     model, loader = zoo.case("plain")
     with pytest.raises(ValueError, match=message):
         compute_axes(model, loader, target=target, alignment=True)
+
+
+def test_one_real_label_has_a_gradient_by_name_and_by_itself():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 1))
+    data = TensorDataset(torch.randn(30, 3, 6, 6), torch.randn(30, 1))
+    named, chosen = (compute_axes(model, data, target=target, alignment=True).table for target in ("label", "auto"))
+    assert_allclose(named["alignment"], chosen["alignment"])
+    assert named["alignment"].notna().all()
 
 
 def same_padded(own: bool) -> nn.Module:
