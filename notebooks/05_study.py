@@ -164,9 +164,9 @@ intervals(mean_over_runs(choices, "rho", by=["of", "choice"]), "choice", "of").f
 # %% [markdown]
 # **It is the local axis.** With both axes on image means (`positions="mean"`), ρ is 0.69 at initialisation and 0.67 at
 # full width, which is about the published value, and 0.10 and 0.07 after training. A strong channel is then a channel
-# whose mean varies with the image, which is what task information sees too. The number of positions, the images, the target and the average over layers
-# change ρ by 0.08 at most, the weights of PyTorch's default initialisation and norms in training mode lower it.
-# Against the label itself, which no random network knows, there is no coupling.
+# whose mean varies with the image, which is what task information sees too. The number of positions, the images, the
+# target and the average over layers change ρ by 0.08 at most, the weights of PyTorch's default initialisation and
+# norms in training mode lower it. Against the label itself, which no random network knows, there is no coupling.
 
 # %% [markdown]
 # ## (d) In hidden layers the two gradients point in different directions
