@@ -40,8 +40,8 @@ COLOURS = {
     "both": GREEN,
     "joint": RED,
     "baseline": GREY,
-    "l1": BROWN,
-    "random": "black",
+    "l1": PURPLE,
+    "random": "0.3",
 }
 #: Colours from the first layer to the last; without the yellow end, which is invisible on white.
 DEPTH = ListedColormap(mpl.colormaps["plasma"](np.linspace(0, 0.78, 256)))
