@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from chanaxes_pl.core.errors import ArgumentError, ArgumentTypeError, check_resampling, naming, short
-from chanaxes_pl.core.metrics import LOCAL_METRICS, TARGET_METRICS
+from chanaxes_pl.core.metrics import LOCAL_METRICS, METRICS, TARGET_METRICS
 from chanaxes_pl.core.statistics import (
     MIN_CHANNELS,
     composite,
@@ -33,7 +33,6 @@ PAIRS = (
     ("peer_overlap", "target_excess"),
     ("local_axis", "target_axis"),
 )
-_METRICS = (*LOCAL_METRICS, *TARGET_METRICS)
 #: Pair of the headline correlation.
 MAIN_PAIR = PAIRS[0]
 #: Name of the mean over layers in the column ``layer``.
@@ -79,7 +78,7 @@ def _check_table(table: object) -> None:
     if not isinstance(table, pd.DataFrame):
         hint = "axes.table" if hasattr(table, "table") else "the table of channels, such as compute_axes(…).table"
         raise ArgumentTypeError(f"table={short(table)}", f"expected {hint}")
-    missing = [name for name in ("layer", "dead", *_METRICS) if name not in table]
+    missing = [name for name in ("layer", "dead", *METRICS) if name not in table]
     if missing or not len(table):
         lacks = f"it lacks the columns {', '.join(missing[:6])}" if missing else "it has no rows"
         raise ArgumentError("table=…", f"{lacks}; expected the table of channels, such as compute_axes(…).table")

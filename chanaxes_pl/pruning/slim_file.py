@@ -394,12 +394,12 @@ def load_slim(path: str | Path, model: nn.Module | None = None) -> nn.Module:
     if model is not None and not isinstance(model, nn.Module):
         made = f", such as {model.__name__}(…)" if isinstance(model, type) else ""
         raise TypeError(f"load_slim(…, {short(model)}): expected a new dense network{made}")
-    if Path(path).suffix == ".ckpt" and not Path(path).is_file():
-        raise FileNotFoundError(
-            f"load_slim({str(path)!r}): there is no such checkpoint; that of a training is "
-            "trainer.checkpoint_callback.best_model_path"
-        )
     if Path(path).suffix == ".ckpt":
+        if not Path(path).is_file():
+            raise FileNotFoundError(
+                f"load_slim({str(path)!r}): there is no such checkpoint; that of a training is "
+                "trainer.checkpoint_callback.best_model_path"
+            )
         with naming(str(path)):
             return _of_checkpoint(Path(path), model)
     with naming(f"load_slim({str(path)!r})"):

@@ -203,14 +203,13 @@ def _pruning(runs: Runs) -> Iterator[str]:
         return
     found = found[found["runs"] == found["runs"].max()]  # of as many runs as there are, so that the means compare
     best, bare = _best(found), _best(found[found["compensate"] == "none"])
-    ways = len(found)
     made = rows[np.logical_and.reduce([rows[name] == best[name] for name in by])]
     dense = 100 * grid.loc[(grid["score"] == DENSE) & grid["run"].isin(made["run"]), "accuracy"].mean()
     kept = 100 * best["mean"]
     text = f"At {100 * budget:g} % of the {budget_words(pruned)}, accuracy {'rises' if kept > dense else 'falls'} from "
+    choice = f"at best of {len(found)} ways" if len(found) > 1 else "there"
     text += (
-        f"{number(dense, 1)} % to {number(kept, 1)} % {f'at best of {ways} ways' if ways > 1 else 'there'}, by "
-        f"{best['score']} ({best['allocation']} allocation, "
+        f"{number(dense, 1)} % to {number(kept, 1)} % {choice}, by {best['score']} ({best['allocation']} allocation, "
     )
     text += "no compensation)" if best["compensate"] == "none" else f"{best['compensate']})"
     if bare and best["compensate"] != "none":

@@ -9,7 +9,7 @@ TERMS = {
     "of a layer's channels are above ½ ln 2 = 0.347",
     "peer overlap": "local axis, nats: mean over peers of −½ ln(1 − r²), r the correlation of both outputs",
     "peer R²": "local axis: share of the channel's variance that ridge regression on all peers explains",
-    "hull size, hull score": "local axis: number of peers that reach 95 % of peer R² (at most 10); peer R² / that",
+    "hull size, hull score": "local axis: how many peers reach 95 % of peer R² (at most 10); peer R² divided by that",
     "task information": "target axis, nats: −½ ln(1 − r²), r the correlation of the channel's image mean with the task "
     "variable, for classes the logit margin of the right one",
     "target excess": "target axis, nats: information of a pair of channels about the task variable less that of the "
