@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,11 +15,11 @@ from chanaxes_pl.analysis.groupings import groupings
 from chanaxes_pl.core.errors import check_resampling, naming
 from chanaxes_pl.core.targets import TargetSpec
 from chanaxes_pl.network.batches import Placement, Step
-from chanaxes_pl.network.hooks import check_network
+from chanaxes_pl.network.hooks import check_network, preserved
 from chanaxes_pl.network.layers import LayerSpec, channel_count
 from chanaxes_pl.network.probe import Probe, ProbeSource
 from chanaxes_pl.network.recording import UNREACHED, Settings, record
-from chanaxes_pl.tables import axes_table
+from chanaxes_pl.tables import TARGET_NOT_FINITE, axes_table
 
 
 def measure_axes(
@@ -31,18 +32,36 @@ def measure_axes(
 
     With several processes every one calls this with its place, and all get the same table. See :func:`record`.
     """
-    recorder = record(model, probe, settings, place)
+    with preserved(model):
+        recorder = record(model, probe, settings, place)
     widths = {name: channel_count(layer) for name, layer in recorder.layers.items()}
     missing = recorder.left_out()
-    if all(missing.get(name) == UNREACHED for name in widths):
-        warnings.warn(
-            f"the forward pass reached none of the {len(widths)} tracked layers ({', '.join(list(widths)[:3])}"
-            f"{', …' if len(widths) > 3 else ''}), so nothing was measured: choose others with layers=",
-            stacklevel=2,
-        )
+    if missing.keys() >= widths.keys():
+        warnings.warn(_nothing_measured(missing, list(widths)), stacklevel=2)
     reasons = missing | recorder.without_alignment()
     table = axes_table(recorder.moments(), widths, settings.noise, reasons)
+    if (table["reason"] == TARGET_NOT_FINITE).any():
+        warnings.warn(
+            f"the task variable ({recorder.target.name}) is not finite for some images of the probe, because a label "
+            "or an output of theirs is NaN or infinite, so the target axis is NaN: leave those images out of the "
+            "probe, or pass a target= that is finite for all",
+            stacklevel=2,
+        )
     return table.assign(target=recorder.target.name)
+
+
+def _nothing_measured(missing: Mapping[str, str], layers: list[str]) -> str:
+    """What to tell where every tracked layer was left out."""
+    if all(missing[name] == UNREACHED for name in layers):
+        return (
+            f"the forward pass reached none of the {len(layers)} tracked layers ({', '.join(layers[:3])}"
+            f"{', …' if len(layers) > 3 else ''}), so nothing was measured: choose others with layers="
+        )
+    text = f"none of the {len(layers)} tracked layers could be measured, so all axes are NaN. {layers[0]!r}: "
+    return text + (
+        f"{missing[layers[0]]}. Choose other layers with layers=; a network that puts several frames or views of an "
+        "image one beside the other in a batch is measured on its part for one of them"
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -42,6 +42,8 @@ KEYS = ("run", "epoch", "step")
 TEXTS = {"run", "layer", "score", "family", "allocation", "compensate", "budget_of", "settings"}
 COUNTS = {"step", "channel"}
 _FINITE = {"epoch", "budget", "macs_share"}
+#: The reason of a channel whose target columns are NaN for the target's sake.
+TARGET_NOT_FINITE = "target not finite"
 
 
 def axes_table(
@@ -173,7 +175,7 @@ def _reasons(local: Moments, joint: Moments, live: Tensor, targets: int) -> np.n
     reasons = np.where(live.cpu().numpy(), "", np.where(finite, "dead: its output does not vary", "output not finite"))
     spread = joint.variance[channels : channels + targets]
     if not spread.isfinite().all():
-        reasons = np.where(reasons == "", "target not finite", reasons)
+        reasons = np.where(reasons == "", TARGET_NOT_FINITE, reasons)
     elif not (spread > 0).any():
         reasons = np.where(reasons == "", "target does not vary", reasons)
     return reasons.astype(object)

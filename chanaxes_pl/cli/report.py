@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tqdm import tqdm
-
 from chanaxes_pl.analysis.correlations import highest, main_correlation
 from chanaxes_pl.analysis.runs import Runs, read_runs
 from chanaxes_pl.analysis.scores import score_family
 from chanaxes_pl.analysis.text import describe_correlations, describe_grids
+from chanaxes_pl.core.progress import bar
 from chanaxes_pl.report.page import write_page
 from chanaxes_pl.report.sections import make_sections
 
@@ -50,7 +49,7 @@ def report(
     else:
         folder = Path(out) if out else (found.each[0].folder if len(found.each) == 1 else Path()) / "report"
         folder.mkdir(parents=True, exist_ok=True)
-        sections = list(tqdm(make_sections(found, against), desc="report", unit="section", leave=False, disable=None))
+        sections = list(bar(make_sections(found, against), "report", "section"))
         page = write_page(folder, found, sections)
         print(f"page:    {page}\nfigures: {folder}/*.pdf, their numbers: {folder}/*.csv")
     for note in (note for run in found.each for note in run.notes):

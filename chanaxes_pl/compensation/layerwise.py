@@ -13,6 +13,7 @@ import math
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal, NamedTuple
@@ -24,14 +25,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from chanaxes_pl.compensation.pairing import Seen, paired
-from chanaxes_pl.compensation.ridge import Ridge, Solution, ridge_bytes, samples_within
+from chanaxes_pl.compensation.ridge import Ridge, Solution, held_bytes, ridge_bytes, samples_within
 from chanaxes_pl.core.errors import ArgumentError
 from chanaxes_pl.core.memory import GIGABYTE, MEMORY, check_memory
 from chanaxes_pl.core.moments import Moments, accumulation_device, true_float32
+from chanaxes_pl.core.progress import bar
 from chanaxes_pl.network.hooks import calls, observed, same_outputs
-from chanaxes_pl.network.layers import CONVOLUTIONS, by_position, why_not_affine
+from chanaxes_pl.network.layers import CONVOLUTIONS, TRANSPOSED, by_position, why_not_affine
 from chanaxes_pl.network.sampling import local_samples, patches, sample_positions
-from chanaxes_pl.units.flow import LAYERS, TRANSPOSED, goes_by_groups
+from chanaxes_pl.units.flow import LAYERS, goes_by_groups
 from chanaxes_pl.units.groups import executed_layers
 from chanaxes_pl.units.removal import Group, add_bias, row_scales
 
@@ -46,6 +48,8 @@ _CHECKED = 4
 _CHECK_SHARE = 1e-3
 # The rest of the memory is for what the C library holds between blocks that are in use.
 _FOR_TENSORS = 0.8
+# Samples are held where that leaves some of the memory for activations.
+_MOST_HELD = 0.6
 # No layer is fitted to fewer samples than this to save memory.
 _FEWEST = 1000
 # Numbers of a weight that are widened to float64 at a time.
@@ -64,6 +68,7 @@ def compensate(
     positions: int = POSITIONS,
     images: int | None = None,
     memory: float = MEMORY,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Fit every layer of a pruned network, in place, to its activations in the dense network.
 
@@ -83,6 +88,7 @@ def compensate(
         positions: number of local samples per image, the same in both networks.
         images: number of images in the batches, if it is known; else they are read once more, to be counted.
         memory: gigabytes (10⁹ bytes) to take beside the networks, on their device.
+        progress: whether to show a progress bar in a terminal.
 
     Returns:
         One row per layer: ``layer``; ``before`` and ``after``, the mean squared error of the fitted quantity (outputs
@@ -106,6 +112,7 @@ def compensate(
     for name in refused:
         if places.get(name) != left.get(name) and not refused[name]:
             refused[name] = "some of its positions are channels that are gone"
+    listed = sum(batch.nbytes for batch in batches) if isinstance(batches, Sequence) else 0
     tasks, scales, equations = {}, row_scales(groups, kept), 0
     for name in (name for name, why in refused.items() if not why):
         layer, original = slim.get_submodule(name), dense.get_submodule(name)
@@ -114,7 +121,10 @@ def compensate(
         possible = images * each * min(positions, total)
         itemsize = torch.promote_types(layer.weight.dtype, torch.float32).itemsize  # type: ignore[union-attr,arg-type]
         samples = _samples(name, shape, possible, memory, itemsize)
-        equations = max(equations, ridge_bytes(shape, samples, itemsize))
+        needed = ridge_bytes(shape, samples, itemsize)
+        more = held_bytes(shape, samples, itemsize) if compensation == "refit" else 0
+        hold = needed + more <= limit / 2 and needed + more + listed <= _MOST_HELD * limit
+        equations = max(equations, needed + more if hold else needed)
         strength = RIDGE[compensation] if ridge is None else ridge
         inputs, outputs = channels[name]
         factors = scales.get(f"{name}.weight", {})
@@ -131,9 +141,9 @@ def compensate(
             ridge=strength,
             shape=shape,
             samples=samples,
+            hold=hold,
             possible=possible,
         )
-    listed = sum(batch.nbytes for batch in batches) if isinstance(batches, Sequence) else 0
     fit, take = (_fold, _dense_inputs) if compensation == "fold" else (_refit, _dense_outputs)
     layers, room = list(tasks), _FOR_TENSORS * limit - equations - listed
     strange = set()
@@ -145,7 +155,8 @@ def compensate(
 
     rows = [_row(name, reason=why) for name, why in refused.items() if why]
     with observed(dense), observed(slim):
-        for name, goals in paired(dense, slim, batches, layers, taken, images=images, memory=room):
+        steps = paired(dense, slim, batches, layers, taken, images=images, memory=room)
+        for name, goals in bar(steps, compensation, "layer", total=len(layers), shown=progress):
             goals = chain([next(goals)], goals)  # the first one tells
             if name in strange:
                 found = math.nan, math.nan, "its output is not its weight times its input plus its bias"
@@ -220,6 +231,7 @@ class _Task:
         ridge: λ.
         shape: number of blocks, of inputs and of errors in each, as for :class:`Ridge`.
         samples: number of samples that memory has room for.
+        hold: whether a :class:`Ridge` may hold them.
         possible: number of samples that there are.
     """
 
@@ -235,6 +247,11 @@ class _Task:
     shape: tuple[int, int, int]
     samples: int
     possible: int
+    hold: bool = True
+
+    def in_blocks(self, values: Tensor) -> Tensor:
+        """Values ``[n, C]`` of the outputs, or inputs, as ``[n, G, O]``."""
+        return values.view(len(values), self.shape[0], self.shape[2])
 
 
 class _WeightReads(TorchFunctionMode):
@@ -289,8 +306,8 @@ class _Goal(NamedTuple):
         values: ``[n, C]``, samples of the dense outputs that stay, or of the dense inputs.
         size: spatial size of the dense output.
         sums: sums of the dense input by channel, by which its like is known.
-        beside: ``[n, C]``, samples of what is added to these outputs, see :class:`Seen`; ``None`` if not known.
-        passed: ``[C]``, for which of them that counts; ``None`` for all.
+        beside: ``[n, C]``, samples of what is added to these outputs, see :class:`Passed`; ``None`` if not known.
+        counts: ``[C]``, for which of them that counts; ``None`` for all.
     """
 
     first: int
@@ -298,7 +315,28 @@ class _Goal(NamedTuple):
     size: torch.Size
     sums: Tensor
     beside: Tensor | None = None
-    passed: Tensor | None = None
+    counts: Tensor | None = None
+
+
+class _Sample(NamedTuple):
+    """What a layer is fitted with, for some samples.
+
+    Attributes:
+        inputs: ``[n, G, F]``, what it reads.
+        errors: ``[n, C]``, what it lacks.
+        serving: between which values every change serves, see :class:`Ridge`.
+        wanted: what the errors are errors of.
+    """
+
+    inputs: Tensor
+    errors: Tensor
+    serving: tuple[Tensor, Tensor] | None
+    wanted: Tensor
+
+    def of(self, rows: Tensor) -> _Sample:
+        """Some of the samples."""
+        serving = None if self.serving is None else (self.serving[0][rows], self.serving[1][rows])
+        return _Sample(self.inputs[rows], self.errors[rows], serving, self.wanted[rows])
 
 
 def _is_affine(layer: nn.Module, read: Tensor, gave: Tensor) -> bool:
@@ -308,12 +346,13 @@ def _is_affine(layer: nn.Module, read: Tensor, gave: Tensor) -> bool:
 
 def _dense_outputs(task: _Task, first: int, seen: Seen, gave: Tensor) -> _Goal:
     """What :func:`_refit` needs."""
-    kept, beside, passed = task.outputs.to(gave.device), None, None
-    if seen.beside is not None and seen.beside.shape == gave.shape and task.scale is None:
-        beside = _sampled(task, first, seen.beside)[:, kept]
-        passed = None if seen.passed is None else seen.passed[kept]
+    kept, after = task.outputs.to(gave.device), seen.after
     values = _sampled(task, first, gave)[:, kept]
-    return _Goal(first, values, gave.shape[2:], _sums(task, seen.read), beside, passed)
+    goal = _Goal(first, values, gave.shape[2:], _sums(task, seen.read))
+    if after is None or after.beside is None or after.beside.shape != gave.shape or task.scale is not None:
+        return goal
+    beside = _sampled(task, first, after.beside)[:, kept]
+    return goal._replace(beside=beside, counts=None if after.counts is None else after.counts[kept])
 
 
 def _dense_inputs(task: _Task, first: int, seen: Seen, gave: Tensor) -> _Goal:
@@ -401,21 +440,28 @@ def _refit(task: _Task, goals: Iterable[tuple[_Goal, Seen]]) -> tuple[float, flo
     weight = layer.weight.to(kind).reshape(blocks, outputs, features)  # type: ignore[operator,union-attr]
     bias = weight.new_zeros(blocks, outputs) if layer.bias is None else layer.bias.to(kind).reshape(blocks, outputs)  # type: ignore[operator,union-attr]
 
-    def sample(goal: _Goal, seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
+    def sample(goal: _Goal, seen: Seen) -> _Sample:
         read = seen.read
         if isinstance(layer, CONVOLUTIONS):
             places = _places(goal.first, len(read), goal.size.numel(), task.positions)
             inputs = patches(layer, read, *places, goal.size)
         else:
             inputs = _sampled(task, goal.first, read)
-        given = goal.values.to(kind)
+        given, added, flat = goal.values.to(kind), 0.0, None
         given = given if task.scale is None else given * task.scale.to(given)
-        if goal.beside is not None and seen.beside is not None:
-            lacks = goal.beside - _sampled(task, goal.first, seen.beside)
-            given = given + (lacks if goal.passed is None else torch.where(goal.passed, lacks, 0.0))
+        if seen.after is not None:
+            flat = seen.after.flat
+            if goal.beside is not None and seen.after.beside is not None:
+                added = _sampled(task, goal.first, seen.after.beside)
+                lacks = goal.beside - added
+                given = given + (lacks if goal.counts is None else torch.where(goal.counts, lacks, 0.0))
+            elif seen.after.beside is not None:
+                flat = None  # it is of a sum with something unknown
         inputs = inputs.to(kind).reshape(len(given), blocks, features)
         made = torch.baddbmm(bias[:, None], inputs.transpose(0, 1), weight.mT).transpose(0, 1)
-        return inputs, given.reshape(made.shape) - made, given
+        errors = given - made.flatten(1)
+        serving = None if flat is None else _serving(errors, given + added, flat)
+        return _Sample(inputs, errors, serving, given)
 
     solution, shares = _solve(task, goals, sample)
     if solution is None:
@@ -440,11 +486,11 @@ def _fold(task: _Task, goals: Iterable[tuple[_Goal, Seen]]) -> tuple[float, floa
     if isinstance(original, CONVOLUTIONS) and original.groups > 1:  # of which the slim layer may have a single one
         return math.nan, math.nan, "its outputs read groups of inputs, which have nothing to fold into"
 
-    def sample(goal: _Goal, seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
+    def sample(goal: _Goal, seen: Seen) -> _Sample:
         kind = torch.promote_types(seen.read.dtype, torch.float32)
         inputs, wanted = _sampled(task, goal.first, seen.read).to(kind), goal.values.to(kind)
         errors = wanted.index_add(1, task.inputs.to(inputs.device), inputs, alpha=-1)
-        return inputs[:, None], errors[:, None], wanted
+        return _Sample(inputs[:, None], errors, None, wanted)
 
     solution, shares = _solve(task, goals, sample)
     if solution is None:
@@ -470,38 +516,54 @@ def _fold(task: _Task, goals: Iterable[tuple[_Goal, Seen]]) -> tuple[float, floa
 def _solve(
     task: _Task,
     goals: Iterable[tuple[_Goal, Seen]],
-    sample: Callable[[_Goal, Seen], tuple[Tensor, Tensor, Tensor]],
+    sample: Callable[[_Goal, Seen], _Sample],
 ) -> tuple[Solution | None, tuple[float, float]]:
     """Regress the errors of a layer on its inputs, over the batches in which something upstream has changed.
 
     Args:
         task: what to fit.
         goals: of the layer, with what it sees in the slim network.
-        sample: ``(goal, the latter)`` → inputs ``[n, G, F]``, errors ``[n, G, O]``, and what the errors are errors of
-            ``[n, G·O]``.
+        sample: ``(goal, the latter)`` → what to fit.
 
     Returns:
         ``None`` where there are no such batches; the errors before and after as shares of the variance of the latter.
     """
-    regression, spread = Ridge(task.shape, task.samples), None
+    regression, spread = Ridge(task.shape, task.samples, task.hold), None
     for goal, seen in goals:
         if not _same(task, goal, seen):
             with true_float32(seen.read.device):
-                inputs, errors, wanted = sample(goal, seen)
+                found = sample(goal, seen)
             if task.samples < task.possible:  # take some of them, evenly spread over the images
-                rows = torch.arange(len(inputs)) + goal.first * (len(inputs) // len(seen.read))
-                rows = rows * task.samples % task.possible < task.samples
-                inputs, errors, wanted = inputs[rows], errors[rows], wanted[rows]
-            if len(inputs):
-                part = Moments.of(wanted.T[..., None])
+                rows = torch.arange(len(found.inputs)) + goal.first * (len(found.inputs) // len(seen.read))
+                found = found.of(rows * task.samples % task.possible < task.samples)
+            if len(found.inputs):
+                part = Moments.of(found.wanted.T[..., None])
                 spread = part if spread is None else spread.merge_(part)
-                regression.add(inputs, errors)
+                errors, *serving = (task.in_blocks(values) for values in (found.errors, *(found.serving or ())))
+                regression.add(found.inputs, errors, (serving[0], serving[1]) if serving else None)
+            del found
         del goal, seen  # before the next ones come
-    solution = regression.solve(task.ridge)
+    with true_float32(spread.mean.device) if spread is not None else nullcontext():
+        solution = regression.solve(task.ridge)
     if solution is None or spread is None:
         return None, (0.0, 0.0)
     total = float(spread.variance.sum())
     return solution, (solution.before / total, solution.after / total) if total else (math.nan, math.nan)
+
+
+def _serving(errors: Tensor, level: Tensor, flat: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the least and the most of the changes ``[n, C]`` that serve a function which is flat in places.
+
+    Args:
+        errors: what a layer's outputs lack.
+        level: what the function is to get.
+        flat: see :class:`Passed`.
+    """
+    low, high = (end.to(level) for end in flat)
+    below, above = level <= low, level >= high
+    lower = torch.where(below, -torch.inf, torch.where(above, errors + (high - level), errors))
+    upper = torch.where(above, torch.inf, torch.where(below, errors + (low - level), errors))
+    return lower, upper
 
 
 def _places(first: int, count: int, total: int, positions: int) -> tuple[Tensor, Tensor]:
@@ -515,9 +577,9 @@ def _same(task: _Task, goal: _Goal, seen: Seen) -> bool:
     sums = _sums(task, seen.read)
     if sums.shape != goal.sums.shape or not torch.equal(sums, goal.sums):
         return False
-    if goal.beside is None or seen.beside is None:
+    if goal.beside is None or seen.after is None or seen.after.beside is None:
         return True
-    return torch.equal(goal.beside, _sampled(task, goal.first, seen.beside))
+    return torch.equal(goal.beside, _sampled(task, goal.first, seen.after.beside))
 
 
 def _write(layer: nn.Module, weight: Tensor, bias: Tensor) -> None:

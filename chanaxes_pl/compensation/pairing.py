@@ -16,7 +16,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from chanaxes_pl.compensation.sums import completed_sum
+from chanaxes_pl.compensation.passage import Passed, passage
 from chanaxes_pl.core.errors import InputError
 from chanaxes_pl.core.memory import GIGABYTE
 from chanaxes_pl.network.batches import logits_of
@@ -32,13 +32,11 @@ class Seen(NamedTuple):
 
     Attributes:
         read: what the layer reads.
-        beside: what will be added to its output, in units of that, see :meth:`Sum.of`; ``None`` if not known.
-        passed: ``[C]``, of which channels the sum is fed by this output; ``None`` of all.
+        after: what will be done with its output; ``None`` if not known.
     """
 
     read: Tensor
-    beside: Tensor | None = None
-    passed: Tensor | None = None
+    after: Passed | None = None
 
 
 #: ``(layer, number of the batch's first image, what there is before it runs, what it gives)`` → what is kept of them.
@@ -68,7 +66,7 @@ def paired(
     wait at a layer with the values that the rest of the network needs, and if there is room for all of them, each runs
     once. Otherwise some wait there, some where they waited before, and the others at the image, from which they run
     again for every layer: whatever saves the most work. Elsewhere every layer takes a slim pass of its own, and no
-    batch waits. The results are the same, except that sums are not known.
+    batch waits. The results are the same, except that what follows a layer is not known.
 
     Args:
         dense: in eval mode.
@@ -125,7 +123,7 @@ class _Traced:
         nodes = {module: node for node, module in trace.modules.items()}
         self.trace = trace
         self.nodes = {name: nodes[model.get_submodule(name)] for name in layers}
-        self._sums = {name: completed_sum(trace, node) for name, node in self.nodes.items()}
+        self._passages = {name: passage(trace, node) for name, node in self.nodes.items()}
 
     @classmethod
     def of(cls, model: nn.Module, layers: Sequence[str], image: Tensor) -> _Traced | None:
@@ -140,8 +138,10 @@ class _Traced:
 
     def seen(self, name: str, values: Mapping[fx.Node, Any]) -> Seen:
         """What there is when a layer is about to run."""
-        total, read = self._sums[name], values[self.nodes[name].all_input_nodes[0]]
-        return Seen(read, *(total and total.of(values)) or ())
+        follows, read = self._passages[name], values[self.nodes[name].all_input_nodes[0]]
+        if follows is not None and follows.norms and isinstance(self.trace.modules[self.nodes[name]], nn.Linear):
+            follows = follows if read.ndim == 2 else None  # those norms treat positions one by one
+        return Seen(read, follows and follows.of(values))
 
     def visit(self, layers: list[str], images: Tensor, note: Callable[[str, Seen, Tensor], None]) -> None:
         """Run some images as far as the last of some layers, and note what each of these sees and gives."""

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import OneCycleLR
-from tqdm import tqdm
 
 from chanaxes_pl.compensation.layerwise import kept_channels
 from chanaxes_pl.core.divergence import Divergence, by_position, divergence_for, divergences
 from chanaxes_pl.core.errors import InputError
 from chanaxes_pl.core.memory import GIGABYTE, MEMORY
 from chanaxes_pl.core.moments import accumulation_device
+from chanaxes_pl.core.progress import bar
 from chanaxes_pl.network.batches import logits_of
 from chanaxes_pl.network.hooks import activation_bytes, hooked, isolated_rng, observed
 from chanaxes_pl.units.groups import executed_layers
@@ -143,7 +143,7 @@ def polish(
         optimizer = torch.optim.AdamW(each, weight_decay=DECAY)
         schedule = OneCycleLR(optimizer, rates, total_steps=steps)
         images = _endless(batches, generator)
-        for _ in tqdm(range(steps), desc="polish", unit="step", disable=None if progress else True):
+        for _ in bar(range(steps), "polish", "step", shown=progress):
             parts = _moved(next(images), generator).split(at_once)
             held = [goal(part) for part in parts] if len(parts) == 1 else []  # there may be room for no more
             logits, features = _variances(held or map(goal, parts))

@@ -1,7 +1,8 @@
 """Ridge regression of a layer's errors on its inputs, from a stream of samples, in bounded memory.
 
 With more samples than inputs it is solved in the inputs, from moments; with fewer, in the samples. Both are exact, and
-take memory in proportion to the square of the smaller of the two numbers.
+take memory in proportion to the square of the smaller of the two numbers. Where any value within bounds serves as well
+as another, some samples are held, and the regression is solved in rounds.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from chanaxes_pl.core.moments import CrossMoments, Moments, accumulation_device
 
+#: Number of rounds in which targets with bounds are found.
+ROUNDS = 5
 # At least this many samples are gathered before they are summed up.
 _ROWS = 256
 # Numbers that are widened to float64 at a time.
@@ -28,9 +31,14 @@ class Ridge:
     ``[n, F]`` and E ``[n, O]``, D = Eᵀ X (XᵀX + nλv I)⁻¹ = Eᵀ (XXᵀ + nλv I)⁻¹ X. The second form is the dual one of
     Saunders, Gammerman and Vovk (1998).
 
+    An error may have an interval around it, all of which serves as well: then e is the value in it that is closest to
+    Dx + d. That is a convex problem, whose value falls with every round of solving for the e that the last solution
+    gives (Hunter and Lange, 2004), from the errors themselves on.
+
     Args:
         shape: G, F and O.
         samples: number of samples that will be added, at most.
+        hold: whether to keep the samples with intervals, see :func:`held_bytes`; else these do not count.
 
     Example:
         >>> import torch
@@ -42,7 +50,7 @@ class Ridge:
         ([2.0], 1.0, 21.0)
     """
 
-    def __init__(self, shape: tuple[int, int, int], samples: int) -> None:
+    def __init__(self, shape: tuple[int, int, int], samples: int, hold: bool = False) -> None:
         self._shape, self._capacity = shape, min(samples, _capacity(shape[1]))
         self._inputs: Tensor | None = None
         self._errors: Tensor | None = None
@@ -50,12 +58,21 @@ class Ridge:
         self._moments: Moments | None = None
         self._toward: CrossMoments | None = None
         self._squares = 0.0
+        self._held = _Held(shape, samples) if hold else None
 
-    def add(self, inputs: Tensor, errors: Tensor) -> None:
-        """Add samples ``[n, G, F]`` and ``[n, G, O]`` of one floating type."""
+    def add(self, inputs: Tensor, errors: Tensor, serving: tuple[Tensor, Tensor] | None = None) -> None:
+        """Add samples ``[n, G, F]`` and errors ``[n, G, O]`` of one floating type.
+
+        Args:
+            inputs: x.
+            errors: e.
+            serving: the least and the most that serves, which may be −∞ and ∞; in all calls or in none.
+        """
         if self._inputs is None or self._errors is None:
             blocks, *widths = self._shape
             self._inputs, self._errors = (inputs.new_empty(self._capacity, blocks, width) for width in widths)
+        if serving is not None and self._held is not None:
+            self._held.add(inputs, errors, *serving)
         start = 0
         while start < len(inputs):
             if self._filled == self._capacity:
@@ -75,13 +92,14 @@ class Ridge:
         self._inputs = self._errors = None
         if inputs is None or errors is None:
             return None
+        held = self._held if self._held is not None and self._held.count else None
         if self._moments is None and self._filled < self._shape[1]:
-            return _in_samples(inputs[: self._filled], errors[: self._filled], ridge)
+            return _in_samples(inputs[: self._filled], errors[: self._filled], ridge, held)
         self._sum_up(inputs, errors)
         del inputs, errors
         assert self._moments is not None
         assert self._toward is not None
-        return _in_inputs(self._moments, self._toward, self._squares, ridge)
+        return _in_inputs(self._moments, self._toward, self._squares, ridge, held)
 
     def _sum_up(self, inputs: Tensor, errors: Tensor) -> None:
         inputs, errors = inputs[: self._filled], errors[: self._filled]
@@ -90,6 +108,61 @@ class Ridge:
         self._toward = toward if self._toward is None else self._toward.merge_(toward)
         self._squares += _squares(errors)
         self._filled = 0
+
+
+class _Held:
+    """Samples whose errors have intervals.
+
+    Args:
+        shape: G, F and O.
+        samples: number of samples that will be added, at most.
+
+    Attributes:
+        count: number of samples.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], samples: int) -> None:
+        self._shape, self._samples, self.count = shape, samples, 0
+        self._inputs: Tensor | None = None
+
+    def add(self, inputs: Tensor, *errors: Tensor) -> None:
+        """Add samples ``[n, G, F]``, and their errors ``[n, G, O]``, the least and the most that serves."""
+        if self._inputs is None:
+            blocks, *widths = self._shape
+            self._inputs = inputs.new_empty(blocks, self._samples, widths[0])
+            self._errors = [inputs.new_empty(blocks, self._samples, widths[1]) for _ in errors]
+        rows = slice(self.count, self.count + len(inputs))
+        self._inputs[:, rows] = inputs.transpose(0, 1)
+        for held, given in zip(self._errors, errors, strict=True):
+            held[:, rows] = given.transpose(0, 1)
+        self.count = rows.stop
+
+    @property
+    def errors(self) -> Tensor:
+        """``[G, n, O]``, the errors themselves."""
+        return self._errors[0][:, : self.count]
+
+    def nearest(self, fitted: Tensor) -> Tensor:
+        """The values that serve ``[G, n, O]`` and are closest to some others."""
+        _, lower, upper = (held[:, : self.count].to(fitted) for held in self._errors)
+        return fitted.clamp(lower, upper)
+
+    def left(self, fitted: Tensor) -> float:
+        """Σ E e² over all that fitted values ``[G, n, O]`` leave."""
+        return _squares(fitted - self.nearest(fitted)) / self.count
+
+    def fitted(self, left: Tensor, offset: Tensor) -> Tensor:
+        """D x + d for all samples, ``[G, n, O]``."""
+        assert self._inputs is not None
+        inputs = self._inputs[:, : self.count]
+        return torch.baddbmm(offset[:, None].to(inputs), inputs, left.mT.to(inputs))
+
+    def moved(self, errors: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean ``[G, O]`` of a change of the errors ``[G, n, O]``, and its covariance with the inputs."""
+        assert self._inputs is not None
+        mean = errors.mean(1, keepdim=True)
+        # As the change is centred, the inputs need not be.
+        return mean[:, 0], self._inputs[:, : self.count].mT @ (errors - mean) / self.count
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +222,12 @@ def ridge_bytes(shape: tuple[int, int, int], samples: int, itemsize: int) -> int
     return blocks * (held + solving)
 
 
+def held_bytes(shape: tuple[int, int, int], samples: int, itemsize: int) -> int:
+    """Bytes that a :class:`Ridge` takes beside that if it holds its samples."""
+    blocks, inputs, outputs = shape
+    return blocks * samples * (inputs + 7 * outputs) * itemsize
+
+
 def samples_within(shape: tuple[int, int, int], samples: int, memory: float, itemsize: int) -> int:
     """Return how many of some samples a :class:`Ridge` may have in order to take at most ``memory`` bytes."""
     if ridge_bytes(shape, samples, itemsize) <= memory:
@@ -161,23 +240,33 @@ def _capacity(inputs: int) -> int:
     return max(_ROWS, inputs)
 
 
-def _in_inputs(moments: Moments, toward: CrossMoments, squares: float, ridge: float) -> Solution:
+def _in_inputs(
+    moments: Moments, toward: CrossMoments, squares: float, ridge: float, held: _Held | None = None
+) -> Solution:
     """Solve from the moments of the inputs, which are overwritten."""
     count = float(moments.count)
     among, target = moments.scatter.div_(count), toward.scatter.div_(count)
     spread = among.diagonal(dim1=1, dim2=2)
     penalty = _penalty(ridge, spread.mean(1))
     spread.add_(penalty[:, None])
-    found = torch.cholesky_solve(target, torch.linalg.cholesky(among))
-    # With G = Cov(x, e) and D = (C + p I)⁻¹ G, the error falls by 2 D·G − D·CD = D·G + p D·D.
-    gain = (found * target).sum() + (penalty[:, None, None] * found.square()).sum()
-    left, error_mean = found.mT, toward.right
-    before = squares / count
-    after = before - float(error_mean.square().sum() + gain)
-    return Solution(left, None, moments.mean, error_mean - _times(left, moments.mean), before, after)
+    factor = torch.linalg.cholesky(among)
+    found = torch.cholesky_solve(target, factor)
+    left, error_mean, before = found.mT, toward.right, squares / count
+    if held is None:
+        # With G = Cov(x, e) and D = (C + p I)⁻¹ G, the error falls by 2 D·G − D·CD = D·G + p D·D.
+        gain = (found * target).sum() + (penalty[:, None, None] * found.square()).sum()
+        after = before - float(error_mean.square().sum() + gain)
+        return Solution(left, None, moments.mean, error_mean - _times(left, moments.mean), before, after)
+    offset = error_mean - _times(left, moments.mean)
+    for _ in range(ROUNDS):
+        mean, covariance = held.moved(held.nearest(held.fitted(left, offset)) - held.errors)
+        left = torch.cholesky_solve(target + covariance.to(target), factor).mT
+        offset = error_mean + mean.to(target) - _times(left, moments.mean)
+    before, after = held.left(torch.zeros_like(held.errors)), held.left(held.fitted(left, offset))
+    return Solution(left, None, moments.mean, offset, before, after)
 
 
-def _in_samples(inputs: Tensor, errors: Tensor, ridge: float) -> Solution:
+def _in_samples(inputs: Tensor, errors: Tensor, ridge: float, held: _Held | None = None) -> Solution:
     """Solve from fewer samples ``[n, G, F]`` and ``[n, G, O]`` than inputs."""
     device = accumulation_device(inputs.device)
     inputs, errors = inputs.to(device), errors.to(device)
@@ -189,14 +278,23 @@ def _in_samples(inputs: Tensor, errors: Tensor, ridge: float) -> Solution:
         toward_mean += _times(centred, mean[:, columns])
     penalty = count * _penalty(ridge, kernel.diagonal(dim1=1, dim2=2).sum(1) / (count * width))
     kernel.diagonal(dim1=1, dim2=2).add_(penalty[:, None])
-    rest = errors.transpose(0, 1).double()
-    error_mean = rest.mean(1)
-    rest = rest - error_mean[:, None]
-    solved = torch.cholesky_solve(rest, torch.linalg.cholesky(kernel))
-    # The errors that remain are E − XXᵀ A = nλv A.
-    after = float((penalty[:, None, None] * solved).square().sum()) / count
-    left = solved.mT
-    return Solution(left, inputs, mean, error_mean - _times(left, toward_mean), _squares(errors) / count, after)
+    factor, rest = torch.linalg.cholesky(kernel), errors.transpose(0, 1).double()
+
+    def solve() -> tuple[Tensor, Tensor]:
+        mean = rest.mean(1)
+        return mean, torch.cholesky_solve(rest - mean[:, None], factor)
+
+    error_mean, solved = solve()
+    for _ in range(ROUNDS if held else 0):
+        assert held is not None
+        # The errors that remain are E − XXᵀ A = nλv A.
+        rest = held.nearest(rest - penalty[:, None, None] * solved)
+        error_mean, solved = solve()
+    remain, left = penalty[:, None, None] * solved, solved.mT
+    before, after = _squares(errors) / count, float(remain.square().sum()) / count
+    if held:
+        before, after = held.left(torch.zeros_like(rest)), held.left(rest - remain)
+    return Solution(left, inputs, mean, error_mean - _times(left, toward_mean), before, after)
 
 
 def _penalty(ridge: float, spread: Tensor) -> Tensor:

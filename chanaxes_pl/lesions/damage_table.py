@@ -12,11 +12,11 @@ import pandas as pd
 import torch
 from lightning.fabric.utilities.data import sized_len
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from chanaxes_pl.analysis.damage import CLEAR
 from chanaxes_pl.analysis.scores import score_family
 from chanaxes_pl.core.errors import ArgumentError, ArgumentTypeError, check_seed, check_several, is_whole, naming, short
+from chanaxes_pl.core.progress import bar
 from chanaxes_pl.core.targets import check_classes, check_finite, image_scores, lifted
 from chanaxes_pl.lesions.interventions import (
     OPERATIONS,
@@ -160,9 +160,9 @@ def lesion_table(
             damage = _Damage(model, list(planned.chosen.values()), step, fast)
             batches = sized_len(evaluation)
             total = None if batches is None else batches * len(planned.chosen)
-            with tqdm(total=total, disable=None if progress else True, desc="lesions", unit="lesion") as bar:
+            with bar(None, "lesions", "lesion", total=total, shown=progress) as shown:
                 for batch in same_draws(evaluation):
-                    damage.add(place.to_device(batch), bar.update)
+                    damage.add(place.to_device(batch), shown.update)
         if not damage.images:
             raise ArgumentError("evaluation", "it holds no images")
         return _table(rows, damage, list(planned.chosen), operations)

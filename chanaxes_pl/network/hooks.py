@@ -1,13 +1,17 @@
-"""Observation of a model: hooks that are always removed, a context that changes nothing, comparison of outputs."""
+"""Observation of a model: hooks that are always removed, contexts that change nothing, comparison of outputs."""
 
 from __future__ import annotations
 
+import random
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from math import prod
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -15,7 +19,13 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
-from chanaxes_pl.core.errors import ArgumentError, ArgumentTypeError, short
+from chanaxes_pl.core.errors import ArgumentError, ArgumentTypeError, InputError, short
+
+# What every module has: its parameters, its modes, its hooks.
+_OWN = frozenset(vars(nn.Module()))
+_CONTAINERS = (dict, list, set, deque)
+# Their parameters are parts of one large one while they run, or lie elsewhere.
+_SHARDING = ("FullyShardedDataParallel", "FSDPModule")
 
 
 @contextmanager
@@ -145,9 +155,9 @@ def observed(model: nn.Module, buffers: bool = True) -> Iterator[None]:
                 model.eval()
                 yield
         finally:
+            copies.remove()
             _restore(training)
             _write_back(kept)
-            copies.remove()
 
 
 def check_network(model: object, inside: bool = False) -> None:
@@ -166,6 +176,21 @@ def check_network(model: object, inside: bool = False) -> None:
                 f"model={type(model).__name__}(…)",
                 f"expected a network of Python modules, got {what}TorchScript, which hooks cannot listen to; pass what "
                 "torch.jit.script or torch.jit.trace was given",
+            )
+
+
+def check_made(model: nn.Module) -> None:
+    """Check that a network's parameters have their sizes.
+
+    Raises:
+        ValueError: naming one that waits for a first batch: a measurement would make it, and change all that draws
+            random numbers later.
+    """
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise InputError(
+                f"the parameter {name!r} of {type(model).__name__} has no size before a first batch has run: run one "
+                "through the network before training, as in its __init__ or configure_model()"
             )
 
 
@@ -203,6 +228,126 @@ def isolated_rng() -> Iterator[None]:
         streams.__exit__(None, None, None)
 
 
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Restore all that the modules of a model hold, after a forward pass that may change any of it.
+
+    Beside parameters and buffers these are attributes: counters, metrics of torchmetrics, hidden states, lists of
+    features, generators of random numbers; and what lists, dictionaries, sets and deques among them hold. Other objects
+    are not looked into, nor parameters that are spread over processes. Meanwhile there is a copy of the weights.
+    """
+    undo = [*map(_attributes, model.modules()), *map(_empty_buffers, model.modules()), *_parameters(model)]
+    try:
+        yield
+    finally:
+        for restore in undo:
+            restore()
+
+
+def _attributes(module: nn.Module) -> Callable[[], None]:
+    """A function that puts back what a module holds in attributes of its own."""
+    held = {name: value for name, value in vars(module).items() if name not in _OWN}
+    inside = [_contents(value) for value in held.values()]
+
+    def restore() -> None:
+        for name in [name for name in vars(module) if name not in _OWN and name not in held]:
+            del vars(module)[name]
+        vars(module).update(held)
+        for contents in filter(None, inside):
+            contents()
+
+    return restore
+
+
+def _empty_buffers(module: nn.Module) -> Callable[[], None]:
+    """A function that takes away buffers which were not there."""
+    held = {name for name, buffer in module._buffers.items() if buffer is not None}
+    names = set(module._buffers)
+
+    def restore() -> None:
+        for name in module._buffers.keys() - held:
+            if name in names:
+                module._buffers[name] = None
+            else:
+                del module._buffers[name]
+
+    return restore
+
+
+def _contents(value: Any) -> Callable[[], Any] | None:
+    """A function that puts back what an object holds, if it is of a kind that is looked into."""
+    if not isinstance(value, _CONTAINERS):
+        return _state(value)
+    held = value.copy()
+    inside = list(filter(None, map(_state, held.values() if isinstance(held, dict) else held)))
+
+    def restore() -> None:
+        if not _same_objects(value, held):
+            value.clear()
+            (value.extend if isinstance(value, (list, deque)) else value.update)(held)
+        for state in inside:
+            state()
+
+    return restore
+
+
+def _same_objects(one: Any, other: Any) -> bool:
+    """Whether two containers of one kind hold the very same objects."""
+
+    def objects(container: Any) -> list[int]:
+        return [*map(id, chain.from_iterable(container.items()) if isinstance(container, dict) else container)]
+
+    return objects(one) == objects(other)
+
+
+def _state(value: Any) -> Callable[[], Any] | None:
+    """A function that puts back the values of a tensor, or where a generator is."""
+    if isinstance(value, torch.Generator):
+        return partial(value.set_state, value.get_state())
+    if isinstance(value, np.random.Generator):
+        return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+    if isinstance(value, np.random.RandomState):
+        return partial(value.set_state, value.get_state())
+    if isinstance(value, random.Random):
+        return partial(value.setstate, value.getstate())
+    if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and _dense(value):
+        return partial(_write, value, value.detach().clone())
+    return None
+
+
+def _parameters(model: nn.Module) -> list[Callable[[], None]]:
+    """Functions that put back the values of parameters."""
+    parameters = [parameter for parameter in model.parameters() if not is_lazy(parameter)]
+    kinds = {kind.__name__ for module in model.modules() for kind in type(module).__mro__}
+    if kinds.intersection(_SHARDING) or any(hasattr(p, "ds_id") or type(p) is not nn.Parameter for p in parameters):
+        return []
+
+    def restored(parameter: nn.Parameter) -> Callable[[], None]:
+        data, values = parameter.data, parameter.detach().clone()
+
+        def restore() -> None:
+            if parameter.data_ptr() != data.data_ptr() or parameter.shape != data.shape:
+                parameter.data = data
+            _write(parameter.data, values)
+
+        return restore
+
+    return [restored(parameter) for parameter in parameters if _dense(parameter)]
+
+
+def _dense(tensor: Tensor) -> bool:
+    """Whether a tensor's values can be compared and copied."""
+    return tensor.layout is torch.strided and not tensor.is_quantized and tensor.device.type != "meta"
+
+
+def _write(tensor: Tensor, values: Tensor) -> None:
+    with torch.inference_mode():  # it may be a tensor of that mode
+        if tensor.shape != values.shape:
+            tensor.resize_(values.shape)
+        if not torch.equal(tensor, values):
+            tensor.copy_(values)
+
+
 def _restore(training: dict[nn.Module, bool]) -> None:
     """Bring modules back into their modes, by their own ``train`` where they have one: it may unmerge a LoRA."""
     for module, flag in training.items():
@@ -214,12 +359,16 @@ def _restore(training: dict[nn.Module, bool]) -> None:
 
 
 def _write_back(buffers: list[tuple[nn.Module, str, Tensor, Tensor]]) -> None:
+    for _, _, buffer, _ in buffers:
+        if buffer.grad_fn is not None:  # it was written to with gradients
+            buffer.detach_()
     with torch.inference_mode():  # some may be tensors of that mode
         for module, name, buffer, values in buffers:
             module._buffers[name] = buffer
             if buffer.shape != values.shape:
                 buffer.resize_(values.shape)
-            buffer.copy_(values)
+            if buffer.layout is not torch.strided or not buffer.equal(values):  # expanded ones cannot be written to
+                buffer.copy_(values)
 
 
 def _copied(_model: nn.Module, args: Any, kwargs: Any) -> Any:

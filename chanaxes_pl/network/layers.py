@@ -19,6 +19,8 @@ from chanaxes_pl.core.errors import ArgumentError, ArgumentTypeError, nearest, s
 from chanaxes_pl.network.hooks import hooked
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+#: Transposed convolutions, whose weight has its inputs first; they are pruned, and not tracked.
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _KINDS = {"conv": CONVOLUTIONS, "conv+linear": (*CONVOLUTIONS, nn.Linear)}
 _WORDS = ("auto", *_KINDS)
 #: ``"auto"``, ``"conv"``, ``"conv+linear"``, a glob or several over layer names, or ``(name, module) → bool``.
@@ -308,7 +310,7 @@ def by_position(layer: nn.Module, tensor: Tensor, images: int, name: str) -> Ten
     """
     if why := misfit(layer, tensor, images):
         raise ValueError(f"layer {name!r} gave {why}; leave the layer out with layers=[…]")
-    if isinstance(layer, CONVOLUTIONS):
+    if isinstance(layer, CONVOLUTIONS + TRANSPOSED):
         return tensor.flatten(2)
     return tensor[:, :, None] if tensor.ndim == 2 else tensor.flatten(1, -2).transpose(1, 2)
 
@@ -322,7 +324,7 @@ def misfit(layer: nn.Module, tensor: Any, images: int, what: str = "an output") 
         images: B, the number of images in the batch.
         what: what the tensor is, for the text.
     """
-    convolution = isinstance(layer, CONVOLUTIONS)
+    convolution = isinstance(layer, CONVOLUTIONS + TRANSPOSED)
     if not isinstance(tensor, Tensor) or tensor.is_nested:
         kind = "nested tensor" if isinstance(tensor, Tensor) else type(tensor).__name__
         return f"{what} that is a {kind} for a batch of {images} images: expected one tensor"

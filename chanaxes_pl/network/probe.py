@@ -238,8 +238,7 @@ def find_probe(given: ProbeSource | None, trainer: Trainer) -> ProbeSource:
             return datamodule.probe_dataloader()
     loaders = trainer.val_dataloaders
     if loaders is None and not trainer.testing:  # not set up yet where nothing was trained
-        _set_up_validation(trainer)
-        loaders = trainer.val_dataloaders
+        loaders = _validation_loaders(trainer)
     if loaders is None and trainer.testing and datamodule is not None and overrides(datamodule, "val_dataloader"):
         with isolated_rng():  # nothing was trained
             try:
@@ -270,14 +269,17 @@ def find_probe(given: ProbeSource | None, trainer: Trainer) -> ProbeSource:
     return again(loader, dataset=data, batch_sampler=loader.batch_sampler)
 
 
-def _set_up_validation(trainer: Trainer) -> None:
-    """Have the Trainer make its validation loaders before it needs them, if there are any."""
+def _validation_loaders(trainer: Trainer) -> Any:
+    """The Trainer's validation loaders before it needs them, if there are any; it makes its own when it does."""
     module: Any = trainer.lightning_module
-    hook = module._current_fx_name
+    loop: Any = trainer.fit_loop.epoch_loop.val_loop
+    hook, reloaded = module._current_fx_name, loop._last_val_dl_reload_epoch
     try:
-        with suppress(*_misconfigured()):  # Lightning's error where there is no validation; ours says more
-            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        with suppress(*_misconfigured()), isolated_rng():  # Lightning's error where there is none; ours says more
+            loop.setup_data()
+        return trainer.val_dataloaders
     finally:
+        loop._combined_loader, loop._last_val_dl_reload_epoch = None, reloaded
         module._current_fx_name = hook  # which that error leaves, so that whoever logs next could not
 
 

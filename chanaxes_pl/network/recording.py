@@ -19,7 +19,6 @@ from chanaxes_pl.core.targets import Target, TargetSpec, infer_target, null_targ
 from chanaxes_pl.network.batches import Placement, Step, shortened, stepped, without_labels
 from chanaxes_pl.network.hooks import observed, same_outputs
 from chanaxes_pl.network.layers import (
-    CONVOLUTIONS,
     LayerSpec,
     Projection,
     affine,
@@ -348,7 +347,7 @@ class Recorder:
         images, width = len(self._batch.indices), channel_count(layer)
         if why := misfit(layer, gave, images):
             return f"it gave {why}"
-        channels = gave.shape[1 if isinstance(layer, CONVOLUTIONS) else -1]
+        channels = gave.shape[-1 if isinstance(layer, nn.Linear) else 1]
         if channels != width:
             return f"it gave {channels} channels, expected {width}"
         if name not in self._patches:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -280,15 +281,31 @@ def _overwrites(node: fx.Node, root: nn.Module) -> bool:
         return False
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
     private = name.startswith("_") or node.target in (operator.and_, operator.or_, operator.is_, operator.not_)
-    return node.target in _OUT_OF_PLACE or bool(node.kwargs.get("inplace")) or (name.endswith("_") and not private)
+    if node.kwargs.get("out") is not None or _in_place(node) is not None:
+        return True
+    return node.target in _OUT_OF_PLACE or (name.endswith("_") and not private)
+
+
+def _in_place(node: fx.Node) -> inspect.BoundArguments | None:
+    """The arguments of a function of ``torch.nn.functional`` that is told to overwrite its input."""
+    if node.op != "call_function" or getattr(node.target, "__module__", "") != F.__name__:
+        return None
+    try:
+        given = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # it has no signature
+        return None
+    return given if given.arguments.get("inplace") else None
 
 
 def _rewrite(node: fx.Node) -> bool:
     """Make an operation give a new tensor; whether that is possible."""
     if node.op == "call_module":
         return True  # its flag is switched off while it runs
-    if node.kwargs.get("inplace"):
-        node.kwargs = {**node.kwargs, "inplace": False}
+    if node.kwargs.get("out") is not None:
+        return False
+    if (given := _in_place(node)) is not None:
+        given.arguments["inplace"] = False
+        node.args, node.kwargs = given.args, given.kwargs
     elif node.op == "call_method":
         node.target = str(node.target).removesuffix("_")
         return hasattr(Tensor, node.target)

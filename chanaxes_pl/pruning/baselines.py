@@ -17,8 +17,7 @@ from chanaxes_pl.core.targets import check_classes
 from chanaxes_pl.network.batches import Step
 from chanaxes_pl.network.cloning import clone
 from chanaxes_pl.network.hooks import calls, observed
-from chanaxes_pl.network.layers import CONVOLUTIONS, channel_count
-from chanaxes_pl.units.flow import TRANSPOSED
+from chanaxes_pl.network.layers import CONVOLUTIONS, TRANSPOSED, channel_count
 from chanaxes_pl.units.groups import Units
 
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm

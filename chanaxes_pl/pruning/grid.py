@@ -14,7 +14,6 @@ import pandas as pd
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from chanaxes_pl.analysis.scores import score_family
 from chanaxes_pl.core.errors import (
@@ -28,6 +27,7 @@ from chanaxes_pl.core.errors import (
     short,
 )
 from chanaxes_pl.core.memory import MEMORY, check_memory
+from chanaxes_pl.core.progress import bar
 from chanaxes_pl.core.targets import check_classes, image_scores
 from chanaxes_pl.network.batches import Placement, Step, stepped
 from chanaxes_pl.network.hooks import observed, undisturbed
@@ -190,6 +190,7 @@ def pruning_grid(
             round_to=experiment.round_to,
             probe_size=experiment.probe_size,
             memory=experiment.memory,
+            progress=progress,
         )
         example = next(iter(pruner.batches))
         for allocation, budget in product(experiment.allocations, experiment.budgets):
@@ -218,7 +219,7 @@ def pruning_grid(
         values = _scores_of(pruner, left, experiment.seed)
         measured = dict.fromkeys(score for score, allocation, *_ in left if allocation == "sensitivity")
         tables = {score: pruner.sensitivity(values, score) for score in measured}
-        for variant in tqdm(share, disable=None if progress else True, desc="pruning", unit="network"):
+        for variant in bar(share, "pruning", "network", shown=progress):
             if variant in made.rows:
                 continue
             score, allocation, compensation, budget = variant
@@ -227,7 +228,7 @@ def pruning_grid(
             if variant != DENSE_VARIANT:
                 kept = pruner.choose(values, score, allocation, budget, tables.get(score))
                 slim, macs = pruner.cut(kept), pruner.count(kept)
-                pruner.compensate(slim, kept, compensation, experiment.seed, progress=progress)
+                pruner.compensate(slim, kept, compensation, experiment.seed)
                 row |= {"family": score_family(score), "compensate": compensation or "none"}
             row |= {"budget_of": experiment.budget_of, "macs_share": macs / pruner.macs.dense, "macs": macs}
             row |= {"parameters": count_parameters(slim)}

@@ -143,6 +143,7 @@ class Pruner:
         round_to: number of channels of which every layer keeps a multiple, see :func:`fit_budget`.
         probe_size: maximum number of images.
         memory: gigabytes for whatever looks at images.
+        progress: whether what takes long shows a progress bar in a terminal.
 
     Attributes:
         model: the dense network with plain weights, see :func:`plain`.
@@ -169,6 +170,7 @@ class Pruner:
         round_to: int = 1,
         probe_size: int = IMAGES,
         memory: float = MEMORY,
+        progress: bool = True,
     ) -> None:
         check_budget_of(budget_of)
         check_round_to(round_to)
@@ -176,6 +178,7 @@ class Pruner:
         check_sizes(probe_size)
         self._place = place = replace(place or Placement.of(model), rank=0, world=1)
         self._probe, self._step, self._size, self._memory = probe, step, probe_size, memory
+        self._progress = progress
         self._images_of = _images_of(model, step)
         self.batches = ImageBatches(probe, probe_size, place, self._images_of).within(memory / 4 * GIGABYTE)
         if example is not None:
@@ -226,6 +229,7 @@ class Pruner:
             memory=self._memory,
             seed=seed,
             place=self._place,
+            progress=self._progress,
         )
 
     def choose(
@@ -278,6 +282,7 @@ class Pruner:
             divergence=self.divergence,
             levels=levels,
             memory=self._memory,
+            progress=self._progress,
         )
 
     def compensate(
@@ -287,7 +292,6 @@ class Pruner:
         compensation: Kind | None,
         seed: int = 0,
         done: Callable[[str, nn.Module], None] = lambda _step, _slim: None,
-        progress: bool = True,
     ) -> pd.DataFrame | None:
         """Compensate what :meth:`cut` gave, in place, unless ``compensation`` is ``None``.
 
@@ -297,20 +301,19 @@ class Pruner:
             compensation: its kind.
             seed: random seed of polish.
             done: called with the name of each step after it.
-            progress: whether polish shows a progress bar in a terminal.
 
         Returns:
             The errors of each layer, see :func:`compensate`.
         """
         report = None
         if compensation:
-            layerwise, memory = "refit" if compensation == "distill" else compensation, self._memory
-            known = {"images": self._count, "memory": memory}
+            layerwise = "refit" if compensation == "distill" else compensation
+            known = {"images": self._count, "memory": self._memory, "progress": self._progress}
             report = compensate(slim, self.model, self.groups, kept, self.batches, layerwise, **known)
             done(layerwise, slim)
         if compensation == "distill":
-            bounds = {"memory": self._memory, "seed": seed, "progress": progress}
-            polish(slim, self.model, self.groups, kept, self.more, divergence=self.divergence, **bounds)
+            known = {"memory": self._memory, "seed": seed, "progress": self._progress}
+            polish(slim, self.model, self.groups, kept, self.more, divergence=self.divergence, **known)
             done("polish", slim)
         return report
 
@@ -395,6 +398,7 @@ def prune(
     memory: float = MEMORY,
     reestimate: bool = False,
     seed: int = 0,
+    progress: bool = True,
     step: Step | None = None,
 ) -> Slim:
     """Prune a trained network to a share of its multiply–accumulates (MACs), parameters or latency, without retraining.
@@ -434,6 +438,7 @@ def prune(
             number of images; less takes longer.
         reestimate: whether to re-estimate BatchNorm statistics at the end.
         seed: random seed of random scores and of polish.
+        progress: whether to show progress bars in a terminal.
         step: ``(model, batch) → (logits, labels)`` for other batches than images, ``(images, labels)`` and the like;
             what it passes to the model are the images.
 
@@ -474,6 +479,7 @@ def prune(
             round_to=round_to,
             probe_size=probe_size,
             memory=memory,
+            progress=progress,
         )
         table = check_sensitivity(sensitivity, allocation, pruner.groups)
         pruner.check_reachable(allocation, budget)
@@ -536,6 +542,7 @@ def sensitivity(
     probe_size: int = IMAGES,
     memory: float = MEMORY,
     seed: int = 0,
+    progress: bool = True,
     step: Step | None = None,
 ) -> pd.DataFrame:
     """Measure how far a network's outputs move when one group of layers at a time loses channels.
@@ -554,6 +561,7 @@ def sensitivity(
         probe_size: maximum number of probe images.
         memory: gigabytes (10⁹ bytes) to take beside the network; less takes longer.
         seed: random seed of random scores.
+        progress: whether to show progress bars in a terminal.
         step: as for :func:`prune`.
 
     Returns:
@@ -579,7 +587,14 @@ def sensitivity(
     with naming("sensitivity"), undisturbed(model):
         check_seed(seed)
         pruner = Pruner(
-            model, probe, step=step, example=example_input, protect=protect, probe_size=probe_size, memory=memory
+            model,
+            probe,
+            step=step,
+            example=example_input,
+            protect=protect,
+            probe_size=probe_size,
+            memory=memory,
+            progress=progress,
         )
         return pruner.sensitivity(pruner.scores([score], seed), score, levels)
 

@@ -15,9 +15,8 @@ from chanaxes_pl.core.errors import ArgumentError, InputError
 from chanaxes_pl.core.memory import GIGABYTE
 from chanaxes_pl.core.moments import Moments
 from chanaxes_pl.network.hooks import hooked
-from chanaxes_pl.network.layers import CONVOLUTIONS, by_position, why_not_affine
+from chanaxes_pl.network.layers import CONVOLUTIONS, TRANSPOSED, by_position, why_not_affine
 from chanaxes_pl.network.sampling import local_samples, patches, sample_positions
-from chanaxes_pl.units.flow import TRANSPOSED
 from chanaxes_pl.units.removal import Group
 
 # At least this many samples are gathered before they are summed up.

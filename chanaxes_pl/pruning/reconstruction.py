@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from chanaxes_pl.compensation.layerwise import POSITIONS, RIDGE
 from chanaxes_pl.core.memory import MEMORY
+from chanaxes_pl.core.progress import bar
 from chanaxes_pl.network.hooks import observed
 from chanaxes_pl.pruning.readers import Sampling, measured
 from chanaxes_pl.units.removal import Group
@@ -45,6 +46,7 @@ def reconstruction_costs(
     positions: int | Literal["all"] = POSITIONS,
     images: int | None = None,
     memory: float = MEMORY,
+    progress: bool = True,
 ) -> dict[str, Tensor]:
     """Compute the cost at which each unit goes in a backward elimination of its group.
 
@@ -66,6 +68,7 @@ def reconstruction_costs(
         images: number of images in the batches, if it is known. Then no more positions are taken than give a consumer
             10,000 samples, and 3 for each of its inputs.
         memory: gigabytes (10⁹ bytes) to take beside the network.
+        progress: whether to show a progress bar in a terminal.
 
     Returns:
         Group name → ``[U]`` float64, the cost of each unit as a share of the variance of what its consumers make of
@@ -85,7 +88,8 @@ def reconstruction_costs(
             for batch in batches():
                 forward(batch)
 
-    for group, found in measured(model, groups, sampling, memory, 1.0, run):
+    read = measured(model, groups, sampling, memory, 1.0, run)
+    for group, found in bar(read, "reconstruction", "group", total=len(groups), shown=progress):
         order, spent = eliminate([Elimination(*reader.inverse(group, ridge), group.size) for reader in found])
         costs[group.name] = _rising(order, spent)
     return costs

@@ -62,6 +62,7 @@ def channel_scores(
     memory: float = MEMORY,
     seed: int = 0,
     place: Placement | None = None,
+    progress: bool = True,
 ) -> dict[str, dict[str, Tensor]]:
     """Compute some scores of every channel that could be removed; the model does not change.
 
@@ -82,6 +83,7 @@ def channel_scores(
         seed: random seed of random scores.
         place: device and processes; default one process, on the device of the model's first parameter. Several
             processes share the pass for our own metrics; each computes the other scores by itself.
+        progress: whether ``reconstruction`` shows a progress bar in a terminal.
 
     Returns:
         Score → layer → ``[C]`` float64 on the host; low = remove; −inf if not finite.
@@ -142,6 +144,7 @@ def channel_scores(
             positions=positions,
             images=Probe(probe, probe_size).images,
             memory=memory,
+            progress=progress,
         )
         found["reconstruction"] = _of_channels(costs, units, layers)
     return {score: {name: _directed(score, found, name) for name in layers} for score in scores}

@@ -21,6 +21,7 @@ from chanaxes_pl.compensation.layerwise import POSITIONS, RIDGE
 from chanaxes_pl.core.divergence import Divergence, by_position, mean_divergence
 from chanaxes_pl.core.errors import ArgumentError, InputError, is_whole
 from chanaxes_pl.core.memory import GIGABYTE, MEMORY
+from chanaxes_pl.core.progress import bar
 from chanaxes_pl.network.hooks import activation_bytes, observed
 from chanaxes_pl.network.tracing import PartialForward, edited
 from chanaxes_pl.pruning.readers import Sampling, measured
@@ -49,6 +50,7 @@ def measure_sensitivity(
     levels: int = LEVELS,
     ridge: float = RIDGE["refit"],
     memory: float = MEMORY,
+    progress: bool = True,
 ) -> pd.DataFrame:
     """Measure how far the outputs move when each group alone loses its lowest units and its readers are refitted.
 
@@ -66,6 +68,7 @@ def measure_sensitivity(
         memory: gigabytes (10⁹ bytes) to take beside the network: half of it for moments, an eighth for refitted
             weights, the rest for activations. Less takes more passes; a kernel too large for it is refitted as if its
             places were one.
+        progress: whether to show a progress bar in a terminal.
 
     Returns:
         One row per group and level, the first with nothing removed: ``group``, ``units`` of the group, ``removed`` of
@@ -89,9 +92,10 @@ def measure_sensitivity(
                 for part in seen.split(outputs.at_once):
                     model(part)
 
-        for group, found in measured(model, groups, Sampling(POSITIONS, fitted), memory, 0.5, run):
-            counts = sorted({*np.linspace(0, group.size, levels + 1).round().astype(int)[1:-1], group.size - 1})
-            counts = [int(count) for count in counts if count]
+        read = measured(model, groups, Sampling(POSITIONS, fitted), memory, 0.5, run)
+        for group, found in bar(read, "sensitivity", "group", total=len(groups), shown=progress):
+            even = np.linspace(0, group.size, levels + 1).round()
+            counts = sorted({min(int(count), group.size - 1) for count in even} - {0})
             order = ranks[group.name].argsort(stable=True)
             # No layer reads the queries and keys of an attention: such a group has nothing to refit.
             refits = [reader.refits(group, order, counts, ridge) for reader in found]

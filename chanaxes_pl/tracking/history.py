@@ -82,7 +82,7 @@ class History:
         """Step of the last measurement; −1 before the first."""
         return self.checkpoints[-1][1] if self.checkpoints else -1
 
-    def add(self, step: int, epoch: float, axes: Axes, replace: bool = False) -> None:
+    def add(self, step: int, epoch: float, axes: Axes, replace: bool = False, same: bool = True) -> None:
         """Take in one measurement, and write its table where there is a folder.
 
         A folder that can no longer be written costs this table, with a warning, and not the training.
@@ -92,15 +92,16 @@ class History:
             epoch: passes over the training data before it; may be a fraction.
             axes: of the network, from :func:`compute_axes`.
             replace: take the place of the last measurement if that is of the same step.
+            same: refuse axes of other channels than before.
 
         Raises:
             ValueError: for a step that is not above the last one's, an epoch that is no number from 0 on, or axes of
-                other layers than before.
+                other channels than before.
             TypeError: if ``axes`` are none.
             OSError: if the folder cannot be made.
         """
         with naming(f"{type(self).__name__}.add"):
-            self._check_next(step, epoch, axes, replace)
+            self._check_next(step, epoch, axes, replace, same)
         if self.folder is None and self._root is not None:
             root = RunFolder(self._root)
             self.open(root, self._name, root.path.absolute().name, self._about)
@@ -119,7 +120,7 @@ class History:
             except OSError as error:
                 warnings.warn(f"the table of step {step} is lost, training goes on: {path}: {error}", stacklevel=2)
 
-    def _check_next(self, step: int, epoch: float, axes: Axes, replace: bool) -> None:
+    def _check_next(self, step: int, epoch: float, axes: Axes, replace: bool, same: bool) -> None:
         if not isinstance(axes, Axes):
             raise ArgumentTypeError(
                 f"axes: a {type(axes).__name__}", "expected what compute_axes(model, probe) returns"
@@ -131,7 +132,7 @@ class History:
         if not isinstance(epoch, Real) or not 0 <= epoch < float("inf"):
             raise ArgumentError(f"epoch={epoch!r}", "expected the passes over the training data so far, such as 0.5")
         before, now = _channels(self.table), _channels(axes.table)
-        if before and before != now:
+        if same and before and before != now:
             other = sorted({layer for layer, _ in {*before} ^ {*now}})
             raise InputError(
                 f"other channels than in step {self.last_step}, in {', '.join(other[:3]) or 'another order'}: expected "

@@ -5,21 +5,23 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import pandas as pd
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from chanaxes_pl.axes import Axes, measure_axes
 from chanaxes_pl.core.errors import ArgumentError, InputError, naming
 from chanaxes_pl.core.targets import TargetSpec
 from chanaxes_pl.network.batches import Placement, Step
+from chanaxes_pl.network.hooks import check_made
 from chanaxes_pl.network.layers import LayerSpec, channel_count, select_layers
 from chanaxes_pl.network.loaders import first_loader
 from chanaxes_pl.network.probe import Probe, ProbeSource, find_probe
@@ -217,7 +219,7 @@ class AxisTracker(L.Callback):
         """Measure random initialisation, or take up a resumed run."""
         self._begin(trainer, pl_module)
         if trainer.global_step == 0 or not self._history.checkpoints:
-            self._measure(trainer, pl_module, float(trainer.current_epoch))
+            self._measure(trainer, pl_module, _epoch(trainer))
         _monitor(trainer, self._scalars)
 
     def on_train_batch_end(
@@ -262,7 +264,10 @@ class AxisTracker(L.Callback):
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._history.last_step > trainer.global_step:  # of another training by the same Trainer
             self._history, self._widths, self._fingerprint = History(), {}, {}
-        probe, widths = self._prepare(trainer, pl_module)
+        with naming(type(self).__name__):
+            check_made(pl_module)
+        probe, layers = self._prepare(trainer, pl_module)
+        widths = _widths(layers)
         with naming(type(self).__name__):
             now = {} if _fast(trainer) else fingerprint(self.settings, probe)
         check_same_layers(self._widths, widths)
@@ -273,13 +278,13 @@ class AxisTracker(L.Callback):
             self._history.open(root, self.name, run, _about(trainer) | {"weights": measured_weights(trainer)})
         self._started, self._spent = time.perf_counter(), 0.0
 
-    def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[Probe, dict[str, int]]:
-        """The probe, and the channels of each tracked layer."""
+    def _prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[Probe, dict[str, nn.Module]]:
+        """The probe, and the tracked layers."""
         size = min(self.settings.probe_size, _FAST_IMAGES) if _fast(trainer) else self.settings.probe_size
         with naming(type(self).__name__):
             layers = select_layers(pl_module, self.settings.layers)
             probe = Probe(self._images(trainer), size)
-        return probe, {name: channel_count(layer) for name, layer in layers.items()}
+        return probe, layers
 
     def _images(self, trainer: L.Trainer) -> ProbeSource:
         """As :func:`find_probe`; for a mere test also those that training was probed with, else the test's own."""
@@ -296,17 +301,35 @@ class AxisTracker(L.Callback):
     def _writes(self, trainer: L.Trainer) -> bool:
         return self._save and trainer.is_global_zero and not _fast(trainer)
 
-    def _axes(self, trainer: L.Trainer, pl_module: L.LightningModule, probe: Probe) -> Axes:
+    def _layers(self, pl_module: L.LightningModule) -> dict[str, nn.Module]:
+        """The layers that training began with, or where the network has other ones now those chosen anew."""
+        layers = select_layers(pl_module, lambda name, _layer: name in self._widths)
+        if _widths(layers) == self._widths:
+            return layers
+        layers = select_layers(pl_module, self.settings.layers)
+        before, self._widths = self._widths, _widths(layers)
+        changed = [name for name in before | self._widths if before.get(name) != self._widths.get(name)]
+        warnings.warn(
+            f"AxisTracker: the network has other channels than at the last measurement, in {', '.join(changed[:3])}"
+            f"{', …' if len(changed) > 3 else ''}: correlations from here on are of those it has now",
+            stacklevel=2,
+        )
+        return layers
+
+    def _axes(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, probe: Probe, layers: dict[str, nn.Module]
+    ) -> Axes:
         with _as_validation(trainer), _unlogged(pl_module), naming(type(self).__name__):
-            return Axes(measure_axes(pl_module, probe, self.settings, Placement.of_trainer(trainer)), 0)
+            settings = replace(self.settings, layers=layers)
+            return Axes(measure_axes(pl_module, probe, settings, Placement.of_trainer(trainer)), 0)
 
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: float) -> None:
         begin = time.perf_counter()
         assert self._probe is not None
         with as_validated(trainer, pl_module):
-            axes = self._axes(trainer, pl_module, self._probe)
+            axes = self._axes(trainer, pl_module, self._probe, self._layers(pl_module))
             self._weights = weight_sums(pl_module) if averaging(trainer) else []
-        self._history.add(trainer.global_step, epoch, axes, replace=True)
+        self._history.add(trainer.global_step, epoch, axes, replace=True, same=False)
         self.table = self._history.table
         first, now = self._spent == 0.0, time.perf_counter()
         self._spent += now - begin
@@ -325,8 +348,8 @@ class AxisTracker(L.Callback):
     def _evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, verb: str) -> None:
         """One table, apart from those of a training: ``<run folder>/validate/<name>`` or ``test/<name>``."""
         try:
-            probe, _ = self._prepare(trainer, pl_module)
-            axes = self._axes(trainer, pl_module, probe)
+            probe, layers = self._prepare(trainer, pl_module)
+            axes = self._axes(trainer, pl_module, probe, layers)
         except InputError as error:
             if verb != "test" or self._given is not None:
                 raise
@@ -340,6 +363,16 @@ class AxisTracker(L.Callback):
         self._evaluated.add(self._clock.step, self._clock.epoch, axes)
         self.table = self._evaluated.table
         _monitor(trainer, checkpoint_scalars(axes.table, axes.correlations, self.name))
+
+
+def _epoch(trainer: L.Trainer) -> float:
+    """Passes over the training data when training starts, which may be in the middle of one."""
+    done, batches = trainer.fit_loop.epoch_loop.batch_progress.current.completed, trainer.num_training_batches
+    return trainer.current_epoch + (done / batches if done < batches < float("inf") else 0.0)
+
+
+def _widths(layers: Mapping[str, nn.Module]) -> dict[str, int]:
+    return {name: channel_count(layer) for name, layer in layers.items()}
 
 
 def _fast(trainer: L.Trainer) -> bool:

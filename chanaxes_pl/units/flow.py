@@ -32,10 +32,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from chanaxes_pl.network.hooks import entered
-from chanaxes_pl.network.layers import CONVOLUTIONS
+from chanaxes_pl.network.layers import CONVOLUTIONS, TRANSPOSED
 
-#: Transposed convolutions, whose weight has its inputs first.
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 #: Layers with a weight, whose channels can be removed.
 LAYERS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 #: Normalisations whose features are followed by themselves, because some have no tensor that shows their number.

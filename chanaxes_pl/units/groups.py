@@ -26,8 +26,8 @@ from chanaxes_pl.core.targets import describe
 from chanaxes_pl.network.batches import FAILURES, logits_of
 from chanaxes_pl.network.cloning import clone
 from chanaxes_pl.network.hooks import calls, check_network, entered, isolated_rng, undisturbed
-from chanaxes_pl.network.layers import CONVOLUTIONS
-from chanaxes_pl.units.flow import LAYERS, TRANSPOSED, Flow, goes_by_groups
+from chanaxes_pl.network.layers import CONVOLUTIONS, TRANSPOSED
+from chanaxes_pl.units.flow import LAYERS, Flow, goes_by_groups
 from chanaxes_pl.units.plain import plain
 from chanaxes_pl.units.removal import Cut, Group, disagreement, remove
 
@@ -211,6 +211,9 @@ def executed_layers(model: nn.Module, example: Tensor) -> list[str]:
 def _follow_training(flow: Flow, model: nn.Module, example: Tensor) -> None:
     """Follow what only training runs, such as an auxiliary head, so that it is cut alike."""
     model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):  # its noise is no value of the network's
+            module.eval()
     before = len(flow.reads)
     try:
         with flow.following():
@@ -375,7 +378,10 @@ def _with_heads(flow: Flow, model: nn.Module, unit: np.ndarray, group: Group) ->
     rows = {
         cut.path.rpartition(".")[0]: held
         for cut, held in labels.items()
-        if cut.path.endswith(".weight") and cut.dimension == 0
+        if cut.path.endswith(".weight")
+        and cut.dimension == 0
+        # (those of a transposed convolution are its inputs)
+        and not isinstance(model.get_submodule(cut.path.rpartition(".")[0]), TRANSPOSED)
     }
     cuts = []
     for cut, held in labels.items():

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from chanaxes_pl.network.batches import FAILURES
 from chanaxes_pl.network.cloning import clone
 from chanaxes_pl.network.hooks import calls, observed
-from chanaxes_pl.network.layers import CONVOLUTIONS, channel_count
-from chanaxes_pl.units.flow import LAYERS, TRANSPOSED
+from chanaxes_pl.network.layers import CONVOLUTIONS, TRANSPOSED, channel_count
+from chanaxes_pl.units.flow import LAYERS
 from chanaxes_pl.units.removal import Group, without
 
 # PyTorch's flop counter knows attention on other devices only.

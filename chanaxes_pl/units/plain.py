@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weig
 
 from chanaxes_pl.network.batches import FAILURES
 from chanaxes_pl.network.cloning import clone
+from chanaxes_pl.network.hooks import same_outputs
 from chanaxes_pl.network.layers import CONVOLUTIONS, WRAPPERS
 from chanaxes_pl.network.sampling import ARGUMENTS, Convolutions
 
@@ -20,6 +21,8 @@ _HOOKS = {
     "WeightNorm": remove_weight_norm,
     "SpectralNorm": remove_spectral_norm,
 }
+# Outputs of a convolution and of the plain one that takes its place differ by rounding alone.
+_SHARE = 1e-4
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -108,13 +111,16 @@ def _replaced(module: nn.Module) -> nn.Module | None:
 
 def _convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, kind: type[nn.Module]) -> nn.Module | None:
     """Return a plain convolution with the weight that a layer computes, if that is all that its class changes."""
-    sides = [1 + step * (width - 1) for step, width in zip(layer.dilation, layer.kernel_size, strict=True)]
-    weight = layer.weight
-    example = torch.zeros(2, layer.in_channels, *sides, dtype=weight.dtype, device=weight.device)
+    sides = [2 + step * (width - 1) for step, width in zip(layer.dilation, layer.kernel_size, strict=True)]
+    weight, drawn = layer.weight, torch.Generator().manual_seed(0)
+    example = torch.randn(2, layer.in_channels, *sides, generator=drawn).to(weight)
+    other = 3 - 2 * example
     training = layer.training
     try:
-        with torch.no_grad(), Convolutions() as seen:
-            layer.eval()(example)
+        with torch.no_grad():
+            with Convolutions() as seen:
+                gave = layer.eval()(example)
+            gave_other = layer(other)
     except torch.OutOfMemoryError:
         raise
     except FAILURES:
@@ -146,7 +152,9 @@ def _convolution(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, kind: type[nn.Module]
     new.weight = nn.Parameter(computed.detach().clone(), requires_grad=weight.requires_grad)
     if layer.bias is not None:
         new.bias = layer.bias
-    return new.train(training)
+    with torch.no_grad():  # it may do more with its output, or make its weight of its input
+        same = same_outputs(new(example), gave, _SHARE) and same_outputs(new(other), gave_other, _SHARE)
+    return new.train(training) if same else None
 
 
 class PlainAttention(nn.Module):

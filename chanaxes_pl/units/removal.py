@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from chanaxes_pl.network.batches import FAILURES, logits_of
 from chanaxes_pl.network.cloning import clone
 from chanaxes_pl.network.hooks import hooked, observed, same_outputs
-from chanaxes_pl.network.layers import CONVOLUTIONS, channel_count, crashes_channels_last
-from chanaxes_pl.units.flow import TRANSPOSED, goes_by_groups, width
+from chanaxes_pl.network.layers import CONVOLUTIONS, TRANSPOSED, channel_count, crashes_channels_last
+from chanaxes_pl.units.flow import goes_by_groups, width
 
 
 @dataclass(frozen=True, eq=False)

@@ -74,7 +74,7 @@ def test_a_duplicate_is_made_up_for_exactly(name, of, compensation):
     report = compensate(slim, model, groups.values(), kept, BATCHES, compensation, ridge=1e-4, positions=64)
     spread = (wanted - wanted.mean(0)).abs().max()  # logits of random networks hardly depend on the image
     error = (slim(OTHERS) - wanted).abs().max()
-    assert error < 1e-3 * spread
+    assert error < 2e-3 * spread
     assert error < 0.03 * (without - wanted).abs().max()
     assert report.after.max() < 1e-6
 
@@ -144,7 +144,7 @@ def test_a_layer_that_completes_a_sum_makes_up_for_the_other_term(shortcut, norm
     def forward(net: nn.Module, x: Tensor) -> Tensor:
         x = net.before(net.stem(x).relu()).relu()
         inside = net.last(net.first(x).relu())
-        return net.head(pooled((inside + net.short(x)).relu()))
+        return net.head(pooled((inside + net.short(x)).tanh()))
 
     torch.manual_seed(0)
     model = Net(
@@ -178,7 +178,7 @@ def test_a_layer_that_completes_a_sum_makes_up_for_the_other_term(shortcut, norm
         return (found[own] - wanted).square().mean(), least.square().mean()
 
     found, least = errors()
-    monkeypatch.setattr(pairing, "completed_sum", lambda *_: None)
+    monkeypatch.setattr(pairing, "passage", lambda *_: None)
     without, _ = errors()
     assert found < 1.001 * least
     assert without > 1.02 * least
@@ -219,7 +219,7 @@ def test_a_network_that_cannot_be_traced_gets_the_same_weights(name, compensatio
     kept = halves(groups)
     images = [batch[:12] for batch in BATCHES[:2]]
     traced, whole = cut(model, kept, groups), cut(model, kept, groups)
-    monkeypatch.setattr(pairing, "completed_sum", lambda *_: None)  # sums are known from a trace alone
+    monkeypatch.setattr(pairing, "passage", lambda *_: None)  # what follows is known from a trace alone
     first = compensate(traced, model, groups, kept, images, compensation)
     monkeypatch.setattr(pairing._Traced, "of", lambda *_: None)
     second = compensate(whole, model, groups, kept, images, compensation)
@@ -499,6 +499,8 @@ def test_a_bound_on_memory_gives_the_same_weights(name, compensation, memory, mo
     groups = find_units(model, ONE).groups.values()
     kept = halves(groups)
     large, small = cut(model, kept, groups), cut(model, kept, groups)
+    monkeypatch.setattr(home, "held_bytes", lambda *_: 0)  # what is fitted depends on whether samples are held
+    monkeypatch.setattr(home, "_MOST_HELD", np.inf)
     wanted, waited, plan = compensate(large, model, groups, kept, BATCHES, compensation), [], pairing._Waiting._plan
 
     def watched(self: pairing._Waiting, *args: Any) -> tuple[Collection[int], Collection[int]]:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize
 from torch import Tensor
 
 from chanaxes_pl.compensation import ridge as home
@@ -116,3 +117,89 @@ def test_as_many_samples_as_fit(shape, samples, memory, itemsize):
     assert within == samples or ridge_bytes(shape, samples, itemsize) > memory
     if within < min(samples, shape[1]) - 1:
         assert ridge_bytes(shape, within + 1, itemsize) > memory
+
+
+def bounded(count: int, features: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Samples some of whose errors are bounded on one side alone, or may be anything: with the least and the most."""
+    x, e = samples(count, 2, features, 3, 1.0)
+    kind = torch.rand(e.shape, generator=torch.Generator().manual_seed(2))
+    return x, e, torch.where(kind < 0.3, -torch.inf, e), torch.where((kind > 0.8) | (kind < 0.05), torch.inf, e)
+
+
+def slow_intervals(x: np.ndarray, lower: np.ndarray, upper: np.ndarray, ridge: float) -> tuple[np.ndarray, float]:
+    """Least squared distance to the intervals, by a general minimiser: coefficients with the offset last, its value."""
+    penalty = ridge * x.var(0).mean()
+
+    def objective(packed: np.ndarray) -> tuple[float, np.ndarray]:
+        found = packed.reshape(lower.shape[1], -1)
+        fitted = x @ found[:, :-1].T + found[:, -1]
+        off = fitted - np.clip(fitted, lower, upper)
+        slope = np.hstack([2 * off.T @ x / len(x) + 2 * penalty * found[:, :-1], 2 * off.mean(0)[:, None]])
+        return np.square(off).sum() / len(x) + penalty * np.square(found[:, :-1]).sum(), slope.ravel()
+
+    start = np.zeros(lower.shape[1] * (x.shape[1] + 1))
+    best = minimize(objective, start, jac=True, method="BFGS", options={"gtol": 1e-9, "maxiter": 5000})
+    return best.x.reshape(lower.shape[1], -1), best.fun
+
+
+@pytest.mark.parametrize(("count", "features", "sizes"), [(400, 6, (3, 350, 47)), (30, 50, (9, 21))])
+def test_with_intervals_it_is_least_squared_distance_to_them(count, features, sizes, monkeypatch):
+    monkeypatch.setattr(home, "ROUNDS", 1000)
+    x, e, lower, upper = bounded(count, features)
+    regression = Ridge((2, features, 3), count, hold=True)
+    for inputs, errors, *serving in zip(*(part.split(sizes) for part in (x, e, lower, upper)), strict=True):
+        regression.add(inputs, errors, tuple(serving))
+    solution = regression.solve(1e-1)
+    assert (solution.samples is None) == (count > features)
+    found, before, after = coefficients(solution), 0.0, 0.0
+    for block in range(2):
+        inputs, least, most = (part[:, block].numpy() for part in (x, lower, upper))
+        slow, _ = slow_intervals(inputs, least, most, 1e-1)
+        np.testing.assert_allclose(found[block], slow[:, :-1], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(solution.offset[block], slow[:, -1], rtol=1e-4, atol=1e-4)
+        fitted = inputs @ found[block].numpy().T + solution.offset[block].numpy()
+        after += np.square(fitted - np.clip(fitted, least, most)).sum() / count
+        before += np.square(np.clip(0.0, least, most)).sum() / count
+    assert solution.before == pytest.approx(before, rel=1e-9)
+    assert solution.after == pytest.approx(after, rel=1e-6)
+    assert solution.after < solution.before
+
+
+@pytest.mark.parametrize(("count", "features"), [(400, 6), (30, 50)])
+def test_every_round_gains(count, features, monkeypatch):
+    x, e, lower, upper = bounded(count, features)
+
+    def value(rounds: int) -> float:
+        monkeypatch.setattr(home, "ROUNDS", rounds)
+        regression = Ridge((2, features, 3), count, hold=True)
+        regression.add(x, e, (lower, upper))
+        solution = regression.solve(1e-1)
+        penalty = 1e-1 * x.var(0, correction=0).mean(1)
+        return solution.after + float((penalty[:, None, None] * coefficients(solution).square()).sum())
+
+    found = [value(rounds) for rounds in (1, 2, 5, 10, 100)]
+    assert found == sorted(found, reverse=True)
+    assert found[-1] < (1 - 1e-4) * found[0]
+
+
+def test_what_can_be_fitted_exactly_is():
+    """Whatever else would serve."""
+    x, e, _, upper = bounded(400, 6)
+    weight = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    e = (x.transpose(0, 1) @ weight).transpose(0, 1)
+    regression = Ridge((2, 6, 3), 400, hold=True)
+    regression.add(x, e, (torch.full_like(e, -torch.inf), torch.maximum(e, upper.nan_to_num(posinf=9.0))))
+    solution = regression.solve(1e-12)
+    torch.testing.assert_close(coefficients(solution), weight.mT, rtol=1e-5, atol=1e-6)
+    assert solution.after < 1e-12
+
+
+def test_without_held_samples_intervals_do_not_count():
+    x, e, lower, upper = bounded(400, 6)
+    plain, bare, held = Ridge((2, 6, 3), 400, hold=True), Ridge((2, 6, 3), 400), Ridge((2, 6, 3), 400, hold=True)
+    plain.add(x, e)
+    bare.add(x, e, (lower, upper))
+    held.add(x, e, (lower, upper))
+    plain, bare, held = (coefficients(regression.solve(1e-2)) for regression in (plain, bare, held))
+    assert bare.equal(plain)
+    assert not held.allclose(plain, rtol=0.1)

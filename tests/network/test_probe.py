@@ -485,7 +485,8 @@ def test_a_training_without_validation_leaves_the_datamodule_alone():
         def val_dataloader(self) -> DataLoader:
             raise AssertionError
 
-    loops = SimpleNamespace(epoch_loop=SimpleNamespace(val_loop=SimpleNamespace(setup_data=lambda: None)))
+    loop = SimpleNamespace(setup_data=lambda: None, _last_val_dl_reload_epoch=-1)
+    loops = SimpleNamespace(epoch_loop=SimpleNamespace(val_loop=loop))
     module = SimpleNamespace(_current_fx_name="on_train_start")
     own = {"datamodule": Given(), "train_dataloader": DataLoader(Numbers(), 5), "lightning_module": module}
     fitting = stand_in(testing=False, fit_loop=loops, **own)

@@ -205,7 +205,8 @@ def test_layers_that_run_once_keep_their_bits_and_are_not_copied(monkeypatch):
     )
     table = compute_axes(net, data, layers="conv+linear").table
     assert table[table["layer"] != "shared"].reset_index(drop=True).equals(alone)
-    maps = [shape for shape in calls if len(shape) == 4 and shape[1] == 6]  # of images, copies are given to the network
+    # Of images, copies are given to the network; and its weights are copied.
+    maps = [shape for shape in calls if len(shape) == 4 and shape[1] == 6 and shape[0] > 6]
     assert maps == 3 * [(16, 6, 4, 4)] * 3 + 3 * [(12, 6, 4, 4)]  # three runs, four batches; none in the first pass
 
 

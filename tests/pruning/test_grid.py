@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 
 from chanaxes_pl.analysis.grids import area_under_curve, paired_difference, score_differences
 from chanaxes_pl.analysis.text import describe_pruning
+from chanaxes_pl.compensation.polish import polish
 from chanaxes_pl.lesions.damage_table import join_shares
 from chanaxes_pl.network.batches import Placement
 from chanaxes_pl.plots import plot_lesions, plot_pruning
@@ -259,13 +262,18 @@ def test_errors_come_before_the_first_network_is_pruned(monkeypatch, options, me
         grid(**options)
 
 
+@pytest.mark.parametrize("terminal", [True, False])
 @pytest.mark.parametrize("progress", [True, False])
-def test_polish_shows_progress_only_where_the_grid_does(monkeypatch, progress):
-    asked = []
-    monkeypatch.setattr(protocol.Pruner, "compensate", lambda *_, progress, **__: asked.append(progress))
-    experiment = PruningExperiment(budgets=(0.7,), scores=["l1"], allocations=["uniform"])
+def test_steps_that_take_long_show_progress_in_a_terminal_unless_told_not_to(monkeypatch, progress, terminal):
+    shown = io.StringIO()
+    monkeypatch.setattr(shown, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setattr("chanaxes_pl.pruning.pruner.polish", partial(polish, steps=1))
+    chosen = {"scores": ["reconstruction"], "allocations": ["sensitivity"], "compensate": ["distill"]}
+    experiment = PruningExperiment(budgets=(0.7,), **chosen)
     pruning_grid(network(), PROBE, TEST, experiment, progress=progress)
-    assert set(asked) == {progress}
+    steps = {"reconstruction", "sensitivity", "refit", "polish", "pruning"}
+    assert {step for step in steps if f"{step}: " in shown.getvalue()} == (steps if progress and terminal else set())
 
 
 def test_every_network_of_the_grid_is_checked():

