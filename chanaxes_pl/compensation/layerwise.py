@@ -4,7 +4,8 @@ Layers are fitted one by one in forward order, on the same images in both networ
 inputs from its remaining inputs at the same position, and folds the coefficients into the weights. ``refit`` solves
 for the weights whose outputs are closest to the dense outputs. Both are ridge regressions that shrink towards the
 current weights. Such layer-wise reconstruction follows He, Zhang and Sun (2017) and Luo, Wu and Lin (2017). A fit sees
-the inputs that the pruned network really gives, so it also corrects errors made upstream.
+the inputs that the pruned network really gives, so it also corrects errors made upstream. ``refit`` minds what a ReLU
+behind the layer cuts off, as Zhang, Zou, He and Sun (2016) do.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def compensate(
     Memory is bounded whatever the number of images. Equations take up to half of ``memory``; the rest is for images in
     a list, for the activations of the batch that runs, for what layers ahead are fitted to, and for batches that wait
     for the next layer. What has no room there is computed again, at the cost of time alone: see :func:`paired`. A layer
-    is fitted to fewer samples only if its equations would not fit otherwise, with a warning.
+    is fitted to fewer samples only if its equations would not fit otherwise, with a warning, and as if nothing were cut
+    off behind it if its samples would not.
 
     Args:
         slim: pruned copy of ``dense``, after :func:`remove`; its layers gain a bias.
@@ -92,8 +94,8 @@ def compensate(
 
     Returns:
         One row per layer: ``layer``; ``before`` and ``after``, the mean squared error of the fitted quantity (outputs
-        for ``refit``, inputs for ``fold``) as a share of its variance in the dense network; ``reason``, why the layer
-        was not fitted, or empty.
+        for ``refit``, inputs for ``fold``), without what is cut off in both networks, as a share of its variance in the
+        dense network; ``reason``, why the layer was not fitted, or empty.
 
     Raises:
         ValueError: if the kind of compensation is unknown, or ``memory`` has no room for the activations of one image
@@ -430,7 +432,8 @@ def _refit(task: _Task, goals: Iterable[tuple[_Goal, Seen]]) -> tuple[float, flo
     Minimises E‖y − Wx − b‖² + λ v ‖W − W₀‖² over W and b, separately for each group of a grouped convolution. W₀ are
     the current weights, v is the mean variance of x. A layer that completes a residual sum makes up for what the other
     term lacks too: y is the dense sum less the slim network's other term. This is the reconstruction of He, Zhang and
-    Sun (2017), who treat residual sums so, with ridge.
+    Sun (2017), who treat residual sums so, with ridge. Where a function behind the layer is flat, as a ReLU is below 0,
+    an output counts only by how far it lies outside of the flat part.
 
     Returns:
         The error before and after, and why the layer could not be fitted, else empty; see :func:`compensate`.

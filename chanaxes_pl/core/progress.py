@@ -22,4 +22,4 @@ def bar(
         total: number of items, where they do not tell.
         shown: whether to show a bar if the output is a terminal.
     """
-    return tqdm(items, desc=name, unit=unit, total=total, leave=None, disable=None if shown else True)
+    return tqdm(items, desc=name, unit=unit, total=total, leave=None, disable=None if shown else True)  # type: ignore[return-value]

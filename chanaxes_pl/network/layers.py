@@ -340,7 +340,7 @@ def misfit(layer: nn.Module, tensor: Any, images: int, what: str = "an output") 
 
 def has_own_forward(layer: nn.Module) -> bool:
     """Whether a convolution or Linear layer runs anything else than the forward of its class in torch."""
-    kind = next(kind for kind in (nn.Linear, *CONVOLUTIONS) if isinstance(layer, kind))
+    kind = next(kind for kind in (nn.Linear, *CONVOLUTIONS, *TRANSPOSED) if isinstance(layer, kind))
     steps = [name for name in ("forward", "_conv_forward") if hasattr(kind, name)]
     return any(name in vars(layer) or getattr(type(layer), name) is not getattr(kind, name) for name in steps)
 

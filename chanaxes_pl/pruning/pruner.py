@@ -435,7 +435,7 @@ def prune(
         protect: glob, or several, over the names of layers that keep all their channels.
         probe_size: maximum number of probe images for scores and layer-wise compensation.
         memory: gigabytes (10⁹ bytes) that sensitivity, compensation and the score ``reconstruction`` take, whatever the
-            number of images; less takes longer.
+            number of images; less takes longer, and fits wide layers as if no ReLU followed them.
         reestimate: whether to re-estimate BatchNorm statistics at the end.
         seed: random seed of random scores and of polish.
         progress: whether to show progress bars in a terminal.

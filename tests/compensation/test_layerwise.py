@@ -666,3 +666,69 @@ def test_a_bias_of_a_frozen_layer_is_frozen():
     compensate(slim, model, groups, kept, BATCHES)
     assert slim[2].bias is not None
     assert not slim[2].bias.requires_grad
+
+
+class Rectified(nn.Module):
+    """Layers whose outputs a function cuts off: behind a norm of either sign, behind a sum, and a Linear one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.norm = nn.Conv2d(3, 24, 3, stride=2, bias=False), nn.BatchNorm2d(24)
+        self.first, self.second = nn.Conv2d(24, 32, 3, padding=1), nn.Conv2d(32, 24, 3, padding=1)
+        self.hidden, self.head = nn.Linear(24, 32), nn.Linear(32, 6)
+        with torch.no_grad():
+            self.norm.weight.normal_().mul_(2)
+            self.norm.bias.normal_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x)).relu()
+        x = F.relu6(8 * (x + self.second(F.relu(self.first(x)))) - 2)
+        return self.head(self.hidden(pooled(x)).relu())
+
+
+@torch.no_grad()
+def test_a_refit_leaves_alone_what_a_function_cuts_off(monkeypatch):
+    """So what it lets through is closer to the dense network's, on other images too."""
+    model = Rectified().eval()
+    groups = find_units(model, ONE).groups.values()
+    kept = halves(groups)
+
+    def let_through(net: Rectified, images: Tensor) -> Tensor:
+        return net.first(net.norm(net.stem(images)).relu()).relu()
+
+    def errors() -> tuple[list[float], pd.DataFrame]:
+        slim = cut(model, kept, groups)
+        report = compensate(slim, model, groups, kept, BATCHES, positions=64).set_index("layer")
+        rest = [let_through(model, x)[:, kept["first"]] - let_through(slim, x) for x in (torch.cat(BATCHES), OTHERS)]
+        return [float(part.square().mean()) for part in rest], report
+
+    found, report = errors()
+    monkeypatch.setattr(pairing, "passage", lambda *_: None)
+    without, _ = errors()
+    assert all(one < 0.99 * other for one, other in zip(found, without, strict=True))
+    assert (report.after <= report.before).all()
+
+
+@torch.no_grad()
+def test_without_room_for_its_samples_a_layer_is_fitted_as_if_nothing_were_cut_off(monkeypatch):
+    model = Rectified().eval()
+    groups = find_units(model, ONE).groups.values()
+    kept = halves(groups)
+    known = pairing.passage
+
+    def nowhere_flat(*args: Any) -> Any:
+        found = known(*args)
+        return found and found._replace(flat=(-np.inf, np.inf))
+
+    def made(owner: Any, name: str, value: Any) -> Tensor:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            slim = cut(model, kept, groups)
+            compensate(slim, model, groups, kept, BATCHES)
+        return slim(OTHERS)
+
+    patches = [(home, "_MOST_HELD", 0.0), (home, "_MOST_HELD", 0.6), (pairing, "passage", nowhere_flat)]
+    states = [made(*patch) for patch in patches]
+    assert torch.equal(states[0], states[2])
+    assert not torch.allclose(states[0], states[1], rtol=0.01)

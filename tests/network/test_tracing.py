@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from chanaxes_pl.models import BACKBONES, Classifier, build_backbone
@@ -285,3 +285,35 @@ def test_a_weight_that_a_function_reads_counts_where_its_module_is_named():
         found = forward.rerun([""])
         torch.testing.assert_close(found, model(images), rtol=1e-12, atol=1e-12)
         assert not found.allclose(before)
+
+
+OVERWRITING = {
+    "out=": lambda y: torch.clamp(y, min=0, out=y),
+    "out= of a product": lambda y: torch.mul(y, -0.5, out=y),
+    "inplace by name": lambda y: F.relu(y, inplace=True),
+    "inplace by place": lambda y: F.leaky_relu(y, 0.01, True),
+}
+
+
+@pytest.mark.parametrize("name", OVERWRITING)
+@torch.no_grad()
+def test_a_value_that_is_overwritten_after_it_was_read_is_what_was_read(name):
+    """``gate`` read the convolution's output before it was overwritten; run again, it reads the same."""
+
+    class Overwrites(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.gate, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            gate = self.gate(y)
+            return self.head((OVERWRITING[name](y) * gate.sigmoid()).mean((2, 3)))
+
+    torch.manual_seed(0)
+    model = Overwrites().eval()
+    images = torch.randn(4, 3, 8, 8)
+    forward = PartialForward(model)
+    forward.run(images)
+    model.gate.weight.mul_(2.0)
+    torch.testing.assert_close(forward.rerun(["gate"]), model(images))

@@ -347,3 +347,29 @@ def test_every_score_of_every_backbone(backbone):
             assert len(ranks) == len(shares) == group.size
             assert ranks.isfinite().all(), score
             assert not shares.isnan().any(), score
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("score", ["input_capture", "activation_rms", "task_information", "hrank"])
+@torch.no_grad()
+def test_transposed_convolutions_are_scored_by_their_channels(score, groups):
+    """As the convolution that computes the same, where there is one."""
+    torch.manual_seed(0)
+    up = nn.ConvTranspose2d(8, 12, 3, padding=1, groups=groups)
+    same = nn.Conv2d(8, 12, 3, padding=1, groups=groups)
+    blocks = up.weight.view(groups, 8 // groups, 12 // groups, 3, 3).transpose(1, 2).flatten(0, 1)
+    same.weight.copy_(blocks.flip(2, 3))
+    same.bias.copy_(up.bias)
+    found = []
+    for layer in (up, same):
+        torch.manual_seed(1)
+        net = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.ReLU(), layer, nn.ReLU(), nn.Conv2d(12, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+            nn.Linear(8, small.CLASSES),
+        ).eval()  # fmt: skip
+        units = find_units(net, small.images()[:1][0])
+        found.append(channel_scores(net, small.images(), units, [score])[score])
+    for layer in found[0].keys() & found[1].keys():
+        torch.testing.assert_close(found[0][layer], found[1][layer], rtol=1e-4, atol=1e-6)
+    assert "4" in found[0]
+    assert groups > 1 or "2" in found[0]

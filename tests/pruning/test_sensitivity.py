@@ -487,3 +487,15 @@ def test_layers_whose_inputs_are_given_by_name_are_pruned(compensate):
 def test_a_probe_of_no_images_is_refused():
     with pytest.raises(ValueError, match=r"prune: the probe holds no images; pass a larger probe="):
         prune(ByName(), [], budget=0.5)
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4, 8])
+def test_the_last_level_of_any_group_leaves_one_unit(channels):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, channels, 3), nn.GroupNorm(1, channels), nn.ReLU(), nn.Conv2d(channels, 8, 3),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+    )  # fmt: skip
+    table = sensitivity(model, TensorDataset(torch.randn(32, 3, 8, 8), torch.arange(32) % 4))
+    assert table.groupby("group")["removed"].max().tolist() == [channels - 1, 7]
+    assert table.groupby("group")["removed"].is_monotonic_increasing.all()

@@ -99,3 +99,31 @@ def test_what_is_plain_stays():
     assert plain(model) is model
     pads = Net(lambda net, x: net.head(pooled(net.a(x))), a=Padding(3, 6, 3), head=head(6))
     assert plain(pads) is pads
+
+
+class Computes(nn.Conv2d):
+    """Computes its weight, and may do something with its output."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(8, 8, 3, padding=1)
+        self.kind, self.norm = kind, nn.BatchNorm2d(8)
+        self.norm.running_var.fill_(9.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        if self.kind == "of its input":
+            weight = weight * (1 + x.abs().mean())
+        y = F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        more = {"relu": y.relu(), "gain": 3 * y, "sum": x + y, "norm": self.norm(y)}
+        return more.get(self.kind, y)
+
+
+@pytest.mark.parametrize("kind", ["alone", "relu", "gain", "sum", "norm", "of its input"])
+@torch.no_grad()
+def test_a_convolution_that_does_more_than_compute_its_weight_stays(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Computes(kind), nn.Conv2d(8, 4, 3)).eval()
+    images = torch.randn(4, 3, 9, 9)
+    found = plain(model)
+    torch.testing.assert_close(found(images), model(images), rtol=1e-4, atol=1e-5)
+    assert (type(found[1]) is nn.Conv2d) == (kind == "alone")

@@ -1,5 +1,7 @@
 """Several outputs, outputs of other shapes, and contexts around pruning: what is cut, and that it is the same."""
 
+import copy
+
 import pandas as pd
 import pytest
 import torch
@@ -227,3 +229,37 @@ def test_a_layer_with_two_names_runs():
     again = nn.Conv2d(8, 8, 3, padding=1)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), again, nn.ReLU(), again, nn.Flatten(), nn.Linear(8 * 64, 4))
     assert "3" not in find_units(model, pictures(1)).fixed
+
+
+@pytest.mark.parametrize("kind", [nn.Dropout2d, nn.FeatureAlphaDropout])
+def test_dropout_of_channels_is_no_obstacle_beside_a_head_of_training(kind):
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.drop = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), kind(0.2)
+            self.head, self.aside = nn.Linear(8, 4), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.drop(self.a(x).relu())
+            y = self.b(x).relu().mean((2, 3))
+            return self.head(y) + self.aside(x.mean((2, 3))) if self.training else self.head(y)
+
+    assert list(find_units(Auxiliary().eval(), torch.randn(1, 3, 8, 8)).groups) == ["a", "b"]
+
+
+def test_a_buffer_that_is_written_to_has_no_gradient_afterwards():
+    class Averages(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.last, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
+            self.register_buffer("mean", torch.zeros(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.conv(x).relu()
+            self.mean.mul_(0.9).add_(h.mean((0, 2, 3)))
+            return self.head(self.last(h).mean((2, 3)))
+
+    network = Averages().eval()
+    prune(network, [(torch.randn(16, 3, 8, 8), torch.arange(16) % 4)], 0.5, score="l1", allocation="uniform")
+    assert not network.mean.requires_grad
+    assert torch.equal(copy.deepcopy(network).mean, torch.zeros(8))
