@@ -106,6 +106,8 @@ class _Layer:
         return self.scale * positions * outputs * inputs / self.groups
 
 
+# Less than a multiply–accumulate is rounding.
+_LEAST = 0.5
 #: MACs of products between activations, and which share of them goes with each unit of some groups.
 _Product = tuple[float, dict[int, float]]
 
@@ -166,7 +168,8 @@ class Macs:
         """Return what products there are.
 
         Found by cutting a group in half. Groups that share a layer, such as the heads of an attention and the channels
-        within them, are factors of the same product.
+        within them, are factors of the same product; the widths of queries and of values, which share none, are factors
+        of one product each, and the heads of both.
         """
         lost: dict[int, float] = {}
         count = _without_numbers if _without_numbers(clone(model), example) == self.dense else count_macs
@@ -179,11 +182,21 @@ class Macs:
                 lost[number] = (self._rest - rest) / half[number]  # MACs of a unit
         products: list[_Product] = []
         while lost:
-            first = self.groups[next(iter(lost))]
-            joined = [number for number in lost if self.groups[number].producers.keys() & first.producers.keys()]
-            amount = max(lost[number] * self.groups[number].size for number in joined)
-            products.append((amount, {number: lost.pop(number) / amount for number in joined}))
+            # The group that takes from most products, and then those that share a layer with it.
+            first = max(lost, key=lambda number: lost[number] * self.groups[number].size)
+            left, unit = lost[first] * self.groups[first].size, 1 / self.groups[first].size
+            lost.pop(first)
+            for number in [number for number in lost if self._share_a_layer(number, first)]:
+                amount = min(left, lost[number] * self.groups[number].size)
+                products.append((amount, {first: unit, number: 1 / self.groups[number].size}))
+                left -= amount
+                lost.pop(number)
+            if left > _LEAST:
+                products.append((left, {first: unit}))
         return products
+
+    def _share_a_layer(self, one: int, other: int) -> bool:
+        return bool(self.groups[one].producers.keys() & self.groups[other].producers.keys())
 
     def _of_layers(self, removed: np.ndarray) -> float:
         return sum(layer.macs(removed) for layer in self._layers)
