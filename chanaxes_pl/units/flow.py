@@ -108,6 +108,8 @@ class Flow(TorchDispatchMode):
         self._labels: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._weights: WeakIdKeyDictionary = WeakIdKeyDictionary()  # what is computed from parameters alone
         self._scales = False
+        # Shape of the first input of the operation that runs, which it may change.
+        self._shape = torch.Size()
         self._norms: dict[str, Tensor] = {}
         self._modules = dict(model.named_modules())
         self._owners = {id(module.weight) for module in self._modules.values() if isinstance(module, LAYERS)}
@@ -174,6 +176,7 @@ class Flow(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self._shape = args[0].shape if args and isinstance(args[0], Tensor) else torch.Size()
         result = func(*args, **kwargs)
         inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         if inputs and all(value in self._weights for value in inputs):
@@ -419,7 +422,7 @@ def _move(flow: Flow, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         return _unknown(flow, func, args, kwargs, result)
     moved: list[list[Tensor]] = [[] for _ in range(len(result) if isinstance(result, (tuple, list)) else 1)]
     for labels in flow._of(value):
-        found = func(labels.expand(value.shape), *rest, **kwargs)
+        found = func(labels.expand(flow._shape), *rest, **kwargs)
         for part, out in zip(moved, found if isinstance(found, (tuple, list)) else [found], strict=True):
             part.append(_tight(out))
     for out, fields in zip(result if isinstance(result, (tuple, list)) else [result], moved, strict=True):

@@ -557,3 +557,27 @@ class Full(nn.Module):
 def test_a_full_device_is_not_taken_for_a_layer_that_cannot_be_pruned():
     with pytest.raises(torch.OutOfMemoryError, match="the device is full"):
         find_units(Full().eval(), ONE)
+
+
+RESHAPED = {
+    "squeeze_": lambda y: y.mean((2, 3), keepdim=True).squeeze_(-1).squeeze_(-1),
+    "unsqueeze_": lambda y: y.mean((2, 3)).unsqueeze_(1).mean(1),
+    "transpose_": lambda y: y.flatten(2).transpose_(1, 2).mean(1),
+    "swapaxes_": lambda y: y.flatten(2).swapaxes_(1, 2).mean(1),
+    "t_": lambda y: y.mean((2, 3)).t_().t(),
+}
+
+
+@pytest.mark.parametrize("name", RESHAPED)
+def test_operations_that_change_a_shape_in_place_move_channels_as_others_do(name):
+    torch.manual_seed(0)
+    model = Net(
+        lambda net, x: net.head(RESHAPED[name](net.b(net.a(x)))),
+        a=nn.Conv2d(3, 8, 3),
+        b=nn.Conv2d(8, 6, 3),
+        head=head(6),
+    ).eval()
+    groups = find_units(model, ONE).groups
+    assert {name: group.size for name, group in groups.items()} == {"a": 8, "b": 6}
+    hidden, slim = both(model, halves(groups.values()), groups.values())
+    torch.testing.assert_close(slim, hidden)
