@@ -236,7 +236,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
     features, generators of random numbers; and what lists, dictionaries, sets and deques among them hold. Other objects
     are not looked into, nor parameters that are spread over processes. Meanwhile there is a copy of the weights.
     """
-    undo = [*map(_attributes, model.modules()), *map(_empty_buffers, model.modules()), *_parameters(model)]
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    undo = [*map(_attributes, modules), *map(_empty_buffers, modules), *_parameters(model)]
     try:
         yield
     finally:

@@ -281,6 +281,7 @@ def test_both_forms_of_the_pair_formula_agree_for_a_scalar_target():
     assert_allclose(reference.pair_information(means, target), expected, 1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:the task variable .* is not finite")
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e4 / 3, torch.nan, torch.inf])
 def test_a_target_that_does_not_vary_or_is_not_finite_gives_nan_with_the_reason(value):
     model, loader = zoo.case("plain")
@@ -294,6 +295,7 @@ def test_a_target_that_does_not_vary_or_is_not_finite_gives_nan_with_the_reason(
     assert set(table["reason"]) == {"target does not vary" if math.isfinite(value) else "target not finite"}
 
 
+@pytest.mark.filterwarnings("ignore:the task variable .* is not finite")
 def test_one_image_with_a_target_that_is_not_finite_is_enough_for_nan():
     model, loader = zoo.case("plain")
     margin = lambda z, labels: torch.where(z[:, 0] == z[:, 0].max(), torch.inf, z[:, 1])  # noqa: E731
