@@ -141,6 +141,9 @@ class _Traced:
         follows, read = self._passages[name], values[self.nodes[name].all_input_nodes[0]]
         if follows is not None and follows.norms and isinstance(self.trace.modules[self.nodes[name]], nn.Linear):
             follows = follows if read.ndim == 2 else None  # those norms treat positions one by one
+        if follows is not None and follows.beside is not None:
+            beside = values[follows.beside]
+            follows = follows if isinstance(beside, Tensor) and beside.ndim == read.ndim else None
         return Seen(read, follows and follows.of(values))
 
     def visit(self, layers: list[str], images: Tensor, note: Callable[[str, Seen, Tensor], None]) -> None:

@@ -51,7 +51,7 @@ class Ridge:
     """
 
     def __init__(self, shape: tuple[int, int, int], samples: int, hold: bool = False) -> None:
-        self._shape, self._capacity = shape, min(samples, _capacity(shape[1]))
+        self._shape, self._samples, self._capacity = shape, samples, min(samples, _capacity(shape[1]))
         self._inputs: Tensor | None = None
         self._errors: Tensor | None = None
         self._filled = 0
@@ -66,13 +66,18 @@ class Ridge:
         Args:
             inputs: x.
             errors: e.
-            serving: the least and the most that serves, which may be −∞ and ∞; in all calls or in none.
+            serving: the least and the most that serves, which may be −∞ and ∞; default the errors alone. Those count
+                that are held: from the first call on, and as long as there are no more samples than announced.
         """
         if self._inputs is None or self._errors is None:
             blocks, *widths = self._shape
             self._inputs, self._errors = (inputs.new_empty(self._capacity, blocks, width) for width in widths)
-        if serving is not None and self._held is not None:
-            self._held.add(inputs, errors, *serving)
+        if self._held is not None:
+            started = self._filled > 0 or self._moments is not None
+            if (serving is None and not started) or self._held.count + len(inputs) > self._samples:
+                self._held = None
+            else:
+                self._held.add(inputs, errors, *(serving or (errors, errors)))
         start = 0
         while start < len(inputs):
             if self._filled == self._capacity:
@@ -225,7 +230,8 @@ def ridge_bytes(shape: tuple[int, int, int], samples: int, itemsize: int) -> int
 def held_bytes(shape: tuple[int, int, int], samples: int, itemsize: int) -> int:
     """Bytes that a :class:`Ridge` takes beside that if it holds its samples."""
     blocks, inputs, outputs = shape
-    return blocks * samples * (inputs + 7 * outputs) * itemsize
+    solving = 4 * itemsize if samples >= inputs else 5 * 8  # in the samples it is solved in float64
+    return blocks * samples * ((inputs + 3 * outputs) * itemsize + solving * outputs)
 
 
 def samples_within(shape: tuple[int, int, int], samples: int, memory: float, itemsize: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import chain
 from math import prod
@@ -230,19 +230,20 @@ def isolated_rng() -> Iterator[None]:
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Restore all that the modules of a model hold, after a forward pass that may change any of it.
+    """Restore what the modules of a model hold beside buffers, after a forward pass that may change any of it.
 
-    Beside parameters and buffers these are attributes: counters, metrics of torchmetrics, hidden states, lists of
-    features, generators of random numbers; and what lists, dictionaries, sets and deques among them hold. Other objects
-    are not looked into, nor parameters that are spread over processes. Meanwhile there is a copy of the weights.
+    These are parameters, and attributes: counters, metrics of torchmetrics, hidden states, lists of features,
+    generators of random numbers, and what lists, dictionaries, sets and deques among them hold. Containers within
+    these and other objects are not looked into, nor parameters that are spread over processes; modules that are made
+    meanwhile stay. There is a copy of the weights and of such tensors meanwhile, where they are. For buffers see
+    :func:`observed`.
     """
     modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
     undo = [*map(_attributes, modules), *map(_empty_buffers, modules), *_parameters(model)]
-    try:
-        yield
-    finally:
+    with ExitStack() as stack:
         for restore in undo:
-            restore()
+            stack.callback(restore)
+        yield
 
 
 def _attributes(module: nn.Module) -> Callable[[], None]:
@@ -338,15 +339,17 @@ def _parameters(model: nn.Module) -> list[Callable[[], None]]:
 
 def _dense(tensor: Tensor) -> bool:
     """Whether a tensor's values can be compared and copied."""
-    return tensor.layout is torch.strided and not tensor.is_quantized and tensor.device.type != "meta"
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized or tensor.device.type == "meta":
+        return False
+    return all(step or size == 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True))  # not expanded
 
 
 def _write(tensor: Tensor, values: Tensor) -> None:
     with torch.inference_mode():  # it may be a tensor of that mode
         if tensor.shape != values.shape:
             tensor.resize_(values.shape)
-        if not torch.equal(tensor, values):
-            tensor.copy_(values)
+        if not torch.equal(tensor, values) and not torch.allclose(tensor, values, rtol=0.0, atol=0.0, equal_nan=True):
+            tensor.copy_(values)  # which a backward pass may notice
 
 
 def _restore(training: dict[nn.Module, bool]) -> None:

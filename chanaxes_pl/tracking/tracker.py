@@ -303,10 +303,12 @@ class AxisTracker(L.Callback):
 
     def _layers(self, pl_module: L.LightningModule) -> dict[str, nn.Module]:
         """The layers that training began with, or where the network has other ones now those chosen anew."""
-        layers = select_layers(pl_module, lambda name, _layer: name in self._widths)
-        if _widths(layers) == self._widths:
-            return layers
-        layers = select_layers(pl_module, self.settings.layers)
+        with naming(type(self).__name__):
+            there = select_layers(pl_module, lambda _name, _layer: True)
+            layers = {name: layer for name, layer in there.items() if name in self._widths}
+            if _widths(layers) == self._widths:
+                return layers
+            layers = select_layers(pl_module, self.settings.layers)
         before, self._widths = self._widths, _widths(layers)
         changed = [name for name in before | self._widths if before.get(name) != self._widths.get(name)]
         warnings.warn(

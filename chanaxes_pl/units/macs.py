@@ -186,10 +186,16 @@ class Macs:
             first = max(lost, key=lambda number: lost[number] * self.groups[number].size)
             left, unit = lost[first] * self.groups[first].size, 1 / self.groups[first].size
             lost.pop(first)
-            for number in [number for number in lost if self._share_a_layer(number, first)]:
-                amount = min(left, lost[number] * self.groups[number].size)
-                products.append((amount, {first: unit, number: 1 / self.groups[number].size}))
-                left -= amount
+            joined = {number: lost[number] for number in lost if self._share_a_layer(number, first)}
+            amounts = {number: each * self.groups[number].size for number, each in joined.items()}
+            if any(amount > left - _LEAST for amount in amounts.values()):  # factors of one product
+                products.append((left, {first: unit} | {number: each / left for number, each in joined.items()}))
+                left = 0.0
+            else:
+                for number, amount in amounts.items():
+                    products.append((amount, {first: unit, number: 1 / self.groups[number].size}))
+                    left -= amount
+            for number in joined:
                 lost.pop(number)
             if left > _LEAST:
                 products.append((left, {first: unit}))

@@ -203,3 +203,22 @@ def test_without_held_samples_intervals_do_not_count():
     plain, bare, held = (coefficients(regression.solve(1e-2)) for regression in (plain, bare, held))
     assert bare.equal(plain)
     assert not held.allclose(plain, rtol=0.1)
+
+
+def test_calls_without_intervals_and_more_samples_than_announced_are_no_harm():
+    x, e, lower, upper = bounded(400, 6)
+    first, last = slice(0, 300), slice(300, 400)
+
+    def fitted(samples: int, *parts: tuple[slice, bool]) -> Tensor:
+        regression = Ridge((2, 6, 3), samples, hold=True)
+        for rows, intervals in parts:
+            regression.add(x[rows], e[rows], (lower[rows], upper[rows]) if intervals else None)
+        return coefficients(regression.solve(1e-2))
+
+    plain = fitted(400, (first, False), (last, False))
+    torch.testing.assert_close(fitted(399, (first, True), (last, True)), plain, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(fitted(400, (first, False), (last, True)), plain, rtol=1e-9, atol=1e-9)
+    lower[last], upper[last] = e[last], e[last]
+    mixed, same = fitted(400, (first, True), (last, False)), fitted(400, (first, True), (last, True))
+    torch.testing.assert_close(mixed, same, rtol=1e-9, atol=1e-9)
+    assert not mixed.allclose(plain, rtol=0.01)

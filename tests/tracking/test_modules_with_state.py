@@ -240,6 +240,43 @@ def test_a_network_that_grows_is_followed_with_a_warning(tmp_path):
     assert len(tracker._history.checkpoints) == 4
 
 
+class Renames(Small):
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.other, self.net = self.net, None
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (self.other if self.net is None else self.net)(images)
+
+
+def test_a_network_of_other_names_is_followed_too(tmp_path):
+    tracker = AxisTracker()
+    with pytest.warns(UserWarning, match="other channels than at the last measurement, in "):
+        trainer(tmp_path, tracker, max_epochs=3).fit(Renames(), **loaders())
+    assert tracker.table["layer"].unique().tolist() == ["other.0", "other.4"]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_what_did_not_change_is_not_written_to():
+    """NaN is not equal to itself, expanded and nested tensors cannot be written to, and backward sees what is."""
+
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+            self.nan = torch.tensor([torch.nan, 1.0])
+            self.wide = torch.tensor([torch.nan]).expand(3)
+            self.nested = torch.nested.as_nested_tensor([torch.ones(2), torch.ones(3)])
+
+    module = Keeps()
+    module.hidden = module.layer(module.nan)
+    versions = [tensor._version for tensor in (module.nan, module.hidden, module.layer.weight)]
+    with hooks.preserved(module):
+        pass
+    assert [tensor._version for tensor in (module.nan, module.hidden, module.layer.weight)] == versions
+    module.hidden.sum().backward()
+
+
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 def test_resumed_in_the_middle_of_an_epoch_the_first_row_says_so(tmp_path):
