@@ -60,7 +60,7 @@ def _nothing_measured(missing: Mapping[str, str], layers: list[str]) -> str:
     text = f"none of the {len(layers)} tracked layers could be measured, so all axes are NaN. {layers[0]!r}: "
     return text + (
         f"{missing[layers[0]]}. Choose other layers with layers=; a network that puts several frames or views of an "
-        "image one beside the other in a batch is measured on its part for one of them"
+        "image side by side in a batch is measured on its part for one of them"
     )
 
 

@@ -345,11 +345,15 @@ def _dense(tensor: Tensor) -> bool:
 
 
 def _write(tensor: Tensor, values: Tensor) -> None:
+    """Give a tensor its values back, unless it has them: a backward pass sees a write, and expanded ones allow none."""
     with torch.inference_mode():  # it may be a tensor of that mode
         if tensor.shape != values.shape:
             tensor.resize_(values.shape)
-        if not torch.equal(tensor, values) and not torch.allclose(tensor, values, rtol=0.0, atol=0.0, equal_nan=True):
-            tensor.copy_(values)  # which a backward pass may notice
+        if tensor.layout is torch.strided and torch.equal(tensor, values):
+            return
+        if _dense(tensor) and torch.allclose(tensor, values, rtol=0.0, atol=0.0, equal_nan=True):
+            return
+        tensor.copy_(values)
 
 
 def _restore(training: dict[nn.Module, bool]) -> None:
@@ -366,13 +370,9 @@ def _write_back(buffers: list[tuple[nn.Module, str, Tensor, Tensor]]) -> None:
     for _, _, buffer, _ in buffers:
         if buffer.grad_fn is not None:  # it was written to with gradients
             buffer.detach_()
-    with torch.inference_mode():  # some may be tensors of that mode
-        for module, name, buffer, values in buffers:
-            module._buffers[name] = buffer
-            if buffer.shape != values.shape:
-                buffer.resize_(values.shape)
-            if buffer.layout is not torch.strided or not buffer.equal(values):  # expanded ones cannot be written to
-                buffer.copy_(values)
+    for module, name, buffer, values in buffers:
+        module._buffers[name] = buffer
+        _write(buffer, values)
 
 
 def _copied(_model: nn.Module, args: Any, kwargs: Any) -> Any:
