@@ -312,6 +312,15 @@ def test_named_targets():
     assert torch.equal(found["label"], torch.eye(5, dtype=torch.float64)[labels][:, :4])
 
 
+def test_one_hot_labels_are_measured_with_a_warning_unless_the_target_is_named():
+    model, images = zoo.plain()
+    data = TensorDataset(images, nn.functional.one_hot(zoo.labels_of(len(images)), zoo.CLASSES).float())
+    with pytest.warns(UserWarning, match=r'target="auto": every row of labels sums to 1.*labels.argmax\(1\)'):
+        found = compute_axes(model, data)
+    named = compute_axes(model, data, target="log_likelihood")  # and no warning, which would be an error here
+    pd.testing.assert_frame_equal(found.table, named.table)
+
+
 def test_which_class_the_label_target_leaves_out_does_not_matter():
     model, data = zoo.case("plain")
     expected = compute_axes(model, data, target="label").table

@@ -234,6 +234,42 @@ def infer_target(outputs: Any, labels: Any) -> str:
     raise InputError(_unknown_task(outputs, labels))
 
 
+def doubt(name: str, labels: Tensor) -> str:
+    """What speaks against the task that labels were taken for, and what to pass; empty if nothing does.
+
+    Args:
+        name: the target that :func:`infer_target` chose.
+        labels: ``[B, …]``, by which it did.
+
+    Example:
+        >>> import torch
+        >>> doubt("log_likelihood", torch.eye(10)).split(";")[0]
+        'every row of labels sums to 1, as one-hot classes do'
+        >>> doubt("log_likelihood", torch.ones(10, 4)), doubt("label", torch.rand(10, 4))
+        ('', '')
+    """
+    if name not in _TAKEN or len(labels) < _FEW or labels.is_complex():
+        return ""
+    labels, meant = labels.double(), f"if that is meant, pass target={name!r}"
+    rows = labels.ndim == 2 and labels.shape[1] > 1 and bool((labels >= 0).all())
+    if rows and bool(((labels.sum(1) - 1).abs() < 1e-3).all()):
+        return (
+            f"every row of labels sums to 1, as one-hot classes do; they are taken for {_TAKEN[name]}. For classes "
+            f"pass step=(module, batch) → (logits, labels.argmax(1)); {meant}"
+        )
+    if name == "label" and bool((labels.abs() <= 1).all()) and bool((labels == labels.round()).all()):
+        found = ", ".join(str(int(value)) for value in labels.unique())
+        return (
+            f"labels of {found} alone are taken for {_TAKEN[name]}. For what is absent or present pass "
+            f"step=(module, batch) → (logits, labels of 0 and 1); {meant}"
+        )
+    return ""
+
+
+_TAKEN = {"log_likelihood": "labels of 0 and 1 that do not exclude each other", "label": "real numbers (regression)"}
+_FEW = 8  # rows that may all sum to 1 by chance
+
+
 def _unknown_task(outputs: Any, labels: Any) -> str:
     text = f"outputs: {describe(outputs)}, labels: {describe(labels)}. "
     if isinstance(labels, Tensor) and labels.is_floating_point() and labels.ndim == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from chanaxes_pl.core.errors import ArgumentError, ArgumentTypeError, InputError, is_whole, short
 from chanaxes_pl.core.metrics import check_noise
 from chanaxes_pl.core.moments import Moments, accumulation_device
-from chanaxes_pl.core.targets import Target, TargetSpec, infer_target, null_target
+from chanaxes_pl.core.targets import Target, TargetSpec, doubt, infer_target, null_target
 from chanaxes_pl.network.batches import Placement, Step, shortened, stepped, without_labels
 from chanaxes_pl.network.hooks import observed, same_outputs
 from chanaxes_pl.network.layers import (
@@ -550,6 +551,8 @@ def record(
             raise InputError(told)
         if target.unsettled:
             target.settle(_agreed(infer_target(outputs, labels), place.world))
+            if told := doubt(target.name, labels):
+                warnings.warn(f'target="auto": {told}', stacklevel=2)
         return outputs, labels
 
     with observed(model):

@@ -1,5 +1,7 @@
 """Task variables against NumPy, which one ``"auto"`` chooses, and what is refused."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from chanaxes_pl.core.targets import (
     Target,
     check_classes,
     describe,
+    doubt,
     image_scores,
     infer_target,
     logit_margin,
@@ -131,6 +134,32 @@ def test_auto_chooses_the_target_of_the_task(case):
     assert target.name == "auto"
     assert torch.equal(target(outputs, labels), Target(name)(outputs, labels))
     assert target.name == name
+
+
+def soft(rows):
+    return drawn(rows, K).softmax(1)
+
+
+DOUBTED = {
+    "one-hot": ("log_likelihood", torch.eye(K).repeat(4, 1), "every row of labels sums to 1.*labels.argmax"),
+    "mixed classes": ("label", soft(32), r"sums to 1.*taken for real numbers.*target='label'"),
+    "±1": ("label", drawn(32).sign(), r"labels of -1, 1 alone are taken for real numbers \(regression\)"),
+    "-1 as missing": ("label", (drawn(32, K) * 2).round().clamp(-1, 1), "labels of -1, 0, 1 alone.*0 and 1"),
+}
+
+
+@pytest.mark.parametrize("case", DOUBTED)
+def test_labels_that_look_like_another_task_are_doubted(case):
+    name, labels, told = DOUBTED[case]
+    outputs = torch.zeros(len(labels), *labels.shape[1:])
+    assert infer_target(outputs[:, None] if labels.ndim == 1 else outputs, labels) == name
+    assert re.search(told, doubt(name, labels))
+
+
+def test_labels_of_the_task_are_not_doubted():
+    for name, _, labels, _ in (TASKS | NAMED).values():
+        assert not doubt(name, labels.repeat(4, *[1] * (labels.ndim - 1)))
+    assert not doubt("log_likelihood", torch.eye(4))  # four rows may be so by chance
 
 
 def test_low_precision_is_lifted_before_anything_is_computed():
