@@ -41,6 +41,12 @@ class _Parser(LightningArgumentParser):
     def print_usage(self, file: Any = None) -> None:
         """Print nothing: the error message names the key at fault and points to ``--help``."""
 
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Add how a list is written, where something else was given for it: the parser's message does not say."""
+        if "Expected a <class 'collections.abc.Sequence'>" in message:
+            message += "\n  a list is written in brackets, even a list of one: '[0.5]', '[\"l1\",\"taylor\"]'"
+        super().error(message, ex)
+
 
 class PruningTrainer(Trainer):
     """Trainer with the verbs ``lesion`` and ``prune``, for checkpoints of the model that the config names."""

@@ -195,6 +195,13 @@ def test_unknown_flag_gets_a_short_error(chanaxes, capsys):
     assert len(error.splitlines()) < 15
 
 
+@pytest.mark.parametrize("flag", ["--scores=l1", "--budgets=0.5"])
+def test_one_value_for_a_list_is_told_how_a_list_is_written(chanaxes, capsys, flag):
+    error = refused(chanaxes, capsys, "prune", *CONFIG, flag)
+    assert flag[2:].split("=")[0] in error
+    assert "a list is written in brackets, even a list of one: '[0.5]'" in error
+
+
 @pytest.mark.parametrize("verb", ["prune", "lesion"])
 def test_print_config(chanaxes, capsys, verb):
     with pytest.raises(SystemExit) as exit:
