@@ -16,6 +16,7 @@ import yaml
 
 from chanaxes_pl.analysis.correlations import NETWORK, axis_correlations, highest, main_correlation
 from chanaxes_pl.analysis.damage import score_damage_correlation
+from chanaxes_pl.analysis.scores import MINUS, REVERSE, SCORE_COLUMN
 from chanaxes_pl.core.errors import check_resampling
 from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.core.statistics import MIN_CHANNELS, mean_over_runs
@@ -24,6 +25,8 @@ from chanaxes_pl.tables import read_channels, read_grid, read_lesions
 
 #: Columns of damage, in the order of preference.
 DAMAGES = ("zero_loss", "mean_loss", "peer_loss", "hull_loss")
+#: Metrics that damage is compared with, beside the scores in the tables of lesions.
+CORRELATED = (*METRICS, "peer_r2")
 _PAIR = ["layer", "local", "target"]
 
 
@@ -84,7 +87,8 @@ class Damage:
         column: column of the damage: the loss of the preferred operation, see :data:`DAMAGES`.
         tables: lesioned channels of all runs, with columns ``run``, ``place``, and ``counts``, whether this is the
             run's :attr:`~Run.lesion_place`; others may be of other weights.
-        correlations: ``run, place, counts`` and the columns of :func:`score_damage_correlation`.
+        correlations: ``run, place, counts`` and the columns of :func:`score_damage_correlation`, for the metrics
+            :data:`CORRELATED` and for scores that all tables have and that are none of these.
         over_runs: ``score, mean, std, low, high, runs`` of the mean over layers, where ``counts``; the
             interval is over units for one run, and over runs for several.
     """
@@ -145,9 +149,9 @@ class Runs:
         columns = [name for name in DAMAGES if all(_can_be_ranked(table, name) for *_, table in found)]
         if not found or not columns:
             return None
-        column, metrics = columns[0], [*METRICS, "peer_r2"]
+        column, compared = columns[0], [*CORRELATED, *_other_scores([table for *_, table in found])]
         measured = [
-            score_damage_correlation(table, metrics, column, self.resamples).assign(
+            score_damage_correlation(table.replace(-np.inf, np.nan), compared, column, self.resamples).assign(
                 run=name, place=place, counts=counts
             )
             for name, place, counts, table in found
@@ -206,6 +210,13 @@ class Runs:
 def middle_epochs(rows: pd.DataFrame) -> pd.Series:
     """The epoch of each row's step, in the middle where epochs of some runs have other numbers of steps."""
     return rows.groupby("step")["epoch"].transform("median")
+
+
+def _other_scores(lesions: Sequence[pd.DataFrame]) -> list[str]:
+    """Return the columns of scores that all tables of lesions have and that are no metric by another name."""
+    same = {SCORE_COLUMN + kind + metric for kind in ("", MINUS, REVERSE, REVERSE + MINUS) for metric in CORRELATED}
+    shared = set.intersection(*({str(name) for name in table} for table in lesions))
+    return [name for name in map(str, lesions[0]) if name.startswith(SCORE_COLUMN) and name in shared - same]
 
 
 def _can_be_ranked(lesions: pd.DataFrame, damage: str) -> bool:

@@ -20,8 +20,8 @@ from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.core.statistics import mean_over_runs
 from chanaxes_pl.tables import DENSE, TUNED, VARIANT, budget_words
 
-#: Operation of a lesion → what it does to a channel.
-_DOES = {
+#: Operation of a lesion → what is done to a channel.
+DONE = {
     "zero": "removed",
     "mean": "set to its mean",
     "peer": "rebuilt from its peers",
@@ -178,8 +178,8 @@ def describe_lesions(table: pd.DataFrame) -> str:
     Args:
         table: table of :func:`join_axes`.
     """
-    operations = [operation for operation in _DOES if f"{operation}_loss" in table]
-    means = [f"{_DOES[operation]} {table[f'{operation}_loss'].mean():+.4f}" for operation in operations]
+    operations = [operation for operation in DONE if f"{operation}_loss" in table]
+    means = [f"{DONE[operation]} {table[f'{operation}_loss'].mean():+.4f}" for operation in operations]
     lines = [f"{len(table)} lesioned channels; mean change of cross-entropy in nats: {', '.join(means)}"]
     damage = f"{operations[0]}_loss"
     lines += noise_of(table, damage)

@@ -6,8 +6,10 @@ from itertools import cycle, product
 
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from chanaxes_pl.analysis.correlations import NETWORK
+from chanaxes_pl.analysis.text import DONE, interval
 from chanaxes_pl.plots.style import COLOURS, DASHES, DEPTH, MARKERS, WIDTH, canvas, horizontal, words
 from chanaxes_pl.plots.ticks import layer_bar
 
@@ -47,6 +49,7 @@ def plot_pruning(grid: pd.DataFrame, title: str = "") -> Figure:
             axes.set_title(f"{allocation}, {'no compensation' if compensation == 'none' else compensation}")
         for axes in panels[-1]:
             axes.set_xlabel("MACs left (%)")
+            axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
         for axes in panels[:, 0]:
             axes.set_ylabel("accuracy (%)")
             low, high = axes.get_ylim()
@@ -122,13 +125,14 @@ def plot_lesions(table: pd.DataFrame, correlations: pd.DataFrame, damage: str = 
             dots = axes.scatter(ranks, table[damage], c=depth, cmap=DEPTH, s=8, linewidths=0, alpha=0.7)
             horizontal(axes)
             axes.set_title(
-                f"{words(row['score'])}\nρ = {row['rho']:.2f} [{row['low']:.2f}, {row['high']:.2f}]", fontsize=8
+                f"{words(row['score'])}\nρ = {interval(pd.Series(row).rename({'rho': 'mean'}), spread=False)}",
+                fontsize=8,
             )
             axes.set_xlabel("rank in its layer (%)")
             axes.set_yscale("symlog", linthresh=0.01)
         for axes in panels.flat[len(mean) :]:
             axes.set_axis_off()
         for axes in panels[:, 0]:
-            axes.set_ylabel(f"damage, {damage} (nats)")
+            axes.set_ylabel(f"damage if {DONE.get(damage.removesuffix('_loss'), damage)} (nats)")
         layer_bar(figure, dots, panels, layers)
     return figure

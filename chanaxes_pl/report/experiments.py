@@ -7,8 +7,9 @@ import pandas as pd
 from chanaxes_pl.analysis.correlations import NETWORK
 from chanaxes_pl.analysis.grids import score_differences
 from chanaxes_pl.analysis.prediction import early_prediction
-from chanaxes_pl.analysis.runs import DAMAGES, Runs, middle_epochs
-from chanaxes_pl.analysis.text import interval, intervals, noise_of, number, variant
+from chanaxes_pl.analysis.runs import CORRELATED, DAMAGES, Runs, middle_epochs
+from chanaxes_pl.analysis.scores import SCORE_COLUMN
+from chanaxes_pl.analysis.text import DONE, interval, intervals, noise_of, number, variant
 from chanaxes_pl.core.statistics import mean_over_runs
 from chanaxes_pl.plots import plot_early_prediction, plot_lesions, plot_pruning
 from chanaxes_pl.plots.style import words
@@ -20,7 +21,7 @@ _POINT = ["run", "layer", "channel"]
 
 def lesions(runs: Runs) -> Section:
     """Make the section on the damage of lesions and its correlations."""
-    about = "Damage on test images when single channels are lesioned, and the metrics that it correlates with."
+    about = "Damage on test images when single channels are lesioned, and what it correlates with."
     damage = runs.damage
     if damage is None:
         reason = (
@@ -31,12 +32,13 @@ def lesions(runs: Runs) -> Section:
             reason = "The tables of lesions share no operation, or have no layer with 3 channels to correlate."
         return Section("Lesions", about, [Missing(reason)])
     blocks: list[Block] = []
+    done = DONE[damage.column.removesuffix("_loss")]
     tables = list(damage.tables.groupby(["run", "place"], sort=False))
     for nth, ((run, place), table) in enumerate(tables):
         found = damage.correlations
-        found = found[(found["run"] == run) & (found["place"] == place)]
+        found = found[(found["run"] == run) & (found["place"] == place) & found["score"].isin(CORRELATED)]
         losses = [name for name in DAMAGES if name in table and table[name].notna().any()]
-        means = [f"{name.removesuffix('_loss')} {number(table[name].mean(), 4, True)}" for name in losses]
+        means = [f"{DONE[name.removesuffix('_loss')]} {number(table[name].mean(), 4, True)}" for name in losses]
         panels = found.loc[found["layer"] == NETWORK, "score"]
         where = run if place == "." else f"{run} ({place})"
         blocks.append(
@@ -45,15 +47,17 @@ def lesions(runs: Runs) -> Section:
                 plot_lesions(table, found, damage.column, title=str(run) if len(runs.each) > 1 else ""),
                 table.drop(columns="counts"),
                 f"{len(table)} channels of {where}; mean change of cross-entropy in nats: {', '.join(means)}. "
-                f"ρ: correlation of {damage.column} with the metric within layers, mean over layers [95 % over units]. "
-                + "".join(f"{line}." for line in noise_of(table, damage.column)),
+                f"ρ: correlation of the damage if {done} with the metric, within layers, mean over layers [95 % over "
+                "units]. " + "".join(f"{line}." for line in noise_of(table, damage.column)),
                 [table[[*_POINT, score, damage.column]] for score in panels],
             )
         )
-    if len(runs.each) > 1:
-        rows = [[words(str(row["score"])), interval(row)] for _, row in damage.over_runs.iterrows()]
-        caption = "ρ with damage: mean ± standard deviation [95 % bootstrap over runs]."
-        blocks.append(Table(caption, ["metric", "ρ"], rows))
+    rows = [
+        [words(str(row["score"]).removeprefix(SCORE_COLUMN)), interval(row)] for _, row in damage.over_runs.iterrows()
+    ]
+    spread = "mean ± standard deviation [95 % bootstrap over runs]" if len(runs.each) > 1 else "[95 % over units]"
+    caption = f"ρ with the damage if {done}: {spread}. Scores: low = remove."
+    blocks.append(Table(caption, ["metric or score", "ρ"], rows))
     return Section("Lesions", about, blocks)
 
 

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
 from chanaxes_pl.analysis.correlations import main_correlation, separation
-from chanaxes_pl.analysis.runs import Runs
+from chanaxes_pl.analysis.runs import CORRELATED, Runs
+from chanaxes_pl.analysis.scores import SCORE_COLUMN
 from chanaxes_pl.analysis.text import epoch_number, interval, number
 from chanaxes_pl.core.statistics import mean_over_runs
 from chanaxes_pl.plots.style import words
@@ -150,16 +150,24 @@ def _damage(runs: Runs) -> Iterator[str]:
     if cost["mean"] < 0:
         verb, cost = "lowers", pd.Series({"mean": -cost["mean"], "low": -cost["high"], "high": -cost["low"]})
     text = f"{_OPERATION[damage.column]} {verb} the test loss by {_cell(cost, 4)} nats on average"
-    strongest = damage.over_runs.dropna(subset=["mean"])
-    if len(strongest):
-        row = strongest.iloc[int(strongest["mean"].abs().to_numpy().argmax())]
-        which = f"{words(row['score'])} (ρ = {_cell(row)})"
-        beyond = not row["low"] <= 0 <= row["high"]
+    measured = damage.over_runs.dropna(subset=["mean"])
+    axes = measured["score"].isin(CORRELATED)
+    if len(measured[axes]):
+        which, beyond = _strongest(measured[axes])
         text += "; within layers, this damage correlates "
         text += f"most with {which}" if beyond else f"with no metric beyond chance, most with {which}"
+        if len(measured[~axes]):
+            which, beyond = _strongest(measured[~axes])
+            text += f", and of the other scores {'most' if beyond else 'with none beyond chance, most'} with {which}"
     if others := ", ".join(sorted(set(damage.tables["place"]) - set(tables["place"]))):
         text += f"; tables of lesions in {others} are not counted"
     yield text + "."
+
+
+def _strongest(correlations: pd.DataFrame) -> tuple[str, bool]:
+    """Name what correlates most strongly, and say whether its interval excludes 0."""
+    row = correlations.iloc[int(correlations["mean"].abs().to_numpy().argmax())]
+    return f"{words(row['score'].removeprefix(SCORE_COLUMN))} (ρ = {_cell(row)})", not row["low"] <= 0 <= row["high"]
 
 
 _OPERATION = {
@@ -187,27 +195,23 @@ def _peers(runs: Runs) -> Iterator[str]:
 
 
 def _pruning(runs: Runs) -> Iterator[str]:
-    """State the accuracy of the best way to prune to half the budget, and of the best one without compensation."""
-    if not runs.grids:
-        return
-    # Grids may have other test images, so they are not mixed; the one that compares most compensations says most.
-    grid = max(runs.grids.values(), key=lambda grid: grid["compensate"].nunique())
-    pruned = grid[grid["score"] != DENSE]
-    if not len(pruned):
-        return
-    budget = min(pruned["budget"].unique(), key=lambda share: abs(share - BUDGET))
-    rows = pruned[pruned["budget"] == budget]
-    by = ["score", "allocation", "compensate"]
-    found = mean_over_runs(rows, "accuracy", runs.resamples, by=by).dropna(subset=["mean"])
+    """State the accuracy of the best way to prune to half the budget, and of the best one without compensation.
+
+    Grids may have other test images, so a way is judged by what it loses against the dense network on its own ones.
+    """
+    found = pd.concat([pd.DataFrame(), *(_ways(grid, runs.resamples) for grid in runs.grids.values())])
     if not len(found):
         return
-    found = found[found["runs"] == found["runs"].max()]  # of as many runs as there are, so that the means compare
+    # Of as many runs as there are, so that the means compare; then of one kind of budget, nearest to the one asked for.
+    found = found[found["runs"] == found["runs"].max()]
+    found = found[found["of"] == (_USUAL if _USUAL in set(found["of"]) else found["of"].iloc[0])]
+    budget = min(found["budget"].unique(), key=lambda share: abs(share - BUDGET))
+    found = found[found["budget"] == budget]
     best, bare = _best(found), _best(found[found["compensate"] == "none"])
-    made = rows[np.logical_and.reduce([rows[name] == best[name] for name in by])]
-    dense = 100 * grid.loc[(grid["score"] == DENSE) & grid["run"].isin(made["run"]), "accuracy"].mean()
-    kept = 100 * best["mean"]
-    text = f"At {100 * budget:g} % of the {budget_words(pruned)}, accuracy {'rises' if kept > dense else 'falls'} from "
-    choice = f"at best of {len(found)} ways" if len(found) > 1 else "there"
+    dense, kept = 100 * best["dense"], 100 * best["mean"]
+    text = f"At {100 * budget:g} % of the {best['of']}, accuracy {'rises' if kept > dense else 'falls'} from "
+    ways = len(found.drop_duplicates(_WAY))
+    choice = f"at best of {ways} ways" if ways > 1 else "there"
     text += (
         f"{number(dense, 1)} % to {number(kept, 1)} % {choice}, by {best['score']} ({best['allocation']} allocation, "
     )
@@ -215,14 +219,30 @@ def _pruning(runs: Runs) -> Iterator[str]:
     if bare and best["compensate"] != "none":
         text += f"; without compensation {number(100 * bare['mean'], 1)} % are left at best, by {bare['score']}"
         text += f" ({bare['allocation']} allocation)"
-    if made["run"].nunique() < len(runs.each):
-        text += f" ({made['run'].nunique()} of {len(runs.each)} runs)"
+    if best["runs"] < len(runs.each):
+        text += f" ({best['runs']:.0f} of {len(runs.each)} runs)"
     yield text + "."
 
 
-def _best(means: pd.DataFrame) -> dict[str, Any]:
-    """Return the row of the highest mean; nothing if there are no rows."""
-    rows = means.sort_values("mean", ascending=False, kind="stable").to_dict("records")
+_WAY = ["score", "allocation", "compensate"]
+_USUAL = "multiply–accumulates"
+
+
+def _ways(grid: pd.DataFrame, resamples: int) -> pd.DataFrame:
+    """Return for each way to prune ``mean``, the accuracy over runs, and ``dense``, that of the same runs' networks."""
+    dense = grid[grid["score"] == DENSE].groupby("run")["accuracy"].mean()
+    rows = grid[grid["score"] != DENSE].dropna(subset=["accuracy"])
+    if not len(rows):
+        return rows
+    by = [*_WAY, "budget"]
+    found = mean_over_runs(rows, "accuracy", resamples, by=by)
+    whole = mean_over_runs(rows.assign(dense=rows["run"].map(dense)), "dense", resamples, by=by)
+    return found.assign(dense=whole["mean"], of=budget_words(grid))
+
+
+def _best(ways: pd.DataFrame) -> dict[str, Any]:
+    """Return the row that loses least against the dense network; nothing if there are no rows."""
+    rows = ways.iloc[(ways["dense"] - ways["mean"]).argsort(kind="stable")].to_dict("records")
     return {str(name): value for name, value in rows[0].items()} if rows else {}
 
 

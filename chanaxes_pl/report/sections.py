@@ -54,11 +54,14 @@ def configuration(runs: Runs) -> Section:
     shown["target"] = ["" if (named := run.table.get("target")) is None else str(named.iloc[0]) for run in runs.each]
     shown["weights"] = [str(run.about.get("weights", "")) for run in runs.each]
     shown = {name: cells for name, cells in shown.items() if any(cells)}
-    rows = [
-        [run.name, *(cells[place] or "–" for cells in shown.values()), f"{len(run.steps)}, to step {run.steps[-1]}"]
-        for place, run in enumerate(runs.each)
-    ]
-    blocks: list[Block] = [Table("", ["run", *shown, "checkpoints"], rows)]
+    shown["checkpoints"] = [f"{len(run.steps)}, to step {run.steps[-1]}" for run in runs.each]
+    same = {name: cells[0] for name, cells in shown.items() if len(set(cells)) == 1}
+    every = "all runs" if len(runs.each) > 1 else runs.each[0].name
+    blocks: list[Block] = [Table("", ["", every], [[*fact] for fact in same.items()])] if same else []
+    other = {name: cells for name, cells in shown.items() if name not in same}
+    if other:
+        rows = [[run.name, *(cells[n] or "–" for cells in other.values())] for n, run in enumerate(runs.each)]
+        blocks.append(Table("", ["run", *other], rows))
     if len(runs.each) > 1:
         left = sum(len(run.steps) for run in runs.each) - len(runs.each) * len(runs.steps)
         if left:

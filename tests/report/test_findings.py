@@ -85,15 +85,31 @@ def _grid(**accuracies: float) -> pd.DataFrame:
     return pd.DataFrame(rows).assign(run="a", budget_of="macs")
 
 
-def test_the_finding_on_pruning_is_of_the_grid_that_compares_most():
+def test_the_finding_on_pruning_is_of_all_grids():
     polish, selection = _grid(distill=0.69), _grid(none=0.5, refit=0.66)
     for grids in ({"polish": polish, "selection": selection}, {"selection": selection, "polish": polish}):
         (text,) = _pruning(SimpleNamespace(grids=grids, resamples=10, each=[None]))
         assert text == (
-            "At 50 % of the multiply–accumulates, accuracy falls from 70.0 % to 66.0 % at best of 4 ways, by "
-            "reconstruction (uniform allocation, refit); without compensation 50.0 % are left at best, by "
+            "At 50 % of the multiply–accumulates, accuracy falls from 70.0 % to 69.0 % at best of 6 ways, by "
+            "reconstruction (uniform allocation, distill); without compensation 50.0 % are left at best, by "
             "reconstruction (uniform allocation)."
         )
+
+
+def test_grids_on_other_images_are_judged_by_what_is_lost_on_their_own():
+    easier = _grid(refit=0.75).replace({"accuracy": {0.7: 0.9}})  # loses 15 points where the other loses 4
+    (text,) = _pruning(SimpleNamespace(grids={"a": easier, "b": _grid(refit=0.66)}, resamples=10, each=[None]))
+    assert "falls from 70.0 % to 66.0 % at best of 2 ways" in text
+
+
+def test_budgets_of_parameters_and_other_budgets_are_not_mixed_in():
+    parameters, few = _grid(refit=0.69).assign(budget_of="parameters"), _grid(refit=0.69)
+    few["budget"] = few["budget"].replace(0.5, 0.8)
+    grids = {"a": parameters, "b": few, "c": _grid(refit=0.66)}
+    (text,) = _pruning(SimpleNamespace(grids=grids, resamples=10, each=[None]))
+    assert text.startswith("At 50 % of the multiply–accumulates, accuracy falls from 70.0 % to 66.0 % at best of 2")
+    (text,) = _pruning(SimpleNamespace(grids={"a": parameters}, resamples=10, each=[None]))
+    assert text.startswith("At 50 % of the parameters, accuracy falls from 70.0 % to 69.0 %")
 
 
 def test_the_finding_on_pruning_of_polished_networks_alone():
@@ -161,22 +177,40 @@ def test_the_highest_correlation_of_several_runs_is_that_of_their_mean():
     assert list(_separation(_several([0.2, float("nan")], [0.1, float("nan")]))) == []
 
 
-def _damaged(low: float, high: float) -> SimpleNamespace:
+def _damaged(low: float, high: float, **others: tuple[float, float, float]) -> SimpleNamespace:
     tables = pd.DataFrame({"run": "a", "place": ".", "zero_loss": [0.1, 0.3], "counts": True})
-    columns = {"mean": [0.1, 0.2], "low": [-0.2, low], "high": [0.4, high]}
-    over_runs = pd.DataFrame({"score": ["input_capture", "l1"], **columns})
+    rows = {"input_capture": (0.1, -0.2, 0.4), "peer_overlap": (0.2, low, high)} | others
+    over_runs = pd.DataFrame([[name, *row] for name, row in rows.items()], columns=["score", "mean", "low", "high"])
     return SimpleNamespace(damage=SimpleNamespace(tables=tables, column="zero_loss", over_runs=over_runs))
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "told"),
+    ("low", "high", "others", "told"),
     [
-        (0.05, 0.35, "this damage correlates most with l1 (ρ = 0.20 [0.05, 0.35])."),
-        (-0.05, 0.45, "this damage correlates with no metric beyond chance, most with l1 (ρ = 0.20 [-0.05, 0.45])."),
+        (0.05, 0.35, {}, "this damage correlates most with peer overlap (ρ = 0.20 [0.05, 0.35])."),
+        (
+            -0.05,
+            0.45,
+            {},
+            "this damage correlates with no metric beyond chance, most with peer overlap (ρ = 0.20 [-0.05, 0.45]).",
+        ),
+        (
+            0.05,
+            0.35,
+            {"score_l1": (0.4, 0.3, 0.5), "score_taylor": (0.3, 0.2, 0.4)},
+            "most with peer overlap (ρ = 0.20 [0.05, 0.35]), and of the other scores most with l1 (ρ = 0.40 [0.30, "
+            "0.50]).",
+        ),
+        (
+            0.05,
+            0.35,
+            {"score_l1": (0.1, -0.3, 0.5)},
+            "and of the other scores with none beyond chance, most with l1 (ρ = 0.10 [-0.30, 0.50]).",
+        ),
     ],
 )
-def test_a_correlation_with_damage_within_chance_is_called_that(low, high, told):
-    (text,) = _damage(_damaged(low, high))
+def test_a_correlation_with_damage_within_chance_is_called_that(low, high, others, told):
+    (text,) = _damage(_damaged(low, high, **others))
     assert text.replace("−", "-").replace("\N{NO-BREAK SPACE}", " ").endswith(told)
 
 

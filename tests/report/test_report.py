@@ -126,6 +126,31 @@ def test_the_page_opens_in_a_browser_with_data_in_every_figure(browser, pages, w
         assert int(tab.locator(f"figure#{name}").get_attribute("data-rows") or 0) == len(numbers)
 
 
+def test_no_table_is_cut_off_at_the_width_of_a_screen(browser, pages):
+    tab, _ = opened(browser, pages[2])
+    widths = tab.evaluate("[...document.querySelectorAll('.scroll')].map((s) => [s.scrollWidth, s.clientWidth])")
+    assert len(widths) > 5
+    assert all(needed <= given for needed, given in widths)
+
+
+def test_what_all_runs_share_is_told_once_and_the_rest_run_by_run(pages):
+    for count in (1, 2):
+        text = pages[count].read_text()
+        shared, *rest = re.findall(r"<table>.*?</table>", text[text.index("<h2>Configuration") :], re.DOTALL)
+        assert ("all runs" in shared) == (count == 2)
+        assert shared.count("logit_margin") == 1
+        assert not any("logit_margin" in table for table in rest)
+
+
+def test_damage_is_compared_with_scores_too(pages):
+    for page in pages.values():
+        text = page.read_text()
+        lesions = text[text.index("<h2>Lesions") : text.index("<h2>Early prediction")]
+        rows = re.findall(r'<th scope="row">(.*?)</th>', lesions)
+        # input capture as a score is the metric once more
+        assert rows == ["input capture", "peer overlap", "task information", "target excess", "peer R²", "l1"]
+
+
 def test_an_empty_figure_or_a_broken_script_would_be_noticed(browser, tmp_path):
     blank = "data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>"
     page = tmp_path / "bad.html"
