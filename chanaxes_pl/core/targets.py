@@ -234,7 +234,7 @@ def infer_target(outputs: Any, labels: Any) -> str:
     raise InputError(_unknown_task(outputs, labels))
 
 
-def doubt(name: str, labels: Tensor) -> str:
+def doubt(name: str, labels: Any) -> str:
     """What speaks against the task that labels were taken for, and what to pass; empty if nothing does.
 
     Args:
@@ -248,7 +248,7 @@ def doubt(name: str, labels: Tensor) -> str:
         >>> doubt("log_likelihood", torch.ones(10, 4)), doubt("label", torch.rand(10, 4))
         ('', '')
     """
-    if name not in _TAKEN or len(labels) < _FEW or labels.is_complex():
+    if name not in _TAKEN or not isinstance(labels, Tensor) or len(labels) < _FEW or labels.is_complex():
         return ""
     labels, meant = labels.double(), f"if that is meant, pass target={name!r}"
     rows = labels.ndim == 2 and labels.shape[1] > 1 and bool((labels >= 0).all())

@@ -56,8 +56,9 @@ def configuration(runs: Runs) -> Section:
     shown = {name: cells for name, cells in shown.items() if any(cells)}
     shown["checkpoints"] = [f"{len(run.steps)}, to step {run.steps[-1]}" for run in runs.each]
     same = {name: cells[0] for name, cells in shown.items() if len(set(cells)) == 1}
-    every = "all runs" if len(runs.each) > 1 else runs.each[0].name
-    blocks: list[Block] = [Table("", ["", every], [[*fact] for fact in same.items()])] if same else []
+    first, *more = runs.each
+    every = "all runs" if more else first.name
+    blocks: list[Block] = [Table("", ["", every], list(same.items()))] if same else []
     other = {name: cells for name, cells in shown.items() if name not in same}
     if other:
         rows = [[run.name, *(cells[n] or "–" for cells in other.values())] for n, run in enumerate(runs.each)]
