@@ -369,7 +369,7 @@ class AxisTracker(L.Callback):
 
 def _epoch(trainer: L.Trainer) -> float:
     """Passes over the training data when training starts, which may be in the middle of one."""
-    done, batches = trainer.fit_loop.epoch_loop.batch_progress.current.completed, trainer.num_training_batches
+    done, batches = trainer.fit_loop.epoch_loop.batch_progress.current.processed, trainer.num_training_batches
     return trainer.current_epoch + (done / batches if done < batches < float("inf") else 0.0)
 
 

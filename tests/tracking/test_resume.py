@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import TensorDataset
 
 from chanaxes_pl import AxisTracker, read_run
@@ -79,6 +80,19 @@ def test_a_checkpoint_of_a_version_that_kept_no_settings_still_resumes(tmp_path)
     torch.save(saved, path)
     tracker = fit(tmp_path, 3, path, tracker=AxisTracker(positions=4))
     assert read_run(tracker.folder)["step"].unique().tolist() == [0, STEPS, 2 * STEPS, 3 * STEPS]
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.parametrize("step", range(1, STEPS))
+def test_a_tracker_that_joins_in_mid_epoch_begins_where_training_does(tmp_path, step):
+    saving = ModelCheckpoint(tmp_path / "saved", "{step}", save_top_k=-1, every_n_train_steps=1)
+    trainer(tmp_path, saving, max_epochs=1, enable_checkpointing=True).fit(build(), **loaders())
+    tracker = AxisTracker()
+    trainer(tmp_path, tracker, max_epochs=1).fit(
+        build(), **loaders(), ckpt_path=tmp_path / "saved" / f"step={step}.ckpt"
+    )
+    measured = read_run(tracker.folder).drop_duplicates("step")
+    assert measured[["step", "epoch"]].to_numpy().tolist() == [[step, step / STEPS], [STEPS, 1.0]]
 
 
 def test_a_trainer_that_goes_on_with_another_probe_is_refused_too(tmp_path):
