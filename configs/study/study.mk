@@ -6,13 +6,13 @@
 #   make study STUDY_DATA=DIR WIDTH=1 STUDY_NETWORKS=resnet18   # at full width, or any other; one seed, 15 epochs
 #   make study-status                   # what is done, and what is not
 #
-# Measured with JOBS=2 on two cores with bf16 units: 2 hours 20 minutes without the last two steps, which take another 50
-# for ResNet-18 and VGG-16 (of MobileNetV2 they were run at half width alone). Without bf16 units add
+# Measured with JOBS=2 on two cores with bf16 units: VGG-16 68 minutes, ResNet-18 about 1 hour 45, MobileNetV2 50 without
+# the last two steps (it was run through them at half width alone). Without bf16 units add
 # STUDY_FIT="--trainer.precision 32-true" STUDY_TEST="--trainer.precision 32-true", and expect trainings to take two to
 # four times as long.
 # minutes a seed        fit  lesion  protocol  compensation  selection  polish
-#   resnet18           18.4     3.9       5.1           2.6       15.3     7.4
-#   vgg16_bn           11.7     1.5       2.9           1.6        8.3     3.9
+#   resnet18           18.4     3.9       5.1           2.6       20.0     7.8
+#   vgg16_bn           13.5     1.6       4.3           4.7       12.9     4.5
 #   mobilenet_v2       22.4     3.9       4.1           4.2          –       –
 # and 9 minutes a seed for tiny_resnet18, 11 for tiny_convnext. At full width, with OMP_NUM_THREADS=2 on both cores, an epoch of
 # ResNet-18 takes 8 minutes with its measurement; selection takes 36 minutes of processor time, and polish about 50 for each
