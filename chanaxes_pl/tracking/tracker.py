@@ -369,7 +369,9 @@ class AxisTracker(L.Callback):
 
 def _epoch(trainer: L.Trainer) -> float:
     """Passes over the training data when training starts, which may be in the middle of one."""
-    done, batches = trainer.fit_loop.epoch_loop.batch_progress.current.processed, trainer.num_training_batches
+    # Those trained on: a checkpoint that was written at a batch's end does not count that one as completed.
+    done = trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
+    batches = trainer.num_training_batches
     return trainer.current_epoch + (done / batches if done < batches < float("inf") else 0.0)
 
 
