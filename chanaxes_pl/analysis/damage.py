@@ -17,6 +17,7 @@ from scipy.optimize import linear_sum_assignment
 
 from chanaxes_pl.analysis.correlations import NETWORK
 from chanaxes_pl.core.errors import InputError, naming
+from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.core.statistics import (
     MIN_CHANNELS,
     bounds,
@@ -26,6 +27,8 @@ from chanaxes_pl.core.statistics import (
     resample_counts,
 )
 
+#: Metrics that damage is compared with, beside the scores in the tables of lesions.
+CORRELATED = (*METRICS, "peer_r2")
 #: Metrics that a regression starts from, and the metric of peer support that it adds.
 BASE = ("input_capture", "task_information")
 SUPPORT = "peer_r2"

@@ -15,18 +15,15 @@ import pandas as pd
 import yaml
 
 from chanaxes_pl.analysis.correlations import NETWORK, axis_correlations, highest, main_correlation
-from chanaxes_pl.analysis.damage import score_damage_correlation
+from chanaxes_pl.analysis.damage import CORRELATED, score_damage_correlation
 from chanaxes_pl.analysis.scores import MINUS, REVERSE, SCORE_COLUMN
 from chanaxes_pl.core.errors import check_resampling
-from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.core.statistics import MIN_CHANNELS, mean_over_runs
 from chanaxes_pl.run_folder import ABOUT, RunFolder, table_paths
 from chanaxes_pl.tables import read_channels, read_grid, read_lesions
 
 #: Columns of damage, in the order of preference.
 DAMAGES = ("zero_loss", "mean_loss", "peer_loss", "hull_loss")
-#: Metrics that damage is compared with, beside the scores in the tables of lesions.
-CORRELATED = (*METRICS, "peer_r2")
 _PAIR = ["layer", "local", "target"]
 
 

@@ -8,6 +8,7 @@ import pandas as pd
 from chanaxes_pl.analysis.correlations import NETWORK
 from chanaxes_pl.analysis.damage import (
     CLEAR,
+    CORRELATED,
     damage_reliability,
     matched_comparison,
     rank_regression,
@@ -16,12 +17,11 @@ from chanaxes_pl.analysis.damage import (
 from chanaxes_pl.analysis.grids import score_differences
 from chanaxes_pl.analysis.scores import SCORE_COLUMN
 from chanaxes_pl.core.errors import InputError
-from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.core.statistics import mean_over_runs
 from chanaxes_pl.tables import DENSE, TUNED, VARIANT, budget_words
 
 #: Operation of a lesion → what is done to a channel.
-DONE = {
+LESIONED = {
     "zero": "removed",
     "mean": "set to its mean",
     "peer": "rebuilt from its peers",
@@ -178,8 +178,8 @@ def describe_lesions(table: pd.DataFrame) -> str:
     Args:
         table: table of :func:`join_axes`.
     """
-    operations = [operation for operation in DONE if f"{operation}_loss" in table]
-    means = [f"{DONE[operation]} {table[f'{operation}_loss'].mean():+.4f}" for operation in operations]
+    operations = [operation for operation in LESIONED if f"{operation}_loss" in table]
+    means = [f"{LESIONED[operation]} {table[f'{operation}_loss'].mean():+.4f}" for operation in operations]
     lines = [f"{len(table)} lesioned channels; mean change of cross-entropy in nats: {', '.join(means)}"]
     damage = f"{operations[0]}_loss"
     lines += noise_of(table, damage)
@@ -208,7 +208,7 @@ def noise_of(table: pd.DataFrame, damage: str) -> list[str]:
 
 def _correlated(table: pd.DataFrame, damage: str) -> list[str]:
     scores = [str(column) for column in table if str(column).startswith(SCORE_COLUMN)]
-    correlations = score_damage_correlation(table.replace(-np.inf, np.nan), [*METRICS, "peer_r2", *scores], damage)
+    correlations = score_damage_correlation(table.replace(-np.inf, np.nan), [*CORRELATED, *scores], damage)
     lines = [
         f"Spearman ρ with {damage} within layers, mean over layers [95 % over units]; {SCORE_COLUMN}…: low = remove"
     ]

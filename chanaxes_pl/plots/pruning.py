@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from chanaxes_pl.analysis.correlations import NETWORK
-from chanaxes_pl.analysis.text import DONE, interval
+from chanaxes_pl.analysis.text import LESIONED, interval
 from chanaxes_pl.plots.style import COLOURS, DASHES, DEPTH, MARKERS, WIDTH, canvas, horizontal, words
 from chanaxes_pl.plots.ticks import layer_bar
 
@@ -133,6 +133,6 @@ def plot_lesions(table: pd.DataFrame, correlations: pd.DataFrame, damage: str = 
         for axes in panels.flat[len(mean) :]:
             axes.set_axis_off()
         for axes in panels[:, 0]:
-            axes.set_ylabel(f"damage if {DONE.get(damage.removesuffix('_loss'), damage)} (nats)")
+            axes.set_ylabel(f"damage if {LESIONED.get(damage.removesuffix('_loss'), damage)} (nats)")
         layer_bar(figure, dots, panels, layers)
     return figure

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pandas as pd
 
 from chanaxes_pl.analysis.correlations import NETWORK
+from chanaxes_pl.analysis.damage import CORRELATED
 from chanaxes_pl.analysis.grids import score_differences
 from chanaxes_pl.analysis.prediction import early_prediction
-from chanaxes_pl.analysis.runs import CORRELATED, DAMAGES, Runs, middle_epochs
+from chanaxes_pl.analysis.runs import DAMAGES, Runs, middle_epochs
 from chanaxes_pl.analysis.scores import SCORE_COLUMN
-from chanaxes_pl.analysis.text import DONE, interval, intervals, noise_of, number, variant
+from chanaxes_pl.analysis.text import LESIONED, interval, intervals, noise_of, number, variant
 from chanaxes_pl.core.statistics import mean_over_runs
 from chanaxes_pl.plots import plot_early_prediction, plot_lesions, plot_pruning
 from chanaxes_pl.plots.style import words
@@ -32,13 +33,13 @@ def lesions(runs: Runs) -> Section:
             reason = "The tables of lesions share no operation, or have no layer with 3 channels to correlate."
         return Section("Lesions", about, [Missing(reason)])
     blocks: list[Block] = []
-    done = DONE[damage.column.removesuffix("_loss")]
+    done = LESIONED[damage.column.removesuffix("_loss")]
     tables = list(damage.tables.groupby(["run", "place"], sort=False))
     for nth, ((run, place), table) in enumerate(tables):
         found = damage.correlations
         found = found[(found["run"] == run) & (found["place"] == place) & found["score"].isin(CORRELATED)]
         losses = [name for name in DAMAGES if name in table and table[name].notna().any()]
-        means = [f"{DONE[name.removesuffix('_loss')]} {number(table[name].mean(), 4, True)}" for name in losses]
+        means = [f"{LESIONED[name.removesuffix('_loss')]} {number(table[name].mean(), 4, True)}" for name in losses]
         panels = found.loc[found["layer"] == NETWORK, "score"]
         where = run if place == "." else f"{run} ({place})"
         blocks.append(

@@ -11,7 +11,8 @@ import pandas as pd
 from scipy.stats import t as student
 
 from chanaxes_pl.analysis.correlations import main_correlation, separation
-from chanaxes_pl.analysis.runs import CORRELATED, Runs
+from chanaxes_pl.analysis.damage import CORRELATED
+from chanaxes_pl.analysis.runs import Runs
 from chanaxes_pl.analysis.scores import SCORE_COLUMN
 from chanaxes_pl.analysis.text import epoch_number, interval, number
 from chanaxes_pl.core.statistics import mean_over_runs
@@ -199,7 +200,7 @@ def _pruning(runs: Runs) -> Iterator[str]:
 
     Grids may have other test images, so a way is judged by what it loses against the dense network on its own ones.
     """
-    found = pd.concat([pd.DataFrame(), *(_ways(grid, runs.resamples) for grid in runs.grids.values())])
+    found = pd.concat([pd.DataFrame(), *(_ways(grid) for grid in runs.grids.values())])
     if not len(found):
         return
     # Of as many runs as there are, so that the means compare; then of one kind of budget, nearest to the one asked for.
@@ -220,7 +221,7 @@ def _pruning(runs: Runs) -> Iterator[str]:
         text += f"; without compensation {number(100 * bare['mean'], 1)} % are left at best, by {bare['score']}"
         text += f" ({bare['allocation']} allocation)"
     if best["runs"] < len(runs.each):
-        text += f" ({best['runs']:.0f} of {len(runs.each)} runs)"
+        text += f" ({best['runs']} of {len(runs.each)} runs)"
     yield text + "."
 
 
@@ -228,16 +229,15 @@ _WAY = ["score", "allocation", "compensate"]
 _USUAL = "multiply–accumulates"
 
 
-def _ways(grid: pd.DataFrame, resamples: int) -> pd.DataFrame:
-    """Return for each way to prune ``mean``, the accuracy over runs, and ``dense``, that of the same runs' networks."""
+def _ways(grid: pd.DataFrame) -> pd.DataFrame:
+    """Return for each way to prune ``mean``, the accuracy of ``runs``, and ``dense``, that of their dense networks."""
     dense = grid[grid["score"] == DENSE].groupby("run")["accuracy"].mean()
     rows = grid[grid["score"] != DENSE].dropna(subset=["accuracy"])
     if not len(rows):
         return rows
-    by = [*_WAY, "budget"]
-    found = mean_over_runs(rows, "accuracy", resamples, by=by)
-    whole = mean_over_runs(rows.assign(dense=rows["run"].map(dense)), "dense", resamples, by=by)
-    return found.assign(dense=whole["mean"], of=budget_words(grid))
+    ways = rows.assign(dense=rows["run"].map(dense)).groupby([*_WAY, "budget"], sort=False)
+    found = ways.agg(mean=("accuracy", "mean"), dense=("dense", "mean"), runs=("run", "nunique"))
+    return found.reset_index().assign(of=budget_words(grid))
 
 
 def _best(ways: pd.DataFrame) -> dict[str, Any]:
