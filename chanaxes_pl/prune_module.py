@@ -19,14 +19,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from chanaxes_pl.analysis.damage import join_axes, score_damage_correlation
+from chanaxes_pl.analysis.damage import CORRELATED, join_axes, score_damage_correlation
 from chanaxes_pl.analysis.scores import SCORE_COLUMN
 from chanaxes_pl.axes import measure_axes
 from chanaxes_pl.compensation.polish import Spread, distillation_loss
 from chanaxes_pl.core.divergence import Divergence, divergence_for
 from chanaxes_pl.core.errors import InputError, naming, short
 from chanaxes_pl.core.files import set_aside
-from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.core.targets import are_classes
 from chanaxes_pl.lesions.damage_table import LesionExperiment, join_shares, lesion_table
 from chanaxes_pl.models import ImageClassifier
@@ -337,9 +336,8 @@ class PruneModule(ImageClassifier):
         (folder / "lesions.png").unlink(missing_ok=True)  # may be of an earlier table
         assert experiment is not None
         damage = f"{experiment.operations[0]}_loss"
-        metrics = [*METRICS, "peer_r2"]
         try:
-            correlations = score_damage_correlation(self.table, metrics, damage)
+            correlations = score_damage_correlation(self.table, CORRELATED, damage)
         except InputError as error:
             warnings.warn(
                 f"PruneModule: {folder / 'lesions.parquet'} is written, without a figure of how the damage correlates "

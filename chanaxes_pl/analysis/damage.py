@@ -174,7 +174,7 @@ def score_damage_correlation(
 
     Returns:
         One row per score and layer, and one for the layer ``"network"`` with the mean over layers: ``score, damage,
-        layer, rho, low, high`` and ``n``, the number of channels for which both are defined. The correlation is NaN if
+        layer, rho, low, high`` and ``n``, the number of channels for which both are finite. The correlation is NaN if
         there are fewer than 3 of them, or all have the same score or damage.
 
     Raises:

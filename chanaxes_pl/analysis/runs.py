@@ -148,7 +148,7 @@ class Runs:
             return None
         column, compared = columns[0], [*CORRELATED, *_other_scores([table for *_, table in found])]
         measured = [
-            score_damage_correlation(table.replace(-np.inf, np.nan), compared, column, self.resamples).assign(
+            score_damage_correlation(table, compared, column, self.resamples).assign(
                 run=name, place=place, counts=counts
             )
             for name, place, counts, table in found

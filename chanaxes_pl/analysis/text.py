@@ -208,7 +208,7 @@ def noise_of(table: pd.DataFrame, damage: str) -> list[str]:
 
 def _correlated(table: pd.DataFrame, damage: str) -> list[str]:
     scores = [str(column) for column in table if str(column).startswith(SCORE_COLUMN)]
-    correlations = score_damage_correlation(table.replace(-np.inf, np.nan), [*CORRELATED, *scores], damage)
+    correlations = score_damage_correlation(table, [*CORRELATED, *scores], damage)
     lines = [
         f"Spearman ρ with {damage} within layers, mean over layers [95 % over units]; {SCORE_COLUMN}…: low = remove"
     ]

@@ -14,7 +14,7 @@ from chanaxes_pl.analysis.correlations import main_correlation, separation
 from chanaxes_pl.analysis.damage import CORRELATED
 from chanaxes_pl.analysis.runs import Runs
 from chanaxes_pl.analysis.scores import SCORE_COLUMN
-from chanaxes_pl.analysis.text import epoch_number, interval, number
+from chanaxes_pl.analysis.text import LESIONED, epoch_number, interval, number
 from chanaxes_pl.core.statistics import mean_over_runs
 from chanaxes_pl.plots.style import words
 from chanaxes_pl.tables import DENSE, budget_words
@@ -147,10 +147,11 @@ def _damage(runs: Runs) -> Iterator[str]:
         return
     tables = damage.tables[damage.tables["counts"]]
     cost = _mean(tables, damage.column)
-    verb = "raises"
+    verb = "rises"
     if cost["mean"] < 0:
-        verb, cost = "lowers", pd.Series({"mean": -cost["mean"], "low": -cost["high"], "high": -cost["low"]})
-    text = f"{_OPERATION[damage.column]} {verb} the test loss by {_cell(cost, 4)} nats on average"
+        verb, cost = "falls", pd.Series({"mean": -cost["mean"], "low": -cost["high"], "high": -cost["low"]})
+    done = LESIONED[damage.column.removesuffix("_loss")]
+    text = f"With one channel {done}, the test loss {verb} by {_cell(cost, 4)} nats on average"
     measured = damage.over_runs.dropna(subset=["mean"])
     axes = measured["score"].isin(CORRELATED)
     if len(measured[axes]):
@@ -169,14 +170,6 @@ def _strongest(correlations: pd.DataFrame) -> tuple[str, bool]:
     """Name what correlates most strongly, and say whether its interval excludes 0."""
     row = correlations.iloc[int(correlations["mean"].abs().to_numpy().argmax())]
     return f"{words(row['score'].removeprefix(SCORE_COLUMN))} (ρ = {_cell(row)})", not row["low"] <= 0 <= row["high"]
-
-
-_OPERATION = {
-    "zero_loss": "Removing one channel",
-    "mean_loss": "Setting one channel to its mean",
-    "peer_loss": "Rebuilding one channel from its peers",
-    "hull_loss": "Rebuilding one channel from its hull",
-}
 
 
 def _peers(runs: Runs) -> Iterator[str]:

@@ -129,6 +129,18 @@ def test_score_correlation_agrees_with_scipy():
         assert network.high - network.low < (rows["high"] - rows["low"]).max()
 
 
+def test_channels_without_a_finite_score_are_left_out():
+    """Dead channels have a score of −∞, which says nothing about their order."""
+    table = synthetic(0.5)
+    free = table["channel"] < 20
+    found = score_damage_correlation(
+        table.assign(peer_r2=table["peer_r2"].mask(free, -np.inf)), ["peer_r2"], resamples=50
+    )
+    wanted = score_damage_correlation(table[~free], ["peer_r2"], resamples=0)
+    assert_allclose(found["rho"], wanted["rho"])
+    assert found["n"].tolist() == wanted["n"].tolist()
+
+
 def test_a_constant_score_has_no_correlation():
     found = score_damage_correlation(synthetic().assign(flat=1.0), ["flat"], resamples=20)
     assert found[["rho", "low", "high"]].isna().all(axis=None)
