@@ -22,7 +22,7 @@ Edit = Callable[[Tensor], Tensor]
 
 
 # Run as one, so that their hooks fire, also where torchvision or others derive from them.
-_LEAVES = (*CONVOLUTIONS, nn.Linear, nn.LayerNorm)
+_LEAVES = (*CONVOLUTIONS, nn.Linear, nn.LayerNorm, nn.RMSNorm)
 # What a model's own code raises when it meets torch.fx's stand-ins for tensors, where its path depends on shapes,
 # types or values. An error of the model itself comes up again in its forward pass.
 _UNTRACEABLE = (*FAILURES, NameError, ArithmeticError)
@@ -56,7 +56,7 @@ class Trace:
 
     Attributes:
         operations: the graph's nodes in order, without its inputs, each with the values that nothing after it reads.
-        modules: node → the module that it calls: every convolution, Linear and LayerNorm that runs, and torch's own.
+        modules: node → the module that it calls: every layer and norm of features that runs, and torch's own.
         holders: node → the module whose parameter or buffer it reads, for a function such as ``F.linear``.
     """
 

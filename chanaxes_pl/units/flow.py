@@ -37,7 +37,9 @@ from chanaxes_pl.network.layers import CONVOLUTIONS, TRANSPOSED
 #: Layers with a weight, whose channels can be removed.
 LAYERS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 #: Normalisations whose features are followed by themselves, because some have no tensor that shows their number.
-NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+#: Norms over the last dimensions, each with statistics of all its features.
+LAYER_NORMS = (nn.LayerNorm, nn.RMSNorm)
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ class Flow(TorchDispatchMode):
         self._labels: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._weights: WeakIdKeyDictionary = WeakIdKeyDictionary()  # what is computed from parameters alone
         self._scales = False
+        self._paused = False
         # Shape of the first input of the operation that runs, which it may change.
         self._shape = torch.Size()
         self._norms: dict[str, Tensor] = {}
@@ -147,7 +150,7 @@ class Flow(TorchDispatchMode):
                 torch.no_grad(),
                 torch.compiler.set_stance("force_eager"),
                 sdpa_kernel(SDPBackend.MATH),
-                _Scaling(self),
+                _Functions(self),
                 self,
             ):
                 yield
@@ -178,6 +181,8 @@ class Flow(TorchDispatchMode):
         kwargs = kwargs or {}
         self._shape = args[0].shape if args and isinstance(args[0], Tensor) else torch.Size()
         result = func(*args, **kwargs)
+        if self._paused:
+            return result
         inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         if inputs and all(value in self._weights for value in inputs):
             self._weights.update({value: True for value in tree_leaves(result) if isinstance(value, Tensor)})
@@ -317,8 +322,12 @@ class Flow(TorchDispatchMode):
         return True
 
 
-class _Scaling(TorchFunctionMode):
-    """Tells a flow when attention scales its product by the width of its heads."""
+class _Functions(TorchFunctionMode):
+    """Tells a flow of functions whose operations do not show what they are.
+
+    Attention scales its product by the width of its heads. The root mean square of a norm is one number for all its
+    features, which can still go one by one; as operations, a mean and a product, it would join them.
+    """
 
     def __init__(self, flow: Flow) -> None:
         super().__init__()
@@ -326,6 +335,8 @@ class _Scaling(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in (F.rms_norm, torch.rms_norm):
+            return self._rms_norm(*args, **kwargs)
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
         self._flow._scales = kwargs.get("scale") is None
@@ -334,13 +345,24 @@ class _Scaling(TorchFunctionMode):
         finally:
             self._flow._scales = False
 
+    def _rms_norm(
+        self, input: Tensor, normalized_shape: list[int], weight: Tensor | None = None, eps: float | None = None
+    ) -> Tensor:
+        self._flow._paused = True
+        try:
+            result = F.rms_norm(input, normalized_shape, weight, eps)
+        finally:
+            self._flow._paused = False
+        _layer_norm(self._flow, None, (input, normalized_shape, weight), {}, (result,))
+        return result
+
 
 _ALONE = "it is combined with values that no layer gives"
 
 
 def width(norm: nn.Module) -> int:
     """Return the number of features that a norm normalises, over its last dimension if it has several."""
-    if isinstance(norm, nn.LayerNorm):
+    if isinstance(norm, LAYER_NORMS):
         return norm.normalized_shape[-1]
     return norm.num_channels if isinstance(norm, nn.GroupNorm) else int(norm.num_features)  # type: ignore[arg-type]
 
@@ -587,7 +609,7 @@ def _layer_norm(flow: Flow, func: Any, args: Any, kwargs: Any, result: Any) -> N
     fields = []
     for labels in flow._of(value):
         mixed = range(value.ndim - len(normalised), value.ndim)
-        plain = _axes(labels) == {last} and len(normalised) == 1 and isinstance(norm, nn.LayerNorm)
+        plain = _axes(labels) == {last} and len(normalised) == 1 and isinstance(norm, LAYER_NORMS)
         if not plain:
             labels = flow._join_along(labels, mixed, f"{flow._where} normalises them together")
         fields.append(labels)

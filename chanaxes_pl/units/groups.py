@@ -27,7 +27,7 @@ from chanaxes_pl.network.batches import FAILURES, logits_of
 from chanaxes_pl.network.cloning import clone
 from chanaxes_pl.network.hooks import calls, check_network, entered, isolated_rng, undisturbed
 from chanaxes_pl.network.layers import CONVOLUTIONS, TRANSPOSED
-from chanaxes_pl.units.flow import LAYERS, Flow, goes_by_groups
+from chanaxes_pl.units.flow import LAYER_NORMS, LAYERS, Flow, goes_by_groups
 from chanaxes_pl.units.plain import plain
 from chanaxes_pl.units.removal import Cut, Group, disagreement, remove
 
@@ -347,7 +347,7 @@ def _places(indices: Tensor, times: int, step: int) -> Tensor:
 
 def _normalises_together(norm: nn.Module) -> bool:
     """Return whether a norm's statistics are over its channels, so that those of a part differ."""
-    return isinstance(norm, nn.LayerNorm) or (isinstance(norm, nn.GroupNorm) and norm.num_groups == 1)
+    return isinstance(norm, LAYER_NORMS) or (isinstance(norm, nn.GroupNorm) and norm.num_groups == 1)
 
 
 def _with_heads(flow: Flow, model: nn.Module, unit: np.ndarray, group: Group) -> Group:

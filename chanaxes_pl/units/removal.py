@@ -18,7 +18,7 @@ from chanaxes_pl.network.batches import FAILURES, logits_of
 from chanaxes_pl.network.cloning import clone
 from chanaxes_pl.network.hooks import hooked, observed, same_outputs
 from chanaxes_pl.network.layers import CONVOLUTIONS, TRANSPOSED, channel_count, crashes_channels_last
-from chanaxes_pl.units.flow import goes_by_groups, width
+from chanaxes_pl.units.flow import LAYER_NORMS, goes_by_groups, width
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +178,7 @@ def resize(module: nn.Module, features: int | None = None) -> None:
         module.num_parameters = len(module.weight)
     elif isinstance(module, nn.Embedding):
         module.num_embeddings, module.embedding_dim = module.weight.shape
-    elif isinstance(module, nn.LayerNorm):
+    elif isinstance(module, LAYER_NORMS):
         whole = module.normalized_shape
         bare = module.weight is None
         module.normalized_shape = (*whole[:-1], features or whole[-1]) if bare else tuple(module.weight.shape)
@@ -302,20 +302,22 @@ def _gone(groups: Iterable[Group], kept: Mapping[str, Tensor]) -> Iterator[tuple
 
 
 def _norm_rest(gone: Tensor, norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """Return the output of a LayerNorm, or of a GroupNorm of one group, over the features that stay; 0 for others."""
-    assert isinstance(norm, (nn.LayerNorm, nn.GroupNorm))
+    """Return the output of a norm over all its features, over those that stay; 0 for others."""
+    assert isinstance(norm, (*LAYER_NORMS, nn.GroupNorm))
     size = width(norm)
     # Subclasses such as torchvision's LayerNorm2d take [B, C, H, W].
-    own = type(norm).forward is not nn.LayerNorm.forward
+    own = type(norm).forward not in (nn.LayerNorm.forward, nn.RMSNorm.forward)
     first = own and inputs[0].ndim == 4 and inputs[0].shape[1] == size
     channel = 1 if first or isinstance(norm, nn.GroupNorm) else -1
     mask = torch.ones(size, dtype=torch.bool, device=inputs[0].device)
     mask[gone] = False
-    weight, bias = (None if p is None else p[mask] for p in (norm.weight, norm.bias))
+    weight, bias = (None if p is None else p[mask] for p in (norm.weight, getattr(norm, "bias", None)))
     features = inputs[0].movedim(channel, -1)
     whole = torch.zeros_like(features)
     if isinstance(norm, nn.GroupNorm):
         part = F.group_norm(features[..., mask].movedim(-1, 1), 1, weight, bias, norm.eps).movedim(1, -1)
+    elif isinstance(norm, nn.RMSNorm):
+        part = F.rms_norm(features[..., mask], (int(mask.sum()),), weight, norm.eps)
     else:
         part = F.layer_norm(features[..., mask], (int(mask.sum()),), weight, bias, norm.eps)
     whole[..., mask] = part

@@ -186,9 +186,10 @@ def build(name: str, seed: int = 0) -> nn.Module:
 def unsettled(model: nn.Module) -> nn.Module:
     """With norms, biases and layer scales that are far from what they are born with."""
     for module in model.modules():
-        if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)) and module.weight is not None:
+        if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)) and module.weight is not None:
             module.weight.uniform_(0.7, 1.3)
-            module.bias.uniform_(-0.3, 0.3)
+            if not isinstance(module, nn.RMSNorm):
+                module.bias.uniform_(-0.3, 0.3)
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.uniform_(-0.2, 0.2)
             module.running_var.uniform_(0.7, 1.4)

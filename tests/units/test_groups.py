@@ -233,9 +233,13 @@ FIXED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: between(lambda n, x: n.n(x), n=nn.LayerNorm([8, 32, 32])),
         SINGLE + "n (LayerNorm) normalises them together)",
     ),
-    "RMSNorm": (
-        lambda: between(lambda n, x: n.n(x.movedim(1, -1)).movedim(-1, 1), n=nn.RMSNorm(8)),
-        SINGLE + "mean in n (RMSNorm) mixes them)",
+    "RMSNorm over maps": (
+        lambda: between(lambda n, x: n.n(x), n=nn.RMSNorm([8, 32, 32])),
+        SINGLE + "n (RMSNorm) normalises them together)",
+    ),
+    "rms_norm": (
+        lambda: between(lambda n, x: F.rms_norm(x.movedim(1, -1), (8,)).movedim(-1, 1)),
+        "Net normalises it",
     ),
     "softmax over channels": (lambda: between(lambda n, x: x.softmax(1)), MIXES),
     "mean over channels": (
@@ -262,6 +266,7 @@ REMOVED: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "GroupNorm without weights": (lambda: between(lambda n, x: n.n(x), n=nn.GroupNorm(2, 8, affine=False)), 2, 4),
     "GroupNorm of one group": (lambda: between(lambda n, x: n.n(x), n=nn.GroupNorm(1, 8)), 8, 1),
     "GroupNorm of each channel": (lambda: between(lambda n, x: n.n(x), n=nn.GroupNorm(8, 8)), 8, 1),
+    "RMSNorm over positions": (lambda: between(lambda n, x: n.n(x), n=nn.RMSNorm(32)), 8, 1),
     "LayerNorm over positions": (lambda: between(lambda n, x: n.n(x), n=nn.LayerNorm(32)), 8, 1),
     "LayerNorm without weights": (
         lambda: between(lambda n, x: n.n(x.movedim(1, -1)).movedim(-1, 1), n=nn.LayerNorm(8, elementwise_affine=False)),
@@ -449,14 +454,29 @@ class MapNorm(nn.LayerNorm):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
-@pytest.mark.parametrize("norm", [nn.LayerNorm, OwnNorm, MapNorm])
-def test_layer_norms_of_any_layout_can_be_cut(norm):
-    channels_last = norm is not MapNorm
+class OwnRMSNorm(nn.RMSNorm):
+    """By PyTorch's function rather than that of ``nn.functional``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.rms_norm(x, self.normalized_shape, self.weight, self.eps)
+
+
+class MapRMSNorm(nn.RMSNorm):
+    """Over the channels of a map ``[B, C, H, W]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("norm", [nn.LayerNorm, OwnNorm, MapNorm, nn.RMSNorm, OwnRMSNorm, MapRMSNorm])
+def test_layer_norms_of_any_layout_can_be_cut(norm, affine):
+    channels_last = norm not in (MapNorm, MapRMSNorm)
 
     def normed(net, x):
         return net.n(x.movedim(1, -1)).movedim(-1, 1) if channels_last else net.n(x)
 
-    model = unsettled(between(normed, n=norm(8))).eval()
+    model = unsettled(between(normed, n=norm(8, elementwise_affine=affine))).eval()
     groups = find_units(model, ONE).groups
     assert list(groups["a"].layer_norms) == ["n"]
     for seed in range(3):
