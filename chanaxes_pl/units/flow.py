@@ -326,7 +326,8 @@ class _Functions(TorchFunctionMode):
     """Tells a flow of functions whose operations do not show what they are.
 
     Attention scales its product by the width of its heads. The root mean square of a norm is one number for all its
-    features, which can still go one by one; as operations, a mean and a product, it would join them.
+    features, which can still go one by one; as operations, a mean and a product, it would join them. Circular padding
+    writes parts of a map into a new one.
     """
 
     def __init__(self, flow: Flow) -> None:
@@ -337,6 +338,8 @@ class _Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (F.rms_norm, torch.rms_norm):
             return self._rms_norm(*args, **kwargs)
+        if func is F.pad and kwargs["mode"] == "circular":  # which PyTorch always names
+            return self._circular(*args[:2])
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
         self._flow._scales = kwargs.get("scale") is None
@@ -348,13 +351,27 @@ class _Functions(TorchFunctionMode):
     def _rms_norm(
         self, input: Tensor, normalized_shape: list[int], weight: Tensor | None = None, eps: float | None = None
     ) -> Tensor:
-        self._flow._paused = True
-        try:
+        with self._paused():
             result = F.rms_norm(input, normalized_shape, weight, eps)
-        finally:
-            self._flow._paused = False
         _layer_norm(self._flow, None, (input, normalized_shape, weight), {}, (result,))
         return result
+
+    def _circular(self, input: Tensor, pad: list[int]) -> Tensor:
+        with self._paused():
+            result = F.pad(input, pad, "circular")
+        positions = range(input.ndim - len(pad) // 2, input.ndim)
+        note = f"{self._flow._where} mixes its positions"
+        self._flow._put(result, [self._flow._join_along(labels, positions, note) for labels in self._flow._of(input)])
+        return result
+
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        """Follow no operation inside the block."""
+        self._flow._paused = True
+        try:
+            yield
+        finally:
+            self._flow._paused = False
 
 
 _ALONE = "it is combined with values that no layer gives"

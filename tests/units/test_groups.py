@@ -281,6 +281,12 @@ REMOVED: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "channel shuffle": (lambda: between(lambda n, x: x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)), 4, 2),
     "pixel shuffle": (lambda: between(lambda n, x: F.pixel_shuffle(x, 2), 8, 2), 2, 4),
     "flip": (lambda: between(lambda n, x: x.flip(1)), 8, 1),
+    "circular padding": (lambda: between(lambda n, x: n.n(x), n=nn.CircularPad2d((1, 2, 0, 1))), 8, 1),
+    "a convolution of circular maps": (
+        lambda: between(lambda n, x: n.n(x), 8, 8, n=conv(8, 8, groups=8, padding_mode="circular")),
+        8,
+        1,
+    ),
     "padding of maps": (lambda: between(lambda n, x: F.pad(x, (1, 2, 0, 1))), 8, 1),
     "unfolded patches": (
         lambda: Net(
