@@ -392,6 +392,11 @@ def _axes(labels: Tensor) -> set[int]:
     return {axis for axis, size in enumerate(labels.shape) if size > 1}
 
 
+def _extent(value: Tensor) -> tuple[int, ...]:
+    """Return the shape of a value before it was expanded, as by ``gate.expand_as(maps)``."""
+    return tuple(1 if stride == 0 else size for size, stride in zip(value.shape, value.stride(), strict=True))
+
+
 def _first(labels: Tensor, axes: Iterable[int]) -> Tensor:
     """Return the first labels along some dimensions, which keep size 1."""
     for axis in axes:
@@ -428,7 +433,7 @@ def _pointwise(flow: Flow, func: Any, args: Any, kwargs: Any, result: Any) -> No
     values = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
     name = func._overloadpacket.__name__
     fields = flow._merge(
-        [(flow._of(value), value.shape) for value in values], f"combines it with values that no layer gives ({name})"
+        [(flow._of(value), _extent(value)) for value in values], f"combines it with values that no layer gives ({name})"
     )
     for value in tree_leaves(result):
         if isinstance(value, Tensor):
@@ -750,6 +755,8 @@ def _grouped(
     """Join the labels around a grouped convolution; return those of its outputs, ``[outputs, 1]``."""
     by_groups = _by_groups(groups, per_in, per_out)
     held = [labels.movedim(1, 0).reshape(groups, per_in, -1) for labels in inputs]
+    if not rows and not columns and per_in == per_out == 1:  # one kernel for every channel, as a blur has it
+        return [flow._join_along(labels, [2])[:, 0] for labels in held]
     if transposed:  # the weight is [inputs, outputs of a group]
         taken = [labels.reshape(groups, per_in, -1) for labels in columns]
         for labels, other in ((a, b) for a in held for b in taken):

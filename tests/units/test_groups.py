@@ -246,6 +246,10 @@ FIXED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: between(lambda n, x: x * x.mean(1, keepdim=True)),
         SINGLE + "mean in Net mixes them)",
     ),
+    "a gate expanded to a fixed number": (
+        lambda: between(lambda n, x: x * n.n(x).sigmoid().expand(-1, 8, -1, -1), n=conv(8, 1)),
+        RUNS,
+    ),
     "two halves": (lambda: between(lambda n, x: x[:, :4] * x[:, 4:].sigmoid(), 8, 4), RUNS),
     "roll": (lambda: between(lambda n, x: x.roll(1, 1)), "it passes roll in Net"),
     "sort": (lambda: between(lambda n, x: x.sort(1).values), "it passes sort in Net"),
@@ -310,6 +314,24 @@ REMOVED: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     ),
     "depthwise multiplier": (lambda: between(lambda n, x: n.n(x), 8, 16, n=conv(8, 16, groups=8)), 8, 1),
     "a gate of one channel": (lambda: between(lambda n, x: x * n.n(x).sigmoid(), n=conv(8, 1)), 8, 1),
+    "an expanded gate of one channel": (
+        lambda: between(lambda n, x: x * n.n(x).sigmoid().expand_as(x), n=conv(8, 1)),
+        8,
+        1,
+    ),
+    "an expanded gate per channel": (
+        lambda: between(lambda n, x: x * n.n(pooled(x)).sigmoid()[..., None, None].expand_as(x), n=nn.Linear(8, 8)),
+        8,
+        1,
+    ),
+    "one kernel for every channel": (
+        lambda: between(
+            lambda n, x: F.conv2d(x, n.k.expand(x.shape[1], -1, -1, -1), padding=1, groups=x.shape[1]),
+            k=nn.Parameter(torch.rand(1, 1, 3, 3)),
+        ),
+        8,
+        1,
+    ),
     "a gate per channel": (
         lambda: between(lambda n, x: x * n.n(pooled(x)).sigmoid()[..., None, None], n=nn.Linear(8, 8)),
         8,
