@@ -20,6 +20,9 @@ from chanaxes_pl.network.hooks import hooked, observed, same_outputs
 from chanaxes_pl.network.layers import CONVOLUTIONS, TRANSPOSED, channel_count, crashes_channels_last
 from chanaxes_pl.units.flow import LAYER_NORMS, goes_by_groups, width
 
+# Outputs of a norm and of what it is taken for differ by rounding alone.
+_SAME = 1e-4
+
 
 @dataclass(frozen=True, eq=False)
 class Cut:
@@ -304,24 +307,34 @@ def _gone(groups: Iterable[Group], kept: Mapping[str, Tensor]) -> Iterator[tuple
 def _norm_rest(gone: Tensor, norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     """Return the output of a norm over all its features, over those that stay; 0 for others."""
     assert isinstance(norm, (*LAYER_NORMS, nn.GroupNorm))
-    size = width(norm)
-    # Subclasses such as torchvision's LayerNorm2d take [B, C, H, W].
-    own = type(norm).forward not in (nn.LayerNorm.forward, nn.RMSNorm.forward)
-    first = own and inputs[0].ndim == 4 and inputs[0].shape[1] == size
-    channel = 1 if first or isinstance(norm, nn.GroupNorm) else -1
-    mask = torch.ones(size, dtype=torch.bool, device=inputs[0].device)
-    mask[gone] = False
-    weight, bias = (None if p is None else p[mask] for p in (norm.weight, getattr(norm, "bias", None)))
+    mask = torch.ones(width(norm), dtype=torch.bool, device=inputs[0].device)
+    channel = 1 if isinstance(norm, nn.GroupNorm) or _takes_maps(norm, inputs[0], output) else -1
     features = inputs[0].movedim(channel, -1)
+    mask[gone] = False
     whole = torch.zeros_like(features)
-    if isinstance(norm, nn.GroupNorm):
-        part = F.group_norm(features[..., mask].movedim(-1, 1), 1, weight, bias, norm.eps).movedim(1, -1)
-    elif isinstance(norm, nn.RMSNorm):
-        part = F.rms_norm(features[..., mask], (int(mask.sum()),), weight, norm.eps)
-    else:
-        part = F.layer_norm(features[..., mask], (int(mask.sum()),), weight, bias, norm.eps)
-    whole[..., mask] = part
+    whole[..., mask] = _normed(norm, features[..., mask], mask)
     return whole.movedim(-1, channel)
+
+
+def _takes_maps(norm: nn.Module, read: Tensor, gave: Tensor) -> bool:
+    """Return whether a norm over the last dimension takes ``[B, C, H, W]``, as torchvision's LayerNorm2d does."""
+    own = type(norm).forward not in (nn.LayerNorm.forward, nn.RMSNorm.forward)
+    size = width(norm)
+    if not own or read.ndim != 4 or read.shape[1] != size:
+        return False
+    every = torch.ones(size, dtype=torch.bool, device=read.device)
+    return read.shape[-1] != size or not same_outputs(_normed(norm, read, every), gave, _SAME)
+
+
+def _normed(norm: nn.Module, features: Tensor, mask: Tensor) -> Tensor:
+    """Normalise ``[…, F]`` features, those of a norm that are in the ``[C]`` mask, over themselves."""
+    weight, bias = (None if p is None else p[mask] for p in (norm.weight, getattr(norm, "bias", None)))
+    if isinstance(norm, nn.GroupNorm):
+        return F.group_norm(features.movedim(-1, 1), 1, weight, bias, norm.eps).movedim(1, -1)
+    if isinstance(norm, nn.RMSNorm):
+        return F.rms_norm(features, features.shape[-1:], weight, norm.eps)
+    assert isinstance(norm, nn.LayerNorm)
+    return F.layer_norm(features, features.shape[-1:], weight, bias, norm.eps)
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:

@@ -496,20 +496,30 @@ class MapRMSNorm(nn.RMSNorm):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
+def with_norm(norm: type[nn.Module], affine: bool = True) -> nn.Module:
+    """A norm between two convolutions of 8 channels, in the layout that it takes."""
+
+    def normed(net, x):
+        return net.n(x) if norm in (MapNorm, MapRMSNorm) else net.n(x.movedim(1, -1)).movedim(-1, 1)
+
+    return unsettled(between(normed, n=norm(8, elementwise_affine=affine))).eval()
+
+
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("norm", [nn.LayerNorm, OwnNorm, MapNorm, nn.RMSNorm, OwnRMSNorm, MapRMSNorm])
 def test_layer_norms_of_any_layout_can_be_cut(norm, affine):
-    channels_last = norm not in (MapNorm, MapRMSNorm)
-
-    def normed(net, x):
-        return net.n(x.movedim(1, -1)).movedim(-1, 1) if channels_last else net.n(x)
-
-    model = unsettled(between(normed, n=norm(8, elementwise_affine=affine))).eval()
+    model = with_norm(norm, affine)
     groups = find_units(model, ONE).groups
     assert list(groups["a"].layer_norms) == ["n"]
     for seed in range(3):
         hidden, slim = both(model, halves(groups.values(), seed), groups.values())
         assert relative_error(slim, hidden) < 1e-5
+
+
+@pytest.mark.parametrize("norm", [OwnNorm, MapNorm, OwnRMSNorm, MapRMSNorm])
+def test_a_map_as_wide_as_its_channels_does_not_hide_where_they_are(norm):
+    groups = find_units(with_norm(norm), ONE[..., :8, :8]).groups
+    assert list(groups["a"].layer_norms) == ["n"]
 
 
 class ResponseNorm(nn.Module):
