@@ -15,11 +15,12 @@ from chanaxes_pl.analysis.scores import OWN_SCORES, SCORES, own_scores, score_fa
 from chanaxes_pl.core.metrics import METRICS
 from chanaxes_pl.models.backbones import BACKBONES, build_backbone
 from chanaxes_pl.pruning.baselines import weight_score
-from chanaxes_pl.pruning.scores import channel_scores, unit_ranks, unit_values
+from chanaxes_pl.pruning.scores import channel_scores, default_scores, unit_ranks, unit_values
 from chanaxes_pl.units.groups import Units, find_units
 from chanaxes_pl.units.removal import Group
 from tests.helpers import cases as zoo
 from tests.helpers import training as small
+from tests.helpers.networks import Net
 from tests.test_axes import assert_untouched, snapshot
 
 
@@ -154,6 +155,24 @@ def test_all_scores_leave_the_model_and_the_random_streams_as_they_were():
     scored(case, "taylor")
     assert model.head.weight.grad is kept
     assert torch.equal(kept, torch.ones_like(kept))
+
+
+def folded(net: Net, x: Tensor) -> Tensor:
+    """A Linear layer on positions in the first dimension, as attention in windows has them."""
+    x = net.inner(net.stem(x).movedim(1, -1).flatten(0, 2)).relu()
+    return net.head(net.outer(x).unflatten(0, (-1, 36)).mean(1))
+
+
+def test_scores_of_activations_apply_where_every_layer_can_be_measured(caplog):
+    layers = {"stem": nn.Conv2d(3, 6, 1), "inner": nn.Linear(6, 8), "outer": nn.Linear(8, 5), "head": nn.Linear(5, 4)}
+    model, images = Net(folded, **layers), zoo.images_2d(2)
+    with caplog.at_level("INFO"):
+        found = default_scores(model, find_units(model, images), images)
+    assert not {*OWN_SCORES, "activation_rms"} & set(found)
+    assert {"reconstruction", "l1", "taylor", "random"} <= set(found)
+    assert "the layer 'inner', which could not be measured: it gave an output of shape (72, 8)" in caplog.text
+    protected = find_units(model, images).protect(["inner", "outer"])
+    assert set(OWN_SCORES) <= set(default_scores(model, protected, images))
 
 
 # ---------------------------------------------------------------- our own metrics
