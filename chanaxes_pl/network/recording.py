@@ -345,12 +345,9 @@ class Recorder:
             self._drop(name, "it ran once on the first images and several times in a forward pass on later ones")
 
     def _misfit(self, name: str, layer: nn.Module, read: Any, gave: Any) -> str:
-        images, width = len(self._batch.indices), channel_count(layer)
-        if why := misfit(layer, gave, images):
-            return f"it gave {why}"
-        channels = gave.shape[-1 if isinstance(layer, nn.Linear) else 1]
-        if channels != width:
-            return f"it gave {channels} channels, expected {width}"
+        images = len(self._batch.indices)
+        if why := _misgiven(layer, gave, images):
+            return why
         if name not in self._patches:
             return ""
         if why := misfit(layer, read, images, "an input"):
@@ -459,6 +456,39 @@ def _of_all_processes(told: _Told) -> list[_Told]:
     shares: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(shares, told)
     return shares
+
+
+def _misgiven(layer: nn.Module, gave: Any, images: int) -> str:
+    """Why what a layer gave for a batch cannot be measured; empty where it can."""
+    if why := misfit(layer, gave, images):
+        return f"it gave {why}"
+    channels, width = gave.shape[-1 if isinstance(layer, nn.Linear) else 1], channel_count(layer)
+    return "" if channels == width else f"it gave {channels} channels, expected {width}"
+
+
+def unmeasured(model: nn.Module, layers: Mapping[str, nn.Module], images: Tensor) -> dict[str, str]:
+    """Why layers could not be measured, by name, as far as a few images tell.
+
+    Args:
+        model: model; it does not change.
+        layers: name → layer.
+        images: ``[B, …]`` on the model's device.
+    """
+    why: dict[str, str] = {}
+    # Two sizes of a batch, so that a number of positions does not pass for the number of images.
+    for few in (images[:2], images[:3]):
+
+        def see(name: str, layer: nn.Module, _read: Any, gave: Any, few: Tensor = few) -> None:
+            why[name] = why.get(name) or _misgiven(layer, gave, len(few))
+
+        handles = [listen(layer, partial(see, name)) for name, layer in layers.items()]
+        try:
+            with observed(model):
+                model(few)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return {name: told for name in layers if (told := why.get(name, UNREACHED))}
 
 
 def _affine_map(layer: nn.Module, read: Tensor, gave: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -56,7 +56,7 @@ class Trace:
 
     Attributes:
         operations: the graph's nodes in order, without its inputs, each with the values that nothing after it reads.
-        modules: node → the module that it calls: every layer and norm of features that runs, and torch's own.
+        modules: node → the module that it calls: every layer, every norm of features, and torch's own.
         holders: node → the module whose parameter or buffer it reads, for a function such as ``F.linear``.
     """
 

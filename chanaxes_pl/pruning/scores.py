@@ -18,12 +18,10 @@ from chanaxes_pl.analysis.scores import OWN_SCORES, REVERSE, SCORES, base_score,
 from chanaxes_pl.core.errors import ArgumentError, InputError
 from chanaxes_pl.core.memory import MEMORY
 from chanaxes_pl.core.moments import Moments
-from chanaxes_pl.core.targets import Target
 from chanaxes_pl.network.batches import Placement, Step, split_batch, stepped, without_labels
-from chanaxes_pl.network.hooks import observed
 from chanaxes_pl.network.layers import channel_count
 from chanaxes_pl.network.probe import Probe, ProbeSource
-from chanaxes_pl.network.recording import LayerMoments, Recorder, Settings, record
+from chanaxes_pl.network.recording import LayerMoments, Settings, record, unmeasured
 from chanaxes_pl.pruning.baselines import WEIGHT_SCORES, norms_behind, weight_scores
 from chanaxes_pl.pruning.feature_maps import MAP_IMAGES, MAP_SCORES, MapScore, map_scores
 from chanaxes_pl.pruning.reconstruction import reconstruction_costs
@@ -36,7 +34,7 @@ _RECORDED = {*OWN_SCORES, "activation_rms"}
 
 
 def default_scores(model: nn.Module, units: Units, images: Tensor) -> list[str]:
-    """List the scores that apply to a network, and say so if that is for a layer which cannot be measured.
+    """List the scores that apply to a network; say which are left out because a layer cannot be measured.
 
     ``bn_scale`` needs a BatchNorm behind every removable layer, ``hrank`` and ``chip`` a layer that reads each. Our own
     scores and ``activation_rms`` need every layer's output by image, which attention in windows does not have.
@@ -51,24 +49,15 @@ def default_scores(model: nn.Module, units: Units, images: Tensor) -> list[str]:
     unfit = {"bn_scale"} if behind.keys() != producers.keys() else set()
     if not all(group.consumers for group in units.groups.values()):
         unfit |= set(MAP_SCORES)
-    missing = _unmeasured(model, producers, images)
-    if missing:
+    if missing := unmeasured(model, {name: model.get_submodule(name) for name in producers}, images):
         layer, why = next(iter(missing.items()))
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         rank_zero_info(
-            "Scores of activations are left out, such as 'input_capture'; to have them, leave out with protect= the "
-            f"layer {layer!r}, which could not be measured: {why}."
+            "The scores of both axes and 'activation_rms' are left out, because a layer to be pruned could not be "
+            f"measured: {layer!r}{others}, {why}."
         )
         unfit |= _RECORDED
     return [score for score in SCORES if score not in unfit]
-
-
-def _unmeasured(model: nn.Module, producers: Iterable[str], images: Tensor) -> dict[str, str]:
-    """Return why layers have no moments, by name, as far as a few images tell."""
-    layers = {name: model.get_submodule(name) for name in producers}
-    recorder = Recorder(layers, Target(lambda *_: torch.zeros(len(images))))
-    with observed(model), recorder.attached():
-        recorder.record(np.arange(len(images)), lambda: (model(images), images))
-    return recorder.left_out()
 
 
 def channel_scores(

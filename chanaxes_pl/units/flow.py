@@ -111,6 +111,7 @@ class Flow(TorchDispatchMode):
         self._weights: WeakIdKeyDictionary = WeakIdKeyDictionary()  # what is computed from parameters alone
         self._scales = False
         self._paused = False
+        self._expands = True
         # Shape of the first input of the operation that runs, which it may change.
         self._shape = torch.Size()
         self._norms: dict[str, Tensor] = {}
@@ -140,8 +141,14 @@ class Flow(TorchDispatchMode):
                 self._norms[name] = self._side(name, None, width(module))
 
     @contextmanager
-    def following(self) -> Iterator[None]:
-        """Follow the forward passes of the model inside the block; attention runs as plain products there."""
+    def following(self, expands: bool = True) -> Iterator[None]:
+        """Follow the forward passes of the model inside the block; attention runs as plain products there.
+
+        Args:
+            expands: whether an expanded value counts as the one that it repeats. Its code may write a fixed number of
+                channels, which only a trial shows.
+        """
+        self._expands = expands
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         try:
@@ -338,7 +345,7 @@ class _Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (F.rms_norm, torch.rms_norm):
             return self._rms_norm(*args, **kwargs)
-        if func is F.pad and kwargs["mode"] == "circular":  # which PyTorch always names
+        if func is F.pad and kwargs.get("mode") == "circular":  # which PyTorch always names
             return self._circular(*args[:2])
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
@@ -351,13 +358,15 @@ class _Functions(TorchFunctionMode):
     def _rms_norm(
         self, input: Tensor, normalized_shape: list[int], weight: Tensor | None = None, eps: float | None = None
     ) -> Tensor:
-        with self._paused():
+        with self._pausing():
             result = F.rms_norm(input, normalized_shape, weight, eps)
+        if input in self._flow._weights:
+            self._flow._weights[result] = True
         _layer_norm(self._flow, None, (input, normalized_shape, weight), {}, (result,))
         return result
 
     def _circular(self, input: Tensor, pad: list[int]) -> Tensor:
-        with self._paused():
+        with self._pausing():
             result = F.pad(input, pad, "circular")
         positions = range(input.ndim - len(pad) // 2, input.ndim)
         note = f"{self._flow._where} mixes its positions"
@@ -365,7 +374,7 @@ class _Functions(TorchFunctionMode):
         return result
 
     @contextmanager
-    def _paused(self) -> Iterator[None]:
+    def _pausing(self) -> Iterator[None]:
         """Follow no operation inside the block."""
         self._flow._paused = True
         try:
@@ -394,6 +403,8 @@ def _axes(labels: Tensor) -> set[int]:
 
 def _extent(value: Tensor) -> tuple[int, ...]:
     """Return the shape of a value before it was expanded, as by ``gate.expand_as(maps)``."""
+    if value.layout != torch.strided:
+        return tuple(value.shape)
     return tuple(1 if stride == 0 else size for size, stride in zip(value.shape, value.stride(), strict=True))
 
 
@@ -432,8 +443,9 @@ def _nothing(flow: Flow, func: Any, args: Any, kwargs: Any, result: Any) -> None
 def _pointwise(flow: Flow, func: Any, args: Any, kwargs: Any, result: Any) -> None:
     values = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
     name = func._overloadpacket.__name__
+    shapes = [_extent(value) if flow._expands else value.shape for value in values]
     fields = flow._merge(
-        [(flow._of(value), _extent(value)) for value in values], f"combines it with values that no layer gives ({name})"
+        list(zip(map(flow._of, values), shapes, strict=True)), f"combines it with values that no layer gives ({name})"
     )
     for value in tree_leaves(result):
         if isinstance(value, Tensor):
@@ -632,10 +644,10 @@ def _layer_norm(flow: Flow, func: Any, args: Any, kwargs: Any, result: Any) -> N
     for labels in flow._of(value):
         mixed = range(value.ndim - len(normalised), value.ndim)
         plain = _axes(labels) == {last} and len(normalised) == 1 and isinstance(norm, LAYER_NORMS)
-        if not plain:
-            labels = flow._join_along(labels, mixed, f"{flow._where} normalises them together")
+        if not plain:  # they still vary, for heads of attention that go as a whole
+            flow._join_along(labels, mixed, f"{flow._where} normalises them together")
         fields.append(labels)
-    # Over several dimensions, nothing but the labels of single positions is left.
+    # Over several dimensions, all are joined to one, and its parameters stay.
     flow._put(result[0], _scaled(flow, value, fields, last, args[2:4]) if len(normalised) == 1 else fields)
 
 

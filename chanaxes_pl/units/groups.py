@@ -216,7 +216,7 @@ def _follow_training(flow: Flow, model: nn.Module, example: Tensor) -> None:
             module.eval()
     before = len(flow.reads)
     try:
-        with flow.following():
+        with flow.following(expands=False):  # no trial trains
             flow.fix(tree_leaves(model(torch.cat([example, example]))), "its channels are the network's output")
     except torch.OutOfMemoryError:
         raise

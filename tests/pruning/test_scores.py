@@ -158,19 +158,29 @@ def test_all_scores_leave_the_model_and_the_random_streams_as_they_were():
 
 
 def folded(net: Net, x: Tensor) -> Tensor:
-    """A Linear layer on positions in the first dimension, as attention in windows has them."""
+    """Linear layers on positions in the first dimension, as attention in windows has them."""
     x = net.inner(net.stem(x).movedim(1, -1).flatten(0, 2)).relu()
     return net.head(net.outer(x).unflatten(0, (-1, 36)).mean(1))
 
 
-def test_scores_of_activations_apply_where_every_layer_can_be_measured(caplog):
+def positions_first(net: Net, x: Tensor) -> Tensor:
+    """Linear layers on ``[positions, B, C]``, of as many positions as there may be images."""
+    x = net.inner(net.stem(x).flatten(2).permute(2, 0, 1)).relu()
+    return net.head(net.outer(x).mean(0))
+
+
+@pytest.mark.parametrize(
+    ("forward", "count", "told"), [(folded, 2, "2 images: expected"), (positions_first, 36, "2 images: expected")]
+)
+def test_scores_of_activations_apply_where_every_layer_can_be_measured(forward, count, told, caplog):
     layers = {"stem": nn.Conv2d(3, 6, 1), "inner": nn.Linear(6, 8), "outer": nn.Linear(8, 5), "head": nn.Linear(5, 4)}
-    model, images = Net(folded, **layers), zoo.images_2d(2)
+    model, images = Net(forward, **layers), zoo.images_2d(count)
     with caplog.at_level("INFO"):
         found = default_scores(model, find_units(model, images), images)
     assert not {*OWN_SCORES, "activation_rms"} & set(found)
     assert {"reconstruction", "l1", "taylor", "random"} <= set(found)
-    assert "the layer 'inner', which could not be measured: it gave an output of shape (72, 8)" in caplog.text
+    assert "could not be measured: 'inner' and 1 more, it gave an output of shape" in caplog.text
+    assert told in caplog.text
     protected = find_units(model, images).protect(["inner", "outer"])
     assert set(OWN_SCORES) <= set(default_scores(model, protected, images))
 

@@ -237,9 +237,15 @@ FIXED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: between(lambda n, x: n.n(x), n=nn.RMSNorm([8, 32, 32])),
         SINGLE + "n (RMSNorm) normalises them together)",
     ),
+    "circular padding of channels": (
+        lambda: between(
+            lambda n, x: F.pad(x.flatten(2).mT, (1, 1), mode="circular").mT.unflatten(2, (32, 32)), inputs=10
+        ),
+        SINGLE + "Net mixes its positions)",
+    ),
     "rms_norm": (
         lambda: between(lambda n, x: F.rms_norm(x.movedim(1, -1), (8,)).movedim(-1, 1)),
-        "Net normalises it",
+        SINGLE + "Net normalises them together)",
     ),
     "softmax over channels": (lambda: between(lambda n, x: x.softmax(1)), MIXES),
     "mean over channels": (
@@ -520,6 +526,32 @@ def test_layer_norms_of_any_layout_can_be_cut(norm, affine):
 def test_a_map_as_wide_as_its_channels_does_not_hide_where_they_are(norm):
     groups = find_units(with_norm(norm), ONE[..., :8, :8]).groups
     assert list(groups["a"].layer_norms) == ["n"]
+
+
+class ByFunction(nn.Module):
+    """Root mean square norm by PyTorch's function, in a class of its own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm, ByFunction])
+def test_heads_whose_queries_and_keys_are_normalised_go_as_a_whole(norm):
+    def forward(net, x):
+        x = net.a(x).flatten(2).mT
+        q, k, v = (layer(x).unflatten(-1, (-1, 4)).transpose(1, 2) for layer in (net.q, net.k, net.v))
+        x = F.scaled_dot_product_attention(net.over_q(q), net.over_k(k), v).transpose(1, 2).flatten(2)
+        return net.head(net.o(x).mean(1))
+
+    layers = {"a": nn.Conv2d(3, 6, 8, stride=8), "o": nn.Linear(12, 8), "head": head(8)}
+    layers |= {name: nn.Linear(6, 12) for name in "qkv"} | {"over_q": norm(4), "over_k": norm(4)}
+    groups = find_units(unsettled(Net(forward, **layers)).eval(), ONE).groups
+    assert groups["q"].size == 3
+    assert set(groups["q"].producers) == {"q", "k", "v"}
 
 
 class ResponseNorm(nn.Module):
