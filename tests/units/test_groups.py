@@ -630,6 +630,20 @@ def test_layers_without_gradients_and_outside_of_evaluation_are_named():
     }
 
 
+def test_what_only_training_expands_to_a_fixed_number_stays():
+    """No trial trains, so nothing would show that a head of training runs with that number alone."""
+
+    def forward(net, x):
+        x = net.a(x)
+        logits = net.head(pooled(net.b(x)))
+        return (logits, net.other(pooled(x * net.gate(x).expand(-1, 8, -1, -1)))) if net.training else logits
+
+    layers = {"a": conv(3, 8), "b": conv(8, 6), "gate": conv(8, 1), "other": head(8), "head": head(6)}
+    units = find_units(Net(forward, **layers).eval(), ONE)
+    assert list(units.groups) == ["b"]
+    assert units.fixed["a"] == "Net combines it with values that no layer gives (mul)"
+
+
 class Full(nn.Module):
     """Runs out of memory with fewer channels than it was written with."""
 
