@@ -303,7 +303,6 @@ def _gone(groups: Iterable[Group], kept: Mapping[str, Tensor]) -> Iterator[tuple
 
 def _norm_rest(gone: Tensor, norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
     """Return the output of a norm over all its features, over those that stay; 0 for others."""
-    assert isinstance(norm, (*LAYER_NORMS, nn.GroupNorm))
     mask = torch.ones(width(norm), dtype=torch.bool, device=inputs[0].device)
     mask[gone] = False
     channel = 1 if isinstance(norm, nn.GroupNorm) or _takes_maps(norm, inputs[0], output) else -1
@@ -328,12 +327,12 @@ def _takes_maps(norm: nn.Module, read: Tensor, gave: Tensor) -> bool:
 
 def _normed(norm: nn.Module, features: Tensor, mask: Tensor) -> Tensor:
     """Normalise ``[…, F]`` features, those of a norm that are in the ``[C]`` mask, over themselves."""
+    assert isinstance(norm, (*LAYER_NORMS, nn.GroupNorm))
     weight, bias = (None if p is None else p[mask] for p in (norm.weight, getattr(norm, "bias", None)))
     if isinstance(norm, nn.GroupNorm):
         return F.group_norm(features.movedim(-1, 1), 1, weight, bias, norm.eps).movedim(1, -1)
     if isinstance(norm, nn.RMSNorm):
         return F.rms_norm(features, features.shape[-1:], weight, norm.eps)
-    assert isinstance(norm, nn.LayerNorm)
     return F.layer_norm(features, features.shape[-1:], weight, bias, norm.eps)
 
 
