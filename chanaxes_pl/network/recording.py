@@ -173,12 +173,8 @@ class Recorder:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Listen to the layers' outputs."""
-        handles = [listen(layer, partial(self._listen, name)) for name, layer in self.layers.items()]
-        try:
+        with _listening(self.layers, self._listen):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def record(self, indices: np.ndarray, forward: Callable[[], tuple[Tensor, Tensor]]) -> None:
         """Run ``forward`` → (logits, labels) on the images with these indices, and take in what the layers gave.
@@ -278,12 +274,8 @@ class Recorder:
                 shape = self._square[name]
                 self._drop(name, f"it gave an output of shape {shape}, whose first dimension is not that of the images")
 
-        handles = [listen(self.layers[name], partial(see, name)) for name in self._square]
-        try:
+        with _listening({name: self.layers[name] for name in self._square}, see):
             forward()
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def without_alignment(self) -> dict[str, str]:
         """Why layers that may have moments have no patches where they were asked for, by name."""
@@ -458,6 +450,17 @@ def _of_all_processes(told: _Told) -> list[_Told]:
     return shares
 
 
+@contextmanager
+def _listening(layers: Mapping[str, nn.Module], hook: Callable[[str, nn.Module, Any, Any], None]) -> Iterator[None]:
+    """Call ``hook(name, layer, input, output)`` whenever one of some layers has run inside the block."""
+    handles = [listen(layer, partial(hook, name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _misgiven(layer: nn.Module, gave: Any, images: int) -> str:
     """Why what a layer gave for a batch cannot be measured; empty where it can."""
     if why := misfit(layer, gave, images):
@@ -481,13 +484,8 @@ def unmeasured(model: nn.Module, layers: Mapping[str, nn.Module], images: Tensor
         def see(name: str, layer: nn.Module, _read: Any, gave: Any, few: Tensor = few) -> None:
             why[name] = why.get(name) or _misgiven(layer, gave, len(few))
 
-        handles = [listen(layer, partial(see, name)) for name, layer in layers.items()]
-        try:
-            with observed(model):
-                model(few)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with _listening(layers, see), observed(model):
+            model(few)
     return {name: told for name in layers if (told := why.get(name, UNREACHED))}
 
 
